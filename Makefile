@@ -1,0 +1,49 @@
+# `make` prints what there is. Every target makes its own virtual environment first; nothing else has to be installed.
+PYTHON ?= python3
+RANKS  ?= 2
+CONFIG ?= configs/mini.json
+ARGS   ?=
+PY     := .venv/bin/python
+
+# Small tensors are allocated and freed all the time on a CPU: keep the memory instead of handing it back.
+export MALLOC_MMAP_THRESHOLD_ = 1073741824
+export MALLOC_TRIM_THRESHOLD_ = 1073741824
+export MALLOC_TOP_PAD_        = 67108864
+export OMP_NUM_THREADS       ?= 1
+export OMP_WAIT_POLICY        = passive
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup train test lint mini-model study clean
+help:            ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
+
+setup: .venv/ready  ## make .venv and install the pinned requirements
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; say which to use with make PYTHON=python3.12"; exit 3; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch .venv/ready
+.venv/ready-test: .venv/ready requirements-test.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch .venv/ready-test
+
+train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) $(ARGS)
+
+test: .venv/ready-test  ## all tests
+	$(PY) -m pytest -q tests
+
+lint: .venv/ready-test  ## style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
+	$(PY) -m mini.build --world 0 --out mini/model
+
+study: .venv/ready  ## the miniature over several worlds and seeds with controls (an hour or two, resumable)
+	$(PY) -m mini.study
+
+clean:           ## remove runs and the virtual environment
+	rm -rf runs build .venv

@@ -1,0 +1,620 @@
+"""Text on its way to training rows: questions, prompts, parsing, exact match, candidates, token weights, packing.
+
+Everything is measured on the sampled ids. A completion is never rendered through a chat template again and its segments
+are never tokenised on their own: the characters of every token come from the token's own bytes (`token_offsets`), and a
+token takes the weight of the segment that holds its first character. Left out: few-shot prompts, system turns, tools,
+tokenizers that are not byte-level BPE.
+"""
+
+import json
+import math
+import random
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import numpy as np
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer, decoders
+from torch import Tensor
+
+from files import InputError, read_bytes, read_json, read_jsonl
+
+Span = tuple[int, int]  # characters [c0, c1) of a completion
+
+# ---------- questions, prompts
+
+
+def load_questions(path: str | Path, drop_repeated: bool = False) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Questions {id, question, answers: [str], ...} of a JSONL file, and a tally of what was found.
+
+    drop_repeated: keep the first of questions that are equal once normalised. For training (3.1.1 removes duplicates);
+    a test set keeps its published size.
+    Raises InputError at an id seen before, an empty question, an empty answer list, and when there is no question.
+    """
+    ids: set[str] = set()
+
+    def check(row: dict[str, Any]) -> None:
+        _check_id(row["id"], ids)
+        if not isinstance(row["question"], str) or not row["question"].strip():
+            raise InputError("field 'question' must be a text that is not empty; fill it in or delete this line")
+        answers = row["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise InputError("field 'answers' must be a list of one or more texts; fill it in or delete this line")
+
+    rows = read_jsonl(path, ("id", "question", "answers"), check)
+    if not rows:
+        raise InputError(f"{path}: holds no question; put one JSON object a line in it")
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(normalise(row["question"]) or row["question"], row)
+    kept = list(first.values()) if drop_repeated else rows
+    unmatchable = sum(not normalise(a) for row in kept for a in row["answers"])
+    repeated = len(rows) - len(first)
+    return kept, {"questions": len(kept), "repeated questions": repeated, "golds that never match": unmatchable}
+
+
+def _check_id(value: Any, seen: set[str]) -> None:
+    """Raises InputError unless `value` is a new non-empty text; adds it to `seen`."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"field 'id' must be a text that is not empty, not {value!r}; give every row its own")
+    if value in seen:
+        raise InputError(f"id {value!r} was used on an earlier line; give every row its own")
+    seen.add(value)
+
+
+def load_prompt(path: str | Path) -> str:
+    """A prompt template, without the line end its file closes with. Raises InputError when it is missing."""
+    return _read_text(path).rstrip("\r\n")
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def fill(template: str, **fields: str) -> str:
+    """Put `fields` into the {places} of a prompt, in one pass: braces inside a field are text, not places.
+
+    >>> fill("Q: {question}", question="what is {question}?")
+    'Q: what is {question}?'
+
+    Raises InputError when the template has a place without a field or lacks one.
+    """
+    places = set(re.findall(r"\{(\w+)\}", template))
+    if odd := sorted(places ^ set(fields)):
+        wanted = ", ".join(f"{{{name}}}" for name in sorted(fields))
+        raise InputError(f"prompt: {{{odd[0]}}} does not fit; the template must hold exactly the places {wanted}")
+    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own would escape <, > and & for HTML
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none."""
+        folder = Path(folder)
+        config = read_json(folder / "tokenizer_config.json")
+        own = folder / "chat_template.jinja"
+        self.path = own if own.exists() else folder / "tokenizer_config.json"
+        source = _read_text(own) if own.exists() else config.get("chat_template")
+        if not isinstance(source, str):
+            raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        self.special = {name: t for name, t in tokens.items() if t is not None}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{self.path}: the chat template does not parse ({error}); restore the file") from None
+
+    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
+        """`messages` [{role, content}] as one text. Raises InputError when the template refuses them."""
+        try:
+            return self.template.render(messages=messages, **self.special, **variables)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{self.path}: the chat template fails ({error}); check the prompt") from None
+
+    def prompt(self, text: str, thinking: bool) -> str:
+        """One user turn up to where the answer starts. thinking=False: Qwen3's closed empty think block comes after."""
+        user = [{"role": "user", "content": text}]
+        return self.render(user, add_generation_prompt=True, enable_thinking=thinking)
+
+
+# ---------- tokens and characters
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer.json of a checkpoint directory. Raises InputError when it is missing, bad or not byte-level."""
+    path = Path(folder) / "tokenizer.json"
+    text = _read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise than Exception
+        raise InputError(f"{path}: not a tokenizer ({error}); restore the file") from None
+    _check_byte_level(tokenizer)
+    return tokenizer
+
+
+def _check_byte_level(tokenizer: Tokenizer) -> None:
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise InputError(f"tokenizer: the decoder is {tokenizer.decoder}, not ByteLevel; use a byte-level BPE model")
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a rendered prompt. The chat template has written the special tokens, so none are added."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes every byte as one visible character: itself where it is one, else from U+0100 upwards."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + k): b for k, b in enumerate(others)}
+
+
+BYTE_OF_CHAR = _byte_alphabet()
+
+
+@lru_cache(maxsize=1 << 18)
+def _token_bytes(token: str) -> bytes:
+    """The bytes a byte-level BPE token stands for. Raises KeyError at a character outside the alphabet."""
+    return bytes([BYTE_OF_CHAR[c] for c in token])
+
+
+def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Span]]:
+    """The text of sampled ids and the character range of each: what decoding gives, added tokens included.
+
+    A token's range runs from the character that holds its first byte to the one that holds its last byte, so the tokens
+    of a split character share it. Bytes that are not UTF-8 show up as U+FFFD, as in `tokenizer.decode`. For ids that
+    `tokenizer.encode` gave, the starts are those of its own offsets.
+    Raises InputError at an id the tokenizer does not have, or when it is not byte-level.
+    """
+    _check_byte_level(tokenizer)
+    added = {i: token.content.encode("utf-8") for i, token in tokenizer.get_added_tokens_decoder().items()}
+    pieces = []
+    for i in ids:
+        token = tokenizer.id_to_token(i)
+        if token is None:
+            raise InputError(f"token id {i} is not in the tokenizer; use the tokenizer the text was sampled with")
+        pieces.append(added[i] if i in added else _token_bytes(token))
+    text, char_of_byte = _decode(b"".join(pieces))
+    lengths = np.array([len(p) for p in pieces], dtype=np.int64)
+    ends = lengths.cumsum()
+    first, last = char_of_byte[ends - lengths], char_of_byte[ends - 1]
+    return text, list(zip(first.tolist(), (last + 1).tolist(), strict=True))
+
+
+def _decode(raw: bytes) -> tuple[str, np.ndarray]:
+    """`raw` as text, U+FFFD for what is not UTF-8, and the index of the character each byte is part of, (bytes,)."""
+    text, index = "", [np.empty(0, dtype=np.int64)]
+    while raw:
+        try:
+            part, good, bad = raw.decode("utf-8"), len(raw), 0
+        except UnicodeDecodeError as error:  # the longest broken sequence is one U+FFFD, as everywhere
+            part, good, bad = raw[: error.start].decode("utf-8"), error.start, error.end - error.start
+        opens = (np.frombuffer(raw[:good], dtype=np.uint8) & 0xC0) != 0x80  # a byte 10xxxxxx continues a character
+        index += [len(text) + opens.cumsum() - 1, np.full(bad, len(text) + len(part))]
+        text += part + ("\ufffd" if bad else "")
+        raw = raw[good + bad :]
+    return text, np.concatenate(index)
+
+
+def count_think_tokens(offsets: Sequence[Span], span: Span) -> int:
+    """How many tokens have their first character in `span`."""
+    return sum(span[0] <= start < span[1] for start, _ in offsets)
+
+
+def token_steps(offsets: Sequence[Span], spans: Sequence[Sequence[int]]) -> np.ndarray:
+    """(T,) int64: the index of the span that holds each token's FIRST character, -1 outside all spans.
+
+    offsets: T character ranges from `token_offsets`. spans: ascending, disjoint ranges [c0, c1).
+    A token such as ".\\n\\nSo" may lie in two segments; the rule gives every token to exactly one.
+    """
+    edges = np.array(spans, dtype=np.int64).reshape(-1)  # c0 c1 c0 c1 ...: odd insertion points lie inside a span
+    assert (np.diff(edges) >= 0).all(), f"spans overlap or run backwards: {spans}"
+    position = np.searchsorted(edges, np.array([start for start, _ in offsets], dtype=np.int64), side="right")
+    return np.where(position % 2 == 1, position // 2, -1)
+
+
+def token_weights(offsets: Sequence[Span], spans: Sequence[Sequence[int]], w: Sequence[float]) -> Tensor:
+    """(T,) fp32: each token takes the weight of its step (`token_steps`), 1 outside all of them (Eq. 9)."""
+    assert len(spans) == len(w), (len(spans), len(w))
+    table = np.array([*w, 1.0], dtype=np.float32)  # index -1 is the 1
+    return torch.from_numpy(table[token_steps(offsets, spans)])
+
+
+# ---------- parsing
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What `parse` found in one completion."""
+
+    outcome: str
+    thought: str  # completion[span[0]:span[1]], "" with thinking off
+    answer: str  # stripped; "" where none can be taken
+    span: Span | None  # where the thought is; None with thinking off
+    tagged: bool  # the answer stood in <answer>...</answer>; else it is all that follows </think>
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def parse(completion: str, thinking: bool = True, finished: bool = True) -> Parsed:
+    """Split a completion into thought and answer. The outcome is the first line of this table that holds:
+
+    outcome    when                                                                   answer
+    no_close   no </think>, or a <think> after the last one: the thought never ended  ""
+    cut        not finished, and no </answer> after the last <answer>                 ""
+    multiple   a tag comes twice; with thinking off, any think tag at all             as below
+    no_open    </think> without <think>: the thought is all that precedes it          as below
+    unclosed   <answer> without </answer> or the reverse                              the rest without the tag
+    empty      the thought or the answer is blank                                     as below
+    leading    text before <think>                                                    as below
+    trailing   text after </answer>                                                   as below
+    ok         none of these                                                          as below
+
+    The thought runs from the first <think> to the last </think>; answer tags inside it are text. The answer is the
+    content of the last <answer>...</answer> after it, else all that follows it: `tagged` says which. A thought that
+    never ended is never read as an answer. thinking=False: the prompt holds a closed empty think block, the completion
+    is the answer alone. finished=False: the completion ran into its length limit.
+    """
+    close = completion.rfind(TAGS[1])
+    start = completion.find(TAGS[0]) + len(TAGS[0]) if TAGS[0] in completion else 0
+    if (thinking and close < 0) or completion.rfind(TAGS[0]) > close:
+        span = (start, len(completion)) if thinking else None
+        return Parsed("no_close", completion[start:] if thinking else "", "", span, False)
+    rest = completion[close + len(TAGS[1]) if close >= 0 else 0 :]
+    answer, tagged = _answer(rest)
+    thought = completion[start:close] if thinking else ""
+    if not finished and (TAGS[3] not in rest or rest.rfind(TAGS[2]) > rest.rfind(TAGS[3])):
+        outcome, answer, tagged = "cut", "", False
+    elif max(*map(completion.count, TAGS[:2]), *map(rest.count, TAGS[2:])) > 1 or (not thinking and close >= 0):
+        outcome = "multiple"
+    elif thinking and TAGS[0] not in completion:
+        outcome = "no_open"
+    elif not tagged and (TAGS[2] in rest or TAGS[3] in rest):
+        outcome = "unclosed"
+    elif not answer or (thinking and not thought.strip()):
+        outcome = "empty"
+    elif thinking and completion[: start - len(TAGS[0])].strip():
+        outcome = "leading"
+    elif tagged and rest[rest.rfind(TAGS[3]) + len(TAGS[3]) :].strip():
+        outcome = "trailing"
+    else:
+        outcome = "ok"
+    return Parsed(outcome, thought, answer, (start, close) if thinking else None, tagged)
+
+
+def _answer(rest: str) -> tuple[str, bool]:
+    """The content of the last closed answer element of `rest`, else all of it without tags; which of the two."""
+    opened = rest.rfind(TAGS[2], 0, max(rest.rfind(TAGS[3]), 0))
+    if opened >= 0:
+        begin = opened + len(TAGS[2])
+        return rest[begin : rest.find(TAGS[3], begin)].strip(), True
+    return rest.replace(TAGS[2], " ").replace(TAGS[3], " ").strip(), False
+
+
+def split_segments(text: str, start: int, end: int) -> list[Span]:
+    r"""Segments of the thought text[start:end]: cut after every run of two or more newlines (3.1.1).
+
+    The delimiter belongs to the segment before it. A blank piece is no segment: it goes to the one before it, at the
+    beginning to the one after it. So the segments cover the thought exactly; a blank thought has none.
+
+    >>> split_segments("<think>Hm.\n\nParis!\n</think>", 7, 20)
+    [(7, 12), (12, 20)]
+    """
+    cuts = [match.end() for match in re.finditer(r"\n{2,}", text[:end]) if match.end() > start]
+    segments: list[Span] = []
+    begin = start
+    for cut in cuts + [end]:
+        if text[begin:cut].strip():
+            segments.append((begin, cut))
+        elif segments:
+            segments[-1] = (segments[-1][0], cut)
+        else:
+            continue
+        begin = cut
+    return segments
+
+
+# ---------- exact match
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """The open-domain QA normal form (ORQA): NFD, lower case, no ASCII punctuation, no a/an/the, single spaces.
+
+    >>> normalise("The  Beatles' (1968)")
+    'beatles 1968'
+    """
+    text = unicodedata.normalize("NFD", text).lower().translate(PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def contains_gold(text: str, golds: Iterable[str], words: bool = False) -> bool:
+    """Is a gold inside `text`, both normalised? words: as whole words, so that "era" is not found in "several".
+
+    A gold that normalises to nothing ("A+", "---") would be inside every text; it never matches.
+    """
+    text = normalise(text)
+    wanted = [g for g in map(normalise, golds) if g]
+    if words:
+        return any(re.search(rf"(?<!\w){re.escape(g)}(?!\w)", text) for g in wanted)
+    return any(g in text for g in wanted)
+
+
+def equals_gold(text: str, golds: Iterable[str]) -> bool:
+    """Is `text` a gold, both normalised? A gold that normalises to nothing never matches."""
+    text = normalise(text)
+    return bool(text) and any(text == normalise(g) for g in golds)
+
+
+MATCHERS = {"equal": equals_gold, "contains": contains_gold}
+
+
+def exact_match(thought: str, answer: str, golds: Sequence[str], matcher: str = "equal") -> tuple[bool, bool]:
+    """(EM_t, EM_a) of A.2: a gold is a substring of the thought; the answer is a gold. Any alias counts.
+
+    PAPER: A.2's formula asks that the answer equals the gold, its text that the gold appears in the answer.
+    HERE:  matcher "equal" is the formula and the headline, "contains" the text; evaluation prints both.
+    WHY:   containment takes "not Mark Twain" for Mark Twain; equality fails an answer that is a whole sentence.
+    """
+    return contains_gold(thought, golds), MATCHERS[matcher](answer, golds)
+
+
+# ---------- candidates
+
+SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "prompt_ids", "ids", "text", "finish")
+
+
+def select_candidates(
+    samples: Iterable[dict[str, Any]],
+    tokenizer: Tokenizer,
+    n_draws: int = 3,
+    keep: str = "first",
+    segments: tuple[int, int] = (4, 15),
+    think_tokens: tuple[int, int] = (450, 1000),
+    matcher: str = "equal",
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Candidate rows and the tally of 3.1.1: which questions thinking settles, and what became of every one of them.
+
+    z_on, z_off: the answer of a draw is right with thinking on, off. Chosen: (1, 0) in each of the draws 0..n_draws-1;
+    rejected: (0, 1) in each of them. Then the trace must parse as "ok", end by itself, and have `segments` segments and
+    `think_tokens` thinking tokens, both ends included.
+    keep: "first": draw 0 alone becomes a row, under the question's id. "all": every draw that is not a repeat does,
+    under id#draw. The tally then counts each draw of such a question where it counts the question with "first".
+    Raises InputError at a draw that is missing or there twice, and when a class ends up empty.
+    """
+    # PAPER: does not say which of the N traces becomes y, nor whether (4,15) and (450,1000) hold their ends.
+    # HERE:  draw 0; the ends are in.
+    # WHY:   one trace a question is what the counts of Table 1 read like; nothing depends on the ends.
+    assert keep in ("first", "all"), keep
+    questions = _group(samples, n_draws)
+    rows, reasons = [], Counter()
+    for draws in questions.values():
+        z_on, z_off = ({_is_right(sample, matcher) for sample in draws[mode]} for mode in ("on", "off"))
+        if len(z_on) + len(z_off) > 2:
+            reasons["draws disagree"] += 1
+        elif z_on == z_off:
+            reasons["right in both modes" if z_on == {True} else "wrong in both modes"] += 1
+        else:
+            seen: set[tuple[int, ...]] = set()
+            for sample in draws["on"] if keep == "all" else draws["on"][:1]:
+                row, reason = _candidate(sample, tokenizer, segments, think_tokens)
+                if tuple(sample["ids"]) in seen:
+                    row, reason = None, "repeated draw"
+                seen.add(tuple(sample["ids"]))
+                if row is None:
+                    reasons[reason] += 1
+                else:
+                    name = row["id"] if keep == "first" else f"{row['id']}#{sample['draw']}"
+                    rows.append(row | {"id": name, "chosen": z_on == {True}})
+    chosen = sum(row["chosen"] for row in rows)
+    kept = {"questions": len(questions), "chosen": chosen, "rejected": len(rows) - chosen}
+    tally = kept | dict(sorted(reasons.items()))
+    for name in ("chosen", "rejected"):
+        if not tally[name]:
+            found = ", ".join(f"{k} {v}" for k, v in tally.items())
+            remedy = "draw for more questions, at another temperature, or widen the segment and token limits"
+            raise InputError(f"candidates: no {name} row came out of the samples ({found}); {remedy}")
+    return rows, tally
+
+
+def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Samples by id and mode, in draw order, each list exactly `n_draws` long."""
+    groups: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for s in samples:
+        if missing := [name for name in SAMPLE_FIELDS if name not in s]:
+            raise InputError(f"samples: field {missing[0]!r} is missing in a row of id {s.get('id')!r}; sample again")
+        if s["mode"] not in ("on", "off"):
+            raise InputError(f"samples: {s['id']!r} has mode {s['mode']!r}, must be 'on' or 'off'; sample again")
+        draws = groups.setdefault(s["id"], {"on": {}, "off": {}})[s["mode"]]
+        if s["draw"] in draws:
+            raise InputError(f"samples: draw {s['draw']} of {s['id']!r}, thinking {s['mode']}, comes twice; keep one")
+        draws[s["draw"]] = s
+    for name, modes in groups.items():
+        for mode, draws in modes.items():
+            if missing := [k for k in range(n_draws) if k not in draws]:
+                place = f"draw {missing[0]} of {name!r}, thinking {mode}"
+                raise InputError(f"samples: {place}, is missing; finish sampling or ask for fewer draws than {n_draws}")
+    return {n: {m: [draws[k] for k in range(n_draws)] for m, draws in modes.items()} for n, modes in groups.items()}
+
+
+def _is_right(sample: dict[str, Any], matcher: str) -> bool:
+    """z of one draw: its answer is a gold."""
+    parsed = parse(sample["text"], sample["mode"] == "on", sample["finish"] == "stop")
+    return MATCHERS[matcher](parsed.answer, sample["answers"])
+
+
+def _candidate(
+    sample: dict[str, Any], tokenizer: Tokenizer, segments: tuple[int, int], think_tokens: tuple[int, int]
+) -> tuple[dict[str, Any] | None, str]:
+    """The candidate row of a draw with thinking on, without its class; or None and why there is none."""
+    parsed = parse(sample["text"], True, sample["finish"] == "stop")
+    if parsed.outcome != "ok":
+        return None, f"trace is {parsed.outcome}"
+    if sample["finish"] != "stop":
+        return None, "trace has no end token"
+    text, offsets = token_offsets(tokenizer, sample["ids"])
+    if not text.startswith(sample["text"]):
+        raise InputError(f"samples: the ids of {sample['id']!r} do not spell its text; use the tokenizer it came from")
+    spans = split_segments(sample["text"], *parsed.span)
+    n_think = count_think_tokens(offsets, parsed.span)
+    for count, (low, high), what in ((len(spans), segments, "segments"), (n_think, think_tokens, "thinking tokens")):
+        if not low <= count <= high:
+            return None, f"fewer than {low} {what}" if count < low else f"more than {high} {what}"
+    row = {name: sample[name] for name in ("id", "question", "answers", "prompt", "prompt_ids")}
+    row |= {"completion_ids": sample["ids"], "completion": sample["text"], "spans": spans, "n_think_tokens": n_think}
+    return row, ""
+
+
+# ---------- training rows, packing
+
+TRAIN_FIELDS = ("id", "prompt", "completion", "label", "prompt_ids", "completion_ids", "spans", "labels", "w")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row as tensors and ids."""
+
+    id: str
+    chosen: bool  # member of D+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    w: Tensor  # (T,) fp32, one weight per completion token
+
+
+def load_train(path: str | Path) -> list[dict[str, Any]]:
+    """Training records as the fit stage writes them, each field checked. Raises InputError at the first bad line."""
+    ids: set[str] = set()
+
+    def check(row: dict[str, Any]) -> None:
+        _check_id(row["id"], ids)
+        problem = _train_problem(row)
+        if problem:
+            raise InputError(f"{problem}; run the fit stage again or repair this line")
+
+    rows = read_jsonl(path, TRAIN_FIELDS, check)
+    if not rows:
+        raise InputError(f"{path}: holds no training row; loosen the candidate filters and run the stages again")
+    return rows
+
+
+def _train_problem(row: dict[str, Any]) -> str:
+    """What is wrong with a training record, "" when nothing is."""
+    if not isinstance(row["label"], bool):
+        return f"field 'label' must be true or false, not {row['label']!r}"
+    for name in ("prompt", "completion"):
+        if not isinstance(row[name], str):
+            return f"field {name!r} must be a text"
+    for name in ("prompt_ids", "completion_ids"):
+        if not isinstance(row[name], list) or not row[name] or not all(type(i) is int and i >= 0 for i in row[name]):
+            return f"field {name!r} must be a list of one or more token ids"
+    spans, w, labels = row["spans"], row["w"], row["labels"]
+    if not (isinstance(spans, list) and isinstance(w, list) and isinstance(labels, list)):
+        return "fields 'spans', 'labels' and 'w' must be lists"
+    if not len(spans) == len(w) == len(labels):
+        return f"{len(spans)} spans, {len(labels)} label sets and {len(w)} weights, there must be one of each a step"
+    if not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in w):
+        return "field 'w' must hold positive numbers"
+    if not all(isinstance(s, list) and len(s) == 2 and all(type(c) is int for c in s) and s[0] < s[1] for s in spans):
+        return "field 'spans' must hold pairs [first, last + 1] of character positions"
+    edges = [0, *(c for span in spans for c in span), len(row["completion"])]
+    if edges != sorted(edges):
+        return "field 'spans' must be ascending, apart and inside the completion"
+    return ""
+
+
+def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The placebo: training records whose step weights are permuted within their class, over all its rows.
+
+    Each class keeps its weights and every row its steps; only which step has which weight is chance.
+    """
+    order = random.Random(seed)
+    pools: dict[bool, list[float]] = {}
+    for label in (True, False):
+        pools[label] = [x for row in rows if row["label"] is label for x in row["w"]]
+        order.shuffle(pools[label])
+    return [row | {"w": [pools[row["label"]].pop() for _ in row["w"]]} for row in rows]
+
+
+def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Row]:
+    """Training records with the weight of every step laid on its tokens. Raises InputError when ids and text differ."""
+    rows = []
+    for r in records:
+        text, offsets = token_offsets(tokenizer, r["completion_ids"])
+        if not text.startswith(r["completion"]):
+            raise InputError(f"training row {r['id']!r}: its ids do not spell its text; use the model it came from")
+        w = token_weights(offsets, r["spans"], r["w"])
+        rows.append(Row(r["id"], r["label"], r["prompt_ids"], r["completion_ids"], w))
+    return rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows laid end to end, N tokens in all, M of them completion tokens. No padding."""
+
+    ids: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (B+1,) int64, on the CPU: row b is ids[cu_seqlens[b]:cu_seqlens[b+1]]
+    predict: Tensor  # (M,) int64: the positions in (N,) whose hidden states predict the completion tokens
+    targets: Tensor  # (M,) int64: those completion tokens
+    w: Tensor  # (M,) fp32
+    cu_targets: Tensor  # (B+1,) int64, on the CPU: row b has the targets cu_targets[b]:cu_targets[b+1]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its token tensors on `device`; row boundaries stay on the CPU, where they are read."""
+        ids, predict, targets, w = (x.to(device) for x in (self.ids, self.predict, self.targets, self.w))
+        return Batch(ids, self.cu_seqlens, predict, targets, w, self.cu_targets)
+
+
+def pack(rows: Sequence[tuple[Sequence[int], Sequence[int], Tensor]]) -> Batch:
+    """Rows (prompt_ids, completion_ids, w (T,)) as one Batch, in their order.
+
+    The token at position p is predicted by the hidden state at p - 1, so a prompt needs at least one token.
+    """
+    assert rows, "no rows to pack"
+    ids, predict, targets, lengths = [], [], [], []
+    for prompt_ids, completion_ids, w in rows:
+        assert len(prompt_ids), "a row has an empty prompt"
+        assert len(completion_ids), "a row has an empty completion"
+        assert w.shape == (len(completion_ids),), (w.shape, len(completion_ids))
+        start = len(ids) + len(prompt_ids)
+        predict.append(torch.arange(start - 1, start - 1 + len(completion_ids)))
+        ids += [*prompt_ids, *completion_ids]
+        targets += completion_ids
+        lengths.append((len(prompt_ids) + len(completion_ids), len(completion_ids)))
+    cu = torch.cat([torch.zeros(1, 2, dtype=torch.int64), torch.tensor(lengths).cumsum(0)])  # (B+1, 2)
+    return Batch(
+        ids=torch.tensor(ids),
+        cu_seqlens=cu[:, 0].contiguous(),
+        predict=torch.cat(predict),
+        targets=torch.tensor(targets),
+        w=torch.cat([w.float() for _, _, w in rows]),
+        cu_targets=cu[:, 1].contiguous(),
+    )

@@ -1,0 +1,241 @@
+"""Scores of completions that lie on disk: Acc, Mis, their intervals, and differences between two runs.
+
+Needs no GPU and no model, so it can be redone at any time from the saved samples. Every share comes with its count and
+a 95 % interval, and how many completions were cut short or malformed stands beside it: a token budget that is too small
+looks like a bad model. Left out: judges, retrieval, generation.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+import data
+from files import InputError
+
+SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "text", "finish")
+Z95 = 1.959963984540054  # standard normal quantile at 0.975
+
+
+def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """One sample record judged: {id, mode, draw, outcome, form, answer, em_*, n_think_tokens, truncated, ...}.
+
+    em_t, em_t_word: a gold is in the thought, as a substring (A.2) or as whole words. em_a_equal, em_a_contains: the
+    answer is a gold, or holds one. An unfinished thought or answer is never scored as an answer (`data.parse`).
+    form: "truncated" (the length limit was hit or the thought never ended), "empty", "malformed" or "ok".
+    n_think_tokens: counted on the sampled ids; None without a tokenizer. Raises InputError at a missing field.
+    """
+    if missing := [name for name in SAMPLE_FIELDS if name not in sample]:
+        raise InputError(f"samples: field {missing[0]!r} is missing in a row of id {sample.get('id')!r}; sample again")
+    parsed = data.parse(sample["text"], sample["mode"] == "on", sample["finish"] == "stop")
+    golds = sample["answers"]
+    em_t, em_a_equal = data.exact_match(parsed.thought, parsed.answer, golds, "equal")
+    truncated = sample["finish"] == "length" or parsed.outcome in ("no_close", "cut")
+    n_think_tokens = None
+    if tokenizer is not None:
+        _, offsets = data.token_offsets(tokenizer, sample["ids"])
+        n_think_tokens = data.count_think_tokens(offsets, parsed.span or (0, 0))
+    return {name: sample[name] for name in ("id", "mode", "draw")} | {
+        "outcome": parsed.outcome,
+        "form": "truncated" if truncated else parsed.outcome if parsed.outcome in ("ok", "empty") else "malformed",
+        "truncated": truncated,
+        "answer": parsed.answer,
+        "em_t": em_t,
+        "em_t_word": data.contains_gold(parsed.thought, golds, words=True),
+        "em_a_equal": em_a_equal,
+        "em_a_contains": data.contains_gold(parsed.answer, golds),
+        "gold_in_question": data.contains_gold(sample["question"], golds),
+        "n_think_tokens": n_think_tokens,
+    }
+
+
+def indicator(scored: Sequence[Mapping[str, Any]], metric: str, matcher: str = "equal") -> np.ndarray:
+    """The 0/1 values of "acc" or "mis", (n,) bool, one per scored row (A.2).
+
+    acc: EM_t and EM_a; with thinking off EM_a alone. mis: exactly one of the two, so there is none with thinking off.
+    """
+    assert metric in ("acc", "mis") and matcher in data.MATCHERS, (metric, matcher)
+    em_t = np.array([row["em_t"] for row in scored], dtype=bool)
+    em_a = np.array([row[f"em_a_{matcher}"] for row in scored], dtype=bool)
+    if _mode(scored) == "off":
+        assert metric == "acc", "Mis is not defined with thinking off"
+        return em_a
+    return em_t & em_a if metric == "acc" else em_t ^ em_a
+
+
+def _mode(scored: Sequence[Mapping[str, Any]]) -> str:
+    """The one mode of all rows. Raises InputError when there are none or two."""
+    if not scored:
+        raise InputError("evaluation: the test set is empty; give questions to evaluate on")
+    modes = {row["mode"] for row in scored}
+    if len(modes) > 1:
+        raise InputError("evaluation: rows with thinking on and off are mixed; score the two apart")
+    return modes.pop()
+
+
+def metrics(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict[str, Any]:
+    """All figures of one run on one test set, as JSON values; a share is {k, n, share, low, high} (Wilson interval).
+
+    acc, mis and the 2x2 table of (EM_t, EM_a) under `matcher`; em_thought_contains, em_thought_word, em_answer_exact,
+    em_answer_contains; ok, truncated, empty and malformed, which add up to n; the outcomes of `data.parse`; mean and
+    median thinking tokens (None where they were not counted). With thinking off what is about a thought is None.
+    Raises InputError when `scored` is empty, mixes modes or holds a completion twice.
+    """
+    mode, n = _mode(scored), len(scored)
+    twice = [key for key, count in Counter((row["id"], row["draw"]) for row in scored).items() if count > 1]
+    if twice:
+        raise InputError(f"evaluation: draw {twice[0][1]} of {twice[0][0]!r} is scored twice; keep one")
+    pairs = Counter((bool(row["em_t"]), bool(row[f"em_a_{matcher}"])) for row in scored)
+    forms = Counter(row["form"] for row in scored)
+    tokens = [row["n_think_tokens"] for row in scored]
+    counted = all(t is not None for t in tokens)
+    quadrants = {
+        "thought_and_answer": pairs[True, True],
+        "thought_only": pairs[True, False],
+        "answer_only": pairs[False, True],
+        "neither": pairs[False, False],
+    }
+
+    def share_of(field: str) -> dict[str, float]:
+        return _share(sum(row[field] for row in scored), n)
+
+    on = mode == "on"
+    return {
+        "mode": mode,
+        "matcher": matcher,
+        "n": n,
+        "acc": _share(int(indicator(scored, "acc", matcher).sum()), n),
+        "mis": _share(int(indicator(scored, "mis", matcher).sum()), n) if on else None,
+        "table": quadrants if on else None,
+        "em_thought_contains": share_of("em_t") if on else None,
+        "em_thought_word": share_of("em_t_word") if on else None,
+        "em_answer_exact": share_of("em_a_equal"),
+        "em_answer_contains": share_of("em_a_contains"),
+        "gold_in_question": share_of("gold_in_question"),
+        **{form: _share(forms[form], n) for form in ("ok", "truncated", "empty", "malformed")},
+        "outcomes": dict(sorted(Counter(row["outcome"] for row in scored).items())),
+        "think_tokens_mean": float(np.mean(tokens)) if on and counted else None,
+        "think_tokens_median": float(np.median(tokens)) if on and counted else None,
+    }
+
+
+def _share(k: int, n: int) -> dict[str, float]:
+    low, high = wilson(k, n)
+    return {"k": k, "n": n, "share": k / n, "low": low, "high": high}
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share k/n."""
+    assert 0 <= k <= n and n > 0, (k, n)
+    centre = (k + Z95**2 / 2) / (n + Z95**2)
+    half = Z95 / (n + Z95**2) * math.sqrt(k * (n - k) / n + Z95**2 / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_bootstrap(
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    cluster: Mapping[str, Hashable] | None = None,
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(difference, low, high): mean of a minus mean of b over the same ids, with a 95 % percentile interval.
+
+    Ids are drawn with replacement, each with its pair of values; with `cluster` (id -> key) whole clusters are, so that
+    questions about the same fact do not count as independent. Raises InputError when the ids differ.
+    """
+    ids = _common_ids(a, b)
+    if cluster is not None and (lost := [i for i in ids if i not in cluster]):
+        raise InputError(f"evaluation: {lost[0]!r} belongs to no cluster; give every question one")
+    keys = ids if cluster is None else [cluster[i] for i in ids]
+    place = {key: k for k, key in enumerate(dict.fromkeys(keys))}
+    where = [place[key] for key in keys]
+    sums = np.bincount(where, weights=[a[i] - b[i] for i in ids])  # (clusters,)
+    sizes = np.bincount(where).astype(float)  # (clusters,)
+    rng = np.random.default_rng(seed)
+    means = np.empty(n_boot)
+    block = max(1, 2_000_000 // len(sums))  # draws held in memory at a time
+    for start in range(0, n_boot, block):
+        picks = rng.integers(len(sums), size=(min(block, n_boot - start), len(sums)))
+        means[start : start + len(picks)] = sums[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / sizes.sum()), float(low), float(high)
+
+
+def _common_ids(a: Mapping[str, float], b: Mapping[str, float]) -> list[str]:
+    """The ids of a, in its order. Raises InputError unless b has the very same."""
+    if odd := sorted(set(a) ^ set(b)):
+        raise InputError(f"evaluation: {odd[0]!r} was scored in one run only; evaluate both on the same questions")
+    if not a:
+        raise InputError("evaluation: there is nothing to compare; give questions to evaluate on")
+    return list(a)
+
+
+def mcnemar(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """Exact two-sided p that a and b (0/1 per id) are right equally often: a binomial test of the pairs that differ."""
+    ids = _common_ids(a, b)
+    wins, losses = sum(a[i] > b[i] for i in ids), sum(a[i] < b[i] for i in ids)
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def compare(
+    a: Sequence[Mapping[str, Any]],
+    b: Sequence[Mapping[str, Any]],
+    matcher: str = "equal",
+    cluster: Mapping[str, Hashable] | None = None,
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
+    """Scored run a minus scored run b on the same questions: {"acc": {difference, low, high, p}, "mis": ...}.
+
+    Several draws of a question are averaged first, they are not independent. p: McNemar's, None where it does not apply
+    (several draws, or clusters). No "mis" when either run has thinking off. Raises InputError when the ids differ.
+    """
+    both_think = _mode(a) == _mode(b) == "on"
+    result = {}
+    for metric in ("acc", "mis") if both_think else ("acc",):
+        left, right = _by_id(a, metric, matcher), _by_id(b, metric, matcher)
+        difference, low, high = paired_bootstrap(left, right, cluster, n_boot, seed)
+        single = len(left) == len(a) and len(right) == len(b) and cluster is None
+        p = mcnemar(left, right) if single else None
+        result[metric] = {"difference": difference, "low": low, "high": high, "p": p}
+    return result
+
+
+def _by_id(scored: Sequence[Mapping[str, Any]], metric: str, matcher: str) -> dict[str, float]:
+    """Mean of a metric over the draws of every question."""
+    values: dict[str, list[bool]] = {}
+    for row, value in zip(scored, indicator(scored, metric, matcher).tolist(), strict=True):
+        values.setdefault(row["id"], []).append(value)
+    return {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """`metrics` of several runs as an aligned Markdown table, a row each; percentages, 95 % intervals in brackets.
+
+    EM_a stands there under both matchers, since the paper's text and formula disagree (`data.exact_match`).
+    """
+    assert len({m["matcher"] for m in results.values()}) == 1, "a table holds one matcher"
+    matcher = next(iter(results.values()))["matcher"]
+    head = ["", f"Acc {matcher} (95 %)", "k/n", f"Mis {matcher} (95 %)", "k/n"]
+    head += ["EM_a equal", "EM_a contains", "EM_t", "truncated", "thinking tokens"]
+    rows = [head]
+    for name, m in results.items():
+        mis = [_interval(m["mis"]), f"{m['mis']['k']}/{m['n']}"] if m["mis"] else ["-", "-"]
+        fields = ("em_answer_exact", "em_answer_contains", "em_thought_contains", "truncated")
+        shares = [f"{100 * m[f]['share']:.1f}" if m[f] else "-" for f in fields]
+        tokens = "-" if m["think_tokens_median"] is None else f"{m['think_tokens_median']:.0f}"
+        rows.append([name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens])
+    widths = [max(3, *(len(row[c]) for row in rows)) for c in range(len(head))]
+    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    lines = ([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(share: Mapping[str, float]) -> str:
+    return f"{100 * share['share']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"

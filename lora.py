@@ -1,0 +1,217 @@
+"""Low-rank adapters: W x + (alpha / r) B A x with W frozen. On, off, merged, and on disk in PEFT's format.
+
+With the adapters off the model is the base model bit for bit, so one copy of the weights is both the policy and the
+reference policy. Arithmetic and file format are PEFT's: an adapter saved here gives the same logits there.
+
+Left out on purpose: dropout, rsLoRA, DoRA, trained biases, adapters on embeddings or head, several adapters at once.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from files import InputError, atomic_write, read_json, write_json
+from model import read_tensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT's wrappers, which its tensor names keep
+
+# Fields of adapter_config.json that do not touch the forward pass of a saved adapter. Every other field that PEFT
+# knows, or will know, switches on something this file does not compute when it is not empty.
+INERT = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "lora_dropout",
+    "bias",
+    "init_lora_weights",
+    "inference_mode",
+    "revision",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+}
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with an adapter. `weight` and `bias` are the base layer's own and keep their names."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.r, self.alpha, self.enabled = r, alpha, True
+        A = torch.empty(r, self.in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT
+        self.lora_A = nn.Parameter(A.to(base.weight.device))  # (r, in) fp32
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=base.weight.device))  # fp32
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        # PEFT's order: the sum is taken in fp32 and rounded once, to the base layer's dtype.
+        delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * (self.alpha / self.r)
+        return (y + delta).to(y.dtype)
+
+
+def add(
+    model: nn.Module, r: int, alpha: float, targets: tuple[str, ...] = TARGETS, seed: int = 0
+) -> list[nn.Parameter]:
+    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets`.
+
+    The new model computes what the old one did (B = 0). A depends on `seed` only, not on the device or the rank.
+    Returns the trained parameters A, B of each layer in turn, in the order of `state`. Raises InputError when a target
+    names no linear layer.
+    """
+    assert r > 0 and alpha > 0, (r, alpha)
+    assert not _layers(model), "the model has adapters already"
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if not any(_matches(name, target) for name in linears):
+            raise InputError(f"target_modules: {target!r} names no linear layer of this model; known: {_ends(linears)}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in linears.items():
+        if any(_matches(name, target) for target in targets):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(linear, r, alpha, generator))
+    return list(state(model).values())
+
+
+def state(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters under PEFT's names, layer after layer, A before B."""
+    tensors = {}
+    for name, layer in _layers(model).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    return tensors
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside this block the model is its base, bit for bit: the reference policy."""
+    layers = _layers(model).values()
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold the adapters into the base weights (product and sum in fp32, one rounding) and leave plain linear layers."""
+    for name, layer in _layers(model).items():
+        delta = layer.lora_B.float() @ layer.lora_A.float() * (layer.alpha / layer.r)
+        layer.weight.copy_(layer.weight.float() + delta)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def save(model: nn.Module, path: str | Path, base_name: str) -> None:
+    """Write adapter_config.json and then adapter_model.safetensors (fp32) into folder `path`, each atomically.
+
+    base_name: the base model's Hub name or path, for whoever loads the adapter.
+    """
+    layers = _layers(model)
+    assert layers, "the model has no adapters"
+    (r, alpha), *others = {(layer.r, layer.alpha) for layer in layers.values()}
+    assert not others, others
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": _ends(layers),
+    }
+    tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in state(model).items()}
+    write_json(Path(path) / CONFIG, config)
+    with atomic_write(Path(path) / WEIGHTS, "wb") as f:
+        f.write(safetensors_bytes(tensors, metadata={"format": "pt"}))
+
+
+@torch.no_grad()
+def load(model: nn.Module, path: str | Path) -> list[nn.Parameter]:
+    """Put the adapter of folder `path`, ours or PEFT's, on a model without adapters. Returns its parameters.
+
+    Raises InputError when the config asks for what is left out here, and one that names every missing, extra and
+    misshapen tensor; the model is then of no further use.
+    """
+    path = Path(path)
+    config = read_config(path / CONFIG)
+    add(model, config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    parameters = state(model)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    tensors = read_tensors([path / WEIGHTS], shapes, {}, torch.float32, "cpu")
+    for name, p in parameters.items():
+        p.copy_(tensors[name])
+    return list(parameters.values())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json that this file computes exactly. Raises InputError naming the field and its value."""
+    config = read_json(path)
+    required = ("peft_type", "r", "lora_alpha", "target_modules")
+    missing = [name for name in required if name not in config]
+    if missing:
+        raise InputError(f"{path}: field {missing[0]} is missing; needed: {', '.join(required)}")
+    targets = config["target_modules"]
+    rules = {  # field -> (is the value supported, what is)
+        "peft_type": (config["peft_type"] == "LORA", "'LORA'"),
+        "r": (type(config["r"]) is int and config["r"] > 0, "a positive integer"),
+        "lora_alpha": (type(config["lora_alpha"]) in (int, float) and config["lora_alpha"] > 0, "a positive number"),
+        "target_modules": (
+            isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets),
+            "a list of module names",
+        ),
+        "bias": (config.get("bias", "none") == "none", "'none'"),
+        # The others (PiSSA, OLoRA, ...) change the base weights when the adapter is made.
+        "init_lora_weights": (config.get("init_lora_weights", True) in (True, False, "gaussian"), "true"),
+    }
+    for name, (good, supported) in rules.items():
+        if not good:
+            raise InputError(f"{path}: {name} is {config[name]!r}; supported: {supported}")
+    for name in config.keys() - INERT:
+        if config[name]:
+            raise InputError(f"{path}: {name} is {config[name]!r}; not supported, train the adapter without it")
+    return config
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _matches(name: str, target: str) -> bool:
+    """PEFT's rule: the whole path or its end."""
+    return name == target or name.endswith("." + target)
+
+
+def _ends(names: Any) -> list[str]:
+    """The distinct last parts of module paths, sorted."""
+    return sorted({name.rpartition(".")[2] for name in names})

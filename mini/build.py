@@ -1,0 +1,237 @@
+"""Train the miniature from nothing: tokenizer, model, and the accuracy it starts with.
+
+    python -m mini.build --world 0 --out mini/model
+
+A Qwen3 of about a million parameters learns from the documents of one world (world.py): short statements, questions
+answered at once, questions answered after a thinking trace. Loss falls on what the model has to write, never on a
+prompt: a model trained on its prompts learns to open every thought with the empty think block of a ThinkOff prompt.
+Training stops while the model still errs: more steps remove the very mistakes that alignment is there to remove.
+
+The folder is in Hugging Face's format. Same seed, same machine, same thread count: the same file.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+import data
+import model as qwen3
+import sample
+from files import atomic_write, read_jsonl, write_json
+from mini.world import World
+
+HERE = Path(__file__).parent
+VOCABULARY = 2560
+SHAPE = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    max_position_embeddings=512,
+)
+STEPS = 1500
+BATCH_TOKENS = 4096
+LEARNING_RATE = 3e-3
+WARM_UP = 60  # steps
+MIX = {"statements": 0.08, "off": 0.27, "on": 0.65}  # share of the documents of a step
+STATEMENTS = 6  # sentences in one statement document
+
+END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# One user turn, the start of the answer, and an empty thought where thinking is off (what Qwen3's template does).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# Qwen's split into words before merging: punctuation takes the line breaks after it along, so ".\n\n" can be a token.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def prompt(question: str, thinking: bool) -> str:
+    """The prompt text of a question, as the chat template of the finished tokenizer renders it."""
+    tail = "" if thinking else "<think>\n\n</think>\n\n"
+    return f"{TURN}user\n{question}{END_OF_TURN}\n{TURN}assistant\n{tail}"
+
+
+def documents(world: World, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, completion) pairs of a world; a statement document has an empty prompt."""
+    weights = [world.hidden[fact.id].exposure for fact in world.facts]
+    kinds, shares = list(MIX), list(MIX.values())
+    while True:
+        facts = rng.choices(world.facts, weights, k=STATEMENTS)
+        fact, kind = facts[0], rng.choices(kinds, shares)[0]
+        if kind == "statements":
+            yield "", " ".join(world.statement(rng, f) for f in facts) + END_OF_TEXT
+        elif kind == "off":
+            yield prompt(world.question(rng, fact), False), world.think_off(rng, fact) + END_OF_TURN
+        else:
+            yield prompt(world.question(rng, fact), True), world.think_on(rng, fact).completion + END_OF_TURN
+
+
+def make_tokenizer(world: World) -> Tokenizer:
+    """A byte-level BPE of VOCABULARY entries with Qwen's word split, its merges learnt from the world's documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
+    )
+    stream = documents(world, random.Random("tokenizer"))
+    texts = ["".join(next(stream)).replace("<answer>", " ").replace("</answer>", " ") for _ in range(20000)]
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    for tag in tags:
+        texts = [text.replace(tag, "") for text in texts]
+    trainer.vocab_size = VOCABULARY - len(tags)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json."""
+    with atomic_write(out / "tokenizer.json") as f:
+        f.write(tokenizer.to_str(pretty=False))
+    write_json(out / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TURN,
+        "pad_token": END_OF_TEXT,
+        "bos_token": None,
+        "unk_token": None,
+        "model_max_length": SHAPE["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    })
+    write_json(out / "generation_config.json", {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "eos_token_id": [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)],
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+    })
+
+
+def batches(world: World, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless packed batches of about BATCH_TOKENS tokens.
+
+    Yields ids (N,), cu_seqlens (B+1,), and learn (N,) bool: True where the NEXT token belongs to a completion.
+    """
+    stream = documents(world, random.Random(f"documents/{seed}"))
+    while True:
+        ids, bounds, learn = [], [0], []
+        while len(ids) < BATCH_TOKENS:
+            texts = next(stream)
+            head, tail = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
+            ids += head + tail
+            learn += [False] * max(len(head) - 1, 0) + [True] * (len(tail) - (not head)) + [False]
+            bounds.append(len(ids))
+        yield torch.tensor(ids), torch.tensor(bounds), torch.tensor(learn)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 5 %."""
+    if step < WARM_UP:
+        return LEARNING_RATE * (step + 1) / WARM_UP
+    done = (step - WARM_UP) / (steps - WARM_UP)
+    return LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
+    """AdamW on next-token loss over completion tokens. A line of progress every 50 steps goes to stderr."""
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    start, seen, total = time.monotonic(), 0, 0.0
+    for step in range(steps):
+        ids, cu_seqlens, learn = next(stream)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        at = learn.nonzero()[:, 0]
+        loss = F.cross_entropy(net.logits(net(ids, cu_seqlens)[at]), ids[at + 1])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen, total = seen + len(ids), total + loss.item()
+        if (step + 1) % 50 == 0:
+            speed = seen / (time.monotonic() - start)
+            left = (steps - step - 1) * (time.monotonic() - start) / (step + 1)
+            print(f"step {step + 1}/{steps}  loss {total / 50:.3f}  {speed:.0f} tokens/s  {left:.0f} s left",
+                  file=sys.stderr, flush=True)
+            total = 0.0
+
+
+def accuracy(net: qwen3.Qwen3, tokenizer: Tokenizer, questions: list[dict], seed: int = 0) -> dict[str, float]:
+    """Acc and Mis with thinking, Acc without, in percent (T 0.6, top_p 0.95, top_k 20)."""
+    stop = {tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)}
+    result = {}
+    for mode in ("on", "off"):
+        prompts = [data.encode(tokenizer, prompt(q["question"], mode == "on")) for q in questions]
+        seeds = [sample.seed_of(seed, q["id"], mode, 0) for q in questions]
+        done = sample.generate(net, prompts, seeds, max_new=320, stop_ids=stop)
+        hits = []
+        for q, c in zip(questions, done, strict=True):
+            text = tokenizer.decode([i for i in c.ids if i not in stop], skip_special_tokens=False)
+            parsed = data.parse(text, thinking=mode == "on", finished=c.finish == "stop")
+            hits.append(data.exact_match(parsed.thought, parsed.answer, q["answers"]))
+        share = 100 / len(hits)
+        if mode == "on":
+            result["ThinkOn Acc"] = share * sum(t and a for t, a in hits)
+            result["ThinkOn Mis"] = share * sum(t != a for t, a in hits)
+        else:
+            result["ThinkOff Acc"] = share * sum(a for _, a in hits)
+    return result
+
+
+def build(world: World, out: Path, steps: int) -> dict[str, float]:
+    """Make, save and measure one miniature; returns its accuracy on the development questions."""
+    torch.manual_seed(world.seed)
+    tokenizer = make_tokenizer(world)
+    write_tokenizer(tokenizer, out)
+    config = qwen3.Config(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **SHAPE)
+    net = qwen3.Qwen3(config)
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
+    train(net, batches(world, tokenizer, world.seed), steps)
+    qwen3.save(net, out, torch.float16)
+    net = qwen3.load(out)  # what is measured is what was written, rounded to 16 bits
+    return accuracy(net, tokenizer, read_jsonl(HERE / "questions" / "dev.jsonl"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, default=0, help="seed of the world and of the training [0]")
+    parser.add_argument("--null", action="store_true", help="the control world in which moves do not matter")
+    parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write [mini/model]")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH_TOKENS} tokens [{STEPS}]")
+    args = parser.parse_args()
+    start = time.monotonic()
+    result = build(World(args.world, args.null), args.out, args.steps)
+    print(json.dumps({"seconds": round(time.monotonic() - start)} | {k: round(v, 1) for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,454 @@
+"""Qwen3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
+
+Letters: B rows, T tokens of one row, N tokens of all rows of a packed batch, E hidden size, V vocabulary, L layers,
+H query heads, G key/value heads, D head size.
+
+Parameters carry Hugging Face's names, so a checkpoint loads without a rename table. Rows are packed one after the
+other without padding; each row sees only itself. The head is not part of `forward`: training and sampling apply it to
+the few positions they need, and the (N, V) logits never exist.
+
+Left out on purpose: attention bias, sliding windows, rope scaling, mixture of experts, dropout, quantised weights.
+A config that asks for one of them is refused, never approximated.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from files import InputError, atomic_write, read_json, write_json
+
+# Fields of config.json that change the computation. Absent means the value here (transformers' own default for
+# Qwen3); any other value is an architecture this file does not compute.
+ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "quantization_config": None,
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+# Attention over the cache reads whole blocks of this many positions, the unused ones masked. The CPU kernel then sums
+# in the same order however long the longest row of the batch is: a row's result does not depend on its neighbours.
+BLOCK = 64
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a Qwen3 model, under the field names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    eos_token_id: int
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Config":
+        """Read a Hugging Face config.json. Raises InputError naming the field, its value and what is supported."""
+        raw = read_json(path)
+        if not isinstance(raw, dict) or raw.get("model_type") != "qwen3":
+            found = raw.get("model_type") if isinstance(raw, dict) else raw
+            raise InputError(f"{path}: model_type is {found!r}; supported: 'qwen3'")
+        if raw.get("architectures") not in (None, ["Qwen3ForCausalLM"]):
+            raise InputError(f"{path}: architectures is {raw['architectures']!r}; supported: ['Qwen3ForCausalLM']")
+        for name, value in ONLY.items():
+            if raw.get(name, value) != value:
+                raise InputError(f"{path}: {name} is {raw[name]!r}; supported: {value!r}")
+        if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+            raise InputError(
+                f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' in each layer"
+            )
+        fields = {**raw, "rope_theta": _rope_theta(path, raw)}
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise InputError(f"{path}: field {', '.join(missing)} is missing; every shape must be written out")
+        config = cls(**{name: fields[name] for name in names})
+        config.check(path)
+        return config
+
+    def check(self, where: str | Path) -> None:
+        """Raise InputError, its message starting with `where`, unless the values make a computable model."""
+        for name in SIZES:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive integer")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if type(getattr(self, name)) not in (int, float) or not getattr(self, name) > 0:
+                raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive number")
+        if type(self.tie_word_embeddings) is not bool:
+            raise InputError(f"{where}: tie_word_embeddings is {self.tie_word_embeddings!r}; supported: true, false")
+        if type(self.eos_token_id) is not int or not 0 <= self.eos_token_id < self.vocab_size:
+            raise InputError(f"{where}: eos_token_id is {self.eos_token_id!r}; supported: one id below vocab_size")
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"{self.num_attention_heads} over {self.num_key_value_heads}"
+            raise InputError(f"{where}: num_attention_heads over num_key_value_heads is {heads}; supported: a multiple")
+        if self.head_dim % 2:
+            raise InputError(f"{where}: head_dim is {self.head_dim}; supported: an even number (RoPE turns pairs)")
+
+    def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The config.json from which transformers builds the same model."""
+        fields = dataclasses.asdict(self)
+        theta = fields.pop("rope_theta")
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **fields,
+            "rope_theta": theta,  # transformers 4
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # transformers 5
+            "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4
+            "dtype": str(dtype).removeprefix("torch."),  # transformers 5
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "rope_scaling": None,
+            "use_sliding_window": False,
+        }
+
+
+def _rope_theta(path: str | Path, raw: dict[str, Any]) -> Any:
+    """The one RoPE base: transformers 4 writes it at the top level, transformers 5 inside rope_parameters."""
+    rope = raw.get("rope_parameters")
+    if rope is None:
+        rope = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    if "rope_theta" not in rope:
+        raise InputError(f"{path}: field rope_theta is missing; every shape must be written out")
+    if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
+        raise InputError(f"{path}: rope_parameters is {rope!r}; supported: rope_type 'default' with a rope_theta")
+    if raw.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+        raise InputError(
+            f"{path}: rope_theta is {raw['rope_theta']!r} but rope_parameters is {rope!r}; make them equal"
+        )
+    return rope["rope_theta"]
+
+
+class KVCache:
+    """Keys and values of every token so far: one slot a row, static in size.
+
+    k, v: (L, slots, G, max_len rounded up to whole blocks, D).
+    lens: (slots,) int64, tokens held; on the CPU, so that no shape needs to ask the device.
+    """
+
+    def __init__(self, config: Config, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
+        assert slots > 0 and max_len > 0, (slots, max_len)
+        length = -(-max_len // BLOCK) * BLOCK
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
+        # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lens = torch.zeros(slots, dtype=torch.int64)
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """Overwrite the target slots with what the source slots hold (each list: distinct slots, equal lengths)."""
+        width = max(self.lens[source].tolist(), default=0)
+        self.k[:, target, :, :width] = self.k[:, source, :, :width]
+        self.v[:, target, :, :width] = self.v[:, source, :, :width]
+        self.lens[target] = self.lens[source]
+
+    def clear(self, slots: list[int]) -> None:
+        """Make the slots empty again; what they held is masked from now on and then overwritten."""
+        self.lens[slots] = 0
+
+
+@dataclasses.dataclass
+class Rows:
+    """What every layer needs to know about the packed rows of one forward pass."""
+
+    bounds: list[tuple[int, int]]  # (start, stop) of each row among the N tokens
+    positions: Tensor  # (N,) position of each token in its row, on the model's device
+    cos: Tensor  # (N, 1, D)
+    sin: Tensor  # (N, 1, D)
+    cache: KVCache | None
+    slots: Tensor | None  # (N,) cache slot of each token
+    mask: Tensor | None  # (B, 1, 1, width) True where a cached key is visible; only when decoding
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turn each pair (x_i, x_{i+D/2}) by its angle. x: (N, heads, D); cos, sin: (N, 1, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
+    grouped = q.shape[1] != k.shape[1]
+    out = []
+    for start, stop in bounds:
+        row = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
+        out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=grouped)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One new token a row against its slot. q: (B, H, D); k, v: (B, G, width, D); mask: (B, 1, 1, width)."""
+    # The query heads that share a key head stand where SDPA expects positions, so no key is ever repeated.
+    grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # (B, G, H/G, D)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMS-normalised queries and keys."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N, G, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, G, D)
+        q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
+        if rows.cache is not None:
+            cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
+            cache_k[rows.slots, :, rows.positions] = k
+            cache_v[rows.slots, :, rows.positions] = v
+        if rows.mask is None:
+            out = attend_rows(q, k, v, rows.bounds)
+        else:
+            B, width = len(rows.bounds), rows.mask.shape[-1]
+            out = attend_cache(q, cache_k[:B, :, :width], cache_v[:B, :, :width], rows.mask)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rows)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: everything that Hugging Face names `model.*`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Qwen3(nn.Module):
+    """The model. A new one has Hugging Face's initial weights: normal with deviation 0.02, norms at one."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each layer in the backward pass instead of keeping it
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, E) weight that turns hidden states into logits."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., E) hidden states to (..., V) logits, in the model's dtype."""
+        return F.linear(hidden, self.head)
+
+    def forward(
+        self, ids: Tensor, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, (N, E), of packed rows.
+
+        ids: (N,) int64 on the model's device. cu_seqlens: (B+1,) int64 on the CPU; row b is
+        ids[cu_seqlens[b]:cu_seqlens[b+1]] and holds at least one token.
+
+        With a cache there are two kinds of call. Prefill: `slots`, (B,) int64 on the CPU, names an empty slot for each
+        row; other slots are untouched. Decode: `slots` is None and each row is one token, appended to slot b.
+        """
+        rows = self._rows(cu_seqlens, cache, slots)
+        assert ids.shape == rows.positions.shape, (ids.shape, cu_seqlens)
+        x = self.model.embed_tokens(ids)
+        remat = self.gradient_checkpointing and torch.is_grad_enabled()
+        assert not (remat and cache is not None), "a cache cannot be filled under gradient checkpointing"
+        for layer in self.model.layers:
+            if remat:
+                x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rows)
+        if cache is not None:
+            row_slots = torch.arange(len(rows.bounds)) if slots is None else slots
+            cache.lens[row_slots] += cu_seqlens.diff()
+        return self.model.norm(x)
+
+    def _rows(self, cu_seqlens: Tensor, cache: KVCache | None, slots: Tensor | None) -> Rows:
+        """Positions, rotations and, with a cache, where each token goes and what it may see."""
+        weight = self.model.embed_tokens.weight
+        lengths = cu_seqlens.diff()
+        assert (lengths > 0).all(), f"a packed row is empty: {cu_seqlens}"
+        positions = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
+        token_slots = mask = None
+        if cache is not None and slots is not None:  # prefill
+            assert (cache.lens[slots] == 0).all(), f"prefill needs empty slots, lengths are {cache.lens[slots]}"
+            token_slots = torch.repeat_interleave(slots, lengths).to(weight.device)
+        elif cache is not None:  # decode
+            assert (lengths == 1).all(), f"decoding takes one token a row, got {lengths}; prefill names its slots"
+            positions = cache.lens[: len(lengths)].clone()
+            token_slots = torch.arange(len(lengths), device=weight.device)
+        longest = int(positions.max()) + 1
+        assert longest <= self.config.max_position_embeddings, (longest, self.config.max_position_embeddings)
+        assert cache is None or longest <= cache.k.shape[3], (longest, cache.k.shape)
+        positions = positions.to(weight.device)
+        if cache is not None and slots is None:
+            width = -(-longest // BLOCK) * BLOCK
+            mask = (torch.arange(width, device=weight.device) <= positions[:, None])[:, None, None, :]
+        cos, sin = self._angles(positions, weight.dtype)
+        edges = cu_seqlens.tolist()
+        bounds = list(zip(edges[:-1], edges[1:], strict=True))
+        return Rows(bounds, positions, cos, sin, cache, token_slots, mask)
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of position * theta^(-2i/D), each (N, 1, D); computed in fp32 whatever the dtype."""
+        D = self.config.head_dim
+        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
+        angles = positions[:, None].float() * (1.0 / self.config.rope_theta**exponents)  # (N, D/2)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen3:
+    """Read a Hugging Face folder: config.json and model.safetensors, or the shards of model.safetensors.index.json.
+
+    Raises InputError when a file is missing or torn, and one that names every missing, extra and misshapen tensor.
+    """
+    path = Path(path)
+    config = Config.from_json(path / "config.json")
+    with torch.device("meta"):
+        model = Qwen3(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Some tied checkpoints hold the head a second time; it must then be the embedding.
+    again = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    tensors = read_tensors(_weight_files(path), shapes, again, dtype, device)
+    for name in again:
+        head = tensors.pop(name, None)
+        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+            raise InputError(f"{path}: {name} differs from the embedding; set tie_word_embeddings to false")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """model.safetensors if it is there, otherwise the shards that the index names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InputError(
+            f"{path}: neither {single.name} nor {index.name} is there; give a folder of safetensors weights"
+        )
+    listing = read_json(index)
+    if not isinstance(listing, dict) or not isinstance(listing.get("weight_map"), dict) or not listing["weight_map"]:
+        raise InputError(f"{index}: weight_map is missing or empty; fetch the file again")
+    shards = sorted({str(shard) for shard in listing["weight_map"].values()})
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {shard!r} is not a plain *.safetensors name; fetch the file again")
+        if not (path / shard).is_file():
+            raise InputError(f"{path / shard}: no such file, but {index.name} names it; fetch the shard")
+    return [path / shard for shard in shards]
+
+
+def read_tensors(
+    files: list[Path],
+    shapes: dict[str, tuple[int, ...]],
+    optional: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """The tensors of safetensors files, cast to `dtype`: exactly those of `shapes`, and of `optional` what is there.
+
+    Raises InputError when a file cannot be read, and one InputError that names every tensor that does not fit.
+    """
+    expected = shapes | optional
+    tensors, problems = {}, {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as f:
+                for name in f.keys():  # safe_open is no mapping
+                    entry = f.get_slice(name)
+                    shape, stored = tuple(entry.get_shape()), entry.get_dtype()
+                    if name not in expected:
+                        problems[name] = "extra"
+                    elif name in tensors:
+                        problems[name] = "in two files"
+                    elif shape != expected[name]:
+                        problems[name] = f"of shape {shape}, not {expected[name]}"
+                    elif stored not in DTYPES:
+                        problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
+                    else:
+                        tensors[name] = f.get_tensor(name).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error}); fetch or write it again") from None
+    problems |= {name: "missing" for name in shapes if name not in tensors and name not in problems}
+    if problems:
+        listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
+        raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
+    return tensors
+
+
+def save(model: Qwen3, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors, each atomically, for transformers to read; `dtype` casts the weights."""
+    with torch.device("meta"):
+        expected = set(Qwen3(model.config).state_dict())
+    state = model.state_dict()
+    assert set(state) == expected, f"merge the adapters first: {sorted(set(state) ^ expected)[:3]}"
+    dtype = dtype or model.head.dtype
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    write_json(Path(path) / "config.json", model.config.to_json(dtype))
+    with atomic_write(Path(path) / "model.safetensors", "wb") as f:
+        f.write(safetensors_bytes(tensors, metadata={"format": "pt"}))

@@ -1,0 +1,603 @@
+"""MR-ALIGN (arXiv 2510.24794) from questions to a trained and evaluated adapter.
+
+  python mralign.py --config configs/mini.json                        the whole pipeline, one process
+  torchrun --standalone --nproc_per_node=4 mralign.py --config ...    the same on four GPUs (or CPU processes)
+  python mralign.py --config configs/mini.json eval report            these stages only, from the files already there
+
+Stages, each reading and writing files under --out:
+  sample      questions -> samples.jsonl: `draws` completions with thinking on and as many with it off (3.1.1)
+  candidates  -> candidates.jsonl: thoughts that made the answer right (chosen) or wrong (rejected) (3.1.1)
+  annotate    -> annotations.jsonl: one or two of 15 meta-reasoning labels for every step (3.1.2)
+  fit         -> transitions.json, train.jsonl: P, P_pos, P_neg by EM and the weight w of every step (3.2.2, Eq. 10)
+  train       -> <method>/adapter_model.safetensors: LoRA under DDP, Eq. 9-12; metrics.jsonl
+  eval        -> eval/<set>/<setting>.jsonl, results.json: Acc, Mis and their intervals (A.2)
+  report      -> figures and report.html
+
+A stage whose settings, inputs and code have not changed since it last finished is not run again. A stage that is named
+on the command line always runs. Left out here: downloading models, LLM annotators, LLM judges.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import annotate
+import data
+import em
+import eval as evaluation
+import lora
+import model as qwen
+import report
+import sample
+import train
+from files import InputError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from kernels.segment_logprob import default_impl, segment_logprob
+from ranks import Progress, Ranks, process_group
+from settings import cli, opt
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config(train.TrainSettings):
+    """Every setting of a run. Defaults are the paper's; configs/mini.json holds the miniature's."""
+
+    model: str = opt("", "directory of a Hugging Face checkpoint with its tokenizer", "what and where")
+    questions: str = opt("", "training questions, JSONL {id, dataset, question, answers}")
+    eval_sets: str = opt("", "evaluation questions, comma-separated name=path")
+    out: str = opt("runs/default", "directory for everything the run writes")
+    method: str = opt("mralign", "sft, kto, mralign, shuffled (weights permuted: a placebo), or several with commas")
+    resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
+    prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
+    dtype: str = opt("bfloat16", "dtype of the frozen base weights: bfloat16 or float32; adapters are float32")
+
+    draws: int = opt(3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)")
+    draw_temperature: float = opt(0.2, "sampling temperature of the draws")
+    draw_top_p: float = opt(0.9, "nucleus of the draws")
+    draw_max_new: int = opt(2048, "longest completion of a draw, tokens")
+    sample_batch: int = opt(128, "rows decoded together on one rank")
+    keep: str = opt("first", "which right or wrong draws become rows: first or all")
+    min_segments: int = opt(4, "fewest thinking segments, inclusive")
+    max_segments: int = opt(15, "most thinking segments, inclusive")
+    min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive")
+    max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
+    matcher: str = opt("equal", "answer counts as right if it equals a gold, or contains one: equal or contains (A.2)")
+
+    cues: str = opt("mini/cues.json", "cue phrases of the offline annotator", "labels (3.1.2) and transitions (3.2.2)")
+    annotator_noise: float = opt(0.0, "share of labels the annotator replaces at random")
+    transitions: str = opt("em", "estimate of P: em or frequency (Table 3)")
+    labels: str = opt("two", "labels a step keeps: two or one, the most confident (Table 3)")
+    em_iterations: int = opt(5, "EM iterations; P is defined by running this many (Algorithm 2)")
+    em_damping: float = opt(0.6, "share of the new estimate in each iteration (Algorithm 2)")
+    em_prior: float = opt(0.1, "pseudo-count of every allowed transition (Algorithm 2)")
+
+    temperature: float = opt(0.6, "sampling temperature", "evaluation (Table 15)")
+    top_p: float = opt(0.95, "nucleus")
+    top_k: int = opt(20, "most probable tokens kept; 0: all")
+    min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped")
+    max_new: int = opt(8192, "longest completion, tokens")
+
+
+class Run:
+    """One run: its settings, this process among the ranks, and where its files are."""
+
+    def __init__(self, cfg: Config, ranks: Ranks) -> None:
+        self.cfg, self.ranks, self.out = cfg, ranks, Path(cfg.out)
+        self.methods = [m.strip() for m in cfg.method.split(",")]
+        self.eval_sets = dict(part.split("=", 1) for part in cfg.eval_sets.split(",") if part)
+        self.impl = cfg.kernel or default_impl(ranks.device)
+        self.tokenizer = data.load_tokenizer(Path(cfg.model))
+        self.template = data.ChatTemplate(Path(cfg.model))
+        self.user_turn = read_text(ROOT / cfg.prompt if not Path(cfg.prompt).exists() else Path(cfg.prompt))
+        self.stop_ids = stop_ids(Path(cfg.model))
+
+    def base_model(self) -> qwen.Qwen3:
+        """The base model, freshly loaded on this rank's device, frozen."""
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
+        return qwen.load(Path(self.cfg.model), dtype, self.ranks.device).requires_grad_(False)
+
+    def prompt(self, question: str, mode: str) -> str:
+        """The rendered prompt of a question, thinking "on" or "off"."""
+        return self.template.prompt(data.fill(self.user_turn, question=question), thinking=mode == "on")
+
+
+def stop_ids(folder: Path) -> set[int]:
+    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json."""
+    path = folder / "generation_config.json"
+    ids = read_json(path if path.exists() else folder / "config.json")["eos_token_id"]
+    return set(ids) if isinstance(ids, list) else {ids}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises InputError when it is missing."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; --prompt names a text with {{question}} in it") from None
+
+
+def draw(
+    run: Run, model: qwen.Qwen3, jobs: list[tuple[dict[str, Any], str, int]], path: Path, what: str, **sampling: Any
+) -> float:
+    """Sample every (question, mode, draw) of `jobs` and write one JSONL row each to `path`. Returns tokens a second.
+
+    The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
+    """
+    ranks, cfg = run.ranks, run.cfg
+    mine = jobs[ranks.rank :: ranks.world]
+    prompts = [run.prompt(q["question"], mode) for q, mode, _ in mine]
+    prompt_ids = [data.encode(run.tokenizer, text) for text in prompts]
+    seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
+    progress = Progress(ranks, None, what, "tokens")
+    completions = sample.generate(
+        model, prompt_ids, seeds, stop_ids=run.stop_ids, batch_size=cfg.sample_batch, progress=progress, **sampling
+    )
+    speed = progress.close()
+    rows = []
+    for (q, mode, k), prompt, ids, c in zip(mine, prompts, prompt_ids, completions, strict=True):
+        text, _ = data.token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+        row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
+        rows.append(row | {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish})
+    part = path.with_suffix(f".rank{ranks.rank}.jsonl")
+    write_jsonl(part, rows)
+    ranks.wait()
+    if ranks.rank == 0:
+        parts = [path.with_suffix(f".rank{r}.jsonl") for r in range(ranks.world)]
+        shares = [read_jsonl(p) for p in parts]
+        write_jsonl(path, (shares[i % ranks.world][i // ranks.world] for i in range(len(jobs))))
+        for p in parts:
+            p.unlink()
+    ranks.wait()
+    return speed
+
+
+def stage_sample(run: Run) -> dict[str, Any]:
+    """Draws with thinking on and off for every training question."""
+    cfg = run.cfg
+    questions, tally = data.load_questions(cfg.questions, drop_repeated=True)
+    run.ranks.log(f"{cfg.questions}: {tally}")
+    run.ranks.log(f"prompt, thinking on:  {run.prompt(questions[0]['question'], 'on')!r}")
+    run.ranks.log(f"prompt, thinking off: {run.prompt(questions[0]['question'], 'off')!r}")
+    jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
+    speed = draw(
+        run,
+        run.base_model(),
+        jobs,
+        run.out / "samples.jsonl",
+        "draws",
+        max_new=cfg.draw_max_new,
+        temperature=cfg.draw_temperature,
+        top_p=cfg.draw_top_p,
+        top_k=0,
+        min_p=0.0,
+    )
+    return {"tokens_per_second_per_rank": round(speed)}
+
+
+def stage_candidates(run: Run) -> dict[str, Any]:
+    """Chosen and rejected thoughts from the draws."""
+    cfg = run.cfg
+    samples = read_jsonl(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
+    rows, tally = data.select_candidates(
+        samples,
+        run.tokenizer,
+        n_draws=cfg.draws,
+        keep=cfg.keep,
+        segments=(cfg.min_segments, cfg.max_segments),
+        tokens=(cfg.min_think_tokens, cfg.max_think_tokens),
+        matcher=cfg.matcher,
+    )
+    write_jsonl(run.out / "candidates.jsonl", rows)
+    return tally
+
+
+def stage_annotate(run: Run) -> dict[str, Any]:
+    """Labels for every step of every candidate."""
+    rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "completion", "spans"))
+    cues = annotate.read_cues(run.cfg.cues)
+    annotator = annotate.CueAnnotator(cues, noise=run.cfg.annotator_noise, seed=run.cfg.seed)
+    annotations, tally = annotate.annotate(rows, annotator)
+    write_jsonl(run.out / "annotations.jsonl", annotations)
+    return tally
+
+
+def stage_fit(run: Run) -> dict[str, Any]:
+    """Transition matrices and step weights."""
+    cfg = run.cfg
+    candidates = read_jsonl(run.out / "candidates.jsonl", ("id", "chosen", "completion", "spans"))
+    path = run.out / "annotations.jsonl"
+    records = {r["id"]: r for r in read_jsonl(path, ("id", "steps"))}
+    steps, labels = {}, {}
+    for c in candidates:
+        if c["id"] not in records:
+            raise InputError(f"{path}: no annotation for candidate {c['id']!r}; run the annotate stage again")
+        annotate.validate(records[c["id"]], len(c["spans"]), f"{path}: {c['id']}")
+        steps[c["id"]] = annotate.steps_of(records[c["id"]], len(c["spans"]))
+        labels[c["id"]] = [s.labels for s in steps[c["id"]]]
+        if cfg.labels == "one":
+            labels[c["id"]] = em.one_label(labels[c["id"]], [s.confidence for s in steps[c["id"]]])
+
+    def fit(rows: list[dict[str, Any]]) -> em.Transitions:
+        obs = [o for c in rows for o in em.observations(labels[c["id"]])]
+        if cfg.transitions == "frequency":
+            return em.frequency(obs, prior=cfg.em_prior)
+        return em.fit(obs, max_iter=cfg.em_iterations, damping=cfg.em_damping, prior=cfg.em_prior)
+
+    positive, negative = ([c for c in candidates if c["chosen"] is side] for side in (True, False))
+    everything, pos, neg = fit(candidates), fit(positive), fit(negative)
+    rows = []
+    for c in candidates:
+        own = pos if c["chosen"] else neg
+        w = em.segment_weights(labels[c["id"]], own.P, everything.P)  # Eq. 10
+        spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
+        row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
+        row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
+        rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
+    write_jsonl(run.out / "train.jsonl", rows)
+    named = {"": everything, "_pos": pos, "_neg": neg}
+    result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
+    result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}
+    write_json(run.out / "transitions.json", result)
+    flat = [w for r in rows for w in r["w"]]
+    return {"steps": len(flat), "mean_w": round(sum(flat) / len(flat), 4), "min_w": min(flat), "max_w": max(flat)}
+
+
+def stage_train(run: Run, method: str) -> dict[str, Any]:
+    """One adapter."""
+    cfg, path = run.cfg, run.out / "train.jsonl"
+    rows = data.load_train(path)
+    if method == "sft":
+        rows = [r for r in rows if r["label"]]
+    if method == "shuffled":
+        rows = data.shuffle_weights(rows, cfg.seed)
+    if method in ("sft", "kto"):
+        rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
+    settings = train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
+    base = run.base_model()
+    origin = {"rows": sha256_file(path), "model": digest([sha256_file(p) for p in model_files(Path(cfg.model))])}
+    out = run.out / method
+    if not cfg.resume and run.ranks.rank == 0:
+        train.forget(out)
+    run.ranks.wait()
+    return train.train(
+        base,
+        data.to_rows(rows, run.tokenizer),
+        method,
+        settings,
+        run.ranks,
+        out,
+        run.impl,
+        cfg.model,
+        origin,
+        cfg.resume,
+    )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make a checkpoint what it is."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+
+
+def stage_eval(run: Run) -> dict[str, Any]:
+    """Samples and scores of every setting on every evaluation set; results.json and the table."""
+    cfg = run.cfg
+    settings = ["thinkoff", "base", *run.methods]
+    files = {}
+    for setting in settings:
+        model = run.base_model()
+        if setting in run.methods:
+            lora.load(model, run.out / setting)
+            lora.merge(model)
+        mode = "off" if setting == "thinkoff" else "on"
+        for name, path in run.eval_sets.items():
+            questions, _ = data.load_questions(path)
+            files[name, setting] = run.out / "eval" / name / f"{setting}.jsonl"
+            draw(
+                run,
+                model,
+                [(q, mode, 0) for q in questions],
+                files[name, setting],
+                f"{setting} on {name}",
+                max_new=cfg.max_new,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                top_k=cfg.top_k,
+                min_p=cfg.min_p,
+            )
+    if run.ranks.rank == 0:
+        score(run, files)
+    run.ranks.wait()
+    return {}
+
+
+def score(run: Run, files: dict[tuple[str, str], Path]) -> None:
+    """eval/scores.json: per set and setting the metrics, per set the paired differences between settings."""
+    scores: dict[str, Any] = {}
+    for name in run.eval_sets:
+        scored = {
+            setting: [evaluation.score(r, run.tokenizer) for r in read_jsonl(path, ("id", "mode", "text", "finish"))]
+            for (of, setting), path in files.items()
+            if of == name
+        }
+        metrics = {k: evaluation.metrics(rows) for k, rows in scored.items()}
+        order = ["base", *run.methods]
+        pairs = [(a, b) for i, a in enumerate(order) for b in order[:i]]
+        # Ids that differ after "#" only ask for the same fact; the bootstrap draws them together.
+        fact = {r["id"]: r["id"].partition("#")[0] for r in scored["base"]}
+        differences = {f"{a} - {b}": evaluation.compare(scored[a], scored[b], cluster=fact) for a, b in pairs}
+        scores[name] = {"metrics": metrics, "differences": differences}
+    write_json(run.out / "eval" / "scores.json", scores)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done again only when something it depends on has changed."""
+
+    name: str
+    work: Callable[[], dict[str, Any] | None]
+    settings: tuple[str, ...]
+    inputs: list[Path]
+    outputs: list[Path]
+    everyone: bool  # all ranks work on it; else rank 0 alone
+
+
+def units(run: Run) -> list[Unit]:
+    """The pipeline in order, with what each part reads, obeys and writes."""
+    cfg, out = run.cfg, run.out
+    model = model_files(Path(cfg.model))
+    decoding = ("model", "prompt", "dtype", "seed", "kernel")
+    draws = ("draws", "draw_temperature", "draw_top_p", "draw_max_new")
+    filters = ("draws", "keep", "min_segments", "max_segments", "min_think_tokens", "max_think_tokens", "matcher")
+    fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
+    training = tuple(f.name for f in dataclasses.fields(train.TrainSettings))
+    noise = ("annotator_noise", "seed")
+    scoring = ("method", "eval_sets", *decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
+    sets = [Path(p) for p in run.eval_sets.values()]
+    adapters = [out / m / "adapter_model.safetensors" for m in run.methods]
+    rows, sampled, labelled = out / "candidates.jsonl", out / "samples.jsonl", out / "annotations.jsonl"
+    fitted = [out / "transitions.json", out / "train.jsonl"]
+    evaluated = [out / "eval" / "scores.json"]
+    questions = [Path(cfg.questions)]
+    return [
+        Unit("sample", lambda: stage_sample(run), decoding + draws, model + questions, [sampled], True),
+        Unit("candidates", lambda: stage_candidates(run), filters, [sampled], [rows], False),
+        Unit("annotate", lambda: stage_annotate(run), noise, [rows, Path(cfg.cues)], [labelled], False),
+        Unit("fit", lambda: stage_fit(run), fit, [rows, labelled], fitted, False),
+        *(
+            Unit(f"train {m}", lambda m=m: stage_train(run, m), ("dtype", *training), [*model, fitted[1]], [a], True)
+            for m, a in zip(run.methods, adapters, strict=True)
+        ),
+        Unit("eval", lambda: stage_eval(run), scoring, model + sets + adapters, evaluated, True),
+        Unit("report", lambda: stage_report(run), ("method",), [*fitted, *evaluated], [out / "results.json"], False),
+    ]
+
+
+def perform(run: Run, unit: Unit, forced: bool) -> None:
+    """Do the unit's work unless its receipt says that nothing has changed since; leave a new receipt."""
+    receipt = receipt_path(run, unit)
+    fresh = torch.zeros(1, device=run.ranks.device)
+    if run.ranks.rank == 0:
+        key = unit_key(run, unit)
+        old = read_json(receipt) if receipt.exists() else {"key": None}
+        fresh += not forced and old["key"] == key and all(p.exists() for p in unit.outputs)
+    if run.ranks.sum(fresh).item():
+        run.ranks.log(f"[{unit.name}] unchanged, reused (took {old['seconds']} s)" if run.ranks.rank == 0 else "")
+        return
+    run.ranks.log(f"[{unit.name}]")
+    started = time.perf_counter()
+    result = unit.work() if unit.everyone or run.ranks.rank == 0 else None
+    run.ranks.wait()
+    if run.ranks.rank == 0:
+        seconds = round(time.perf_counter() - started, 1)
+        write_json(receipt, {"key": key, "seconds": seconds, "result": result})
+        run.ranks.log(f"[{unit.name}] {seconds} s {json.dumps(result)}")
+
+
+def receipt_path(run: Run, unit: Unit) -> Path:
+    """Where the unit notes what it was last done with."""
+    return run.out / "done" / f"{unit.name.replace(' ', '-')}.json"
+
+
+def unit_key(run: Run, unit: Unit) -> str:
+    """What the unit depends on: its settings, the bytes of its inputs, the program."""
+    settings = {name: getattr(run.cfg, name) for name in unit.settings}
+    inputs = [[str(p), sha256_file(p)] for p in unit.inputs]
+    code = [[p.name, sha256_file(p)] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])]
+    return digest([unit.name, settings, inputs, code])
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def stage_report(run: Run) -> dict[str, Any]:
+    """results.json, the figures, report.html and the tables on stdout."""
+    out, figures = run.out, run.out / "figures"
+    scores, transitions = read_json(out / "eval" / "scores.json"), read_json(out / "transitions.json")
+    rows = data.load_train(out / "train.jsonl")
+    curves = {m: read_jsonl(out / m / "metrics.jsonl") for m in run.methods}
+    report.transition_figure(transitions, figures / "transitions.png")
+    report.weights_figure(rows, figures / "weights.png")
+    report.curves_figure(curves, figures / "curves.png")
+    stages = {u.name: read_json(p) for u in units(run) if (p := receipt_path(run, u)).exists()}
+    results = {
+        "receipt": receipt(run),
+        "stages": {name: {"seconds": r["seconds"], **(r["result"] or {})} for name, r in stages.items()},
+        "weights": report.weight_audit(rows),
+        "scores": scores,
+    }
+    tables = {}
+    for name, of in scores.items():
+        text = evaluation.table(of["metrics"])
+        print(f"\n{name}\n{text}\n\n{difference_lines(of['differences'])}")
+        tables[f"Results on {name}"] = report.markdown_rows(text)
+    tables["Step weights by class"] = results["weights"]
+    settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if v != ""}
+    report.trace_page(
+        traces(run, rows, transitions),
+        out / "report.html",
+        f"MR-ALIGN run {out.name}",
+        tables=tables,
+        images={
+            "Transition matrices and step weights": figures / "transitions.png",
+            "Weights of all steps": figures / "weights.png",
+            "Training": figures / "curves.png",
+        },
+        facts={"Receipt": results["receipt"], "Settings": settings},
+    )
+    write_json(out / "results.json", results)
+    print(f"\n{out}/results.json, {out}/report.html, {out}/figures/, adapters in {out}/<method>/")
+    return {}
+
+
+def difference_lines(differences: dict[str, Any]) -> str:
+    """Paired differences between settings as aligned text, in points with a 95 % interval."""
+    lines = [f"{'paired difference, points':<26}{'Acc':>24}{'Mis':>26}"]
+    for pair, of in differences.items():
+        cells = [f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" for d in of.values()]
+        lines.append(f"{pair:<26}" + "".join(f"{c:>24}  " for c in cells).rstrip())
+    return "\n".join(lines)
+
+
+def receipt(run: Run) -> dict[str, Any]:
+    """What was run, on what."""
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name(run.ranks.device) if run.ranks.device.type == "cuda" else platform.machine()
+    return {
+        "command": " ".join(["mralign.py", *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "not a git checkout",
+        "processes": run.ranks.world,
+        "device": f"{run.ranks.device.type} {device}, {os.cpu_count()} cores",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, op {run.impl}",
+        "seed": run.cfg.seed,
+    }
+
+
+def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n: int = 6) -> list[dict[str, Any]]:
+    """The first chosen and rejected training rows for the page, with the log-ratios MR-ALIGN's adapter gives them.
+
+    Rejected rows that found a gold and dropped it come first: they are what the method is about.
+    """
+    candidates = {r["id"]: r for r in read_jsonl(run.out / "candidates.jsonl")}
+    records = {r["id"]: r for r in read_jsonl(run.out / "annotations.jsonl")}
+
+    def dropped(r: dict[str, Any]) -> bool:
+        return data.exact_match(data.parse(r["completion"]).thought, "", candidates[r["id"]]["answers"])[0]
+
+    picked = [r for label in (False, True) for r in sorted(rows, key=lambda r: not dropped(r)) if r["label"] is label]
+    half = n // 2
+    picked = [r for r in picked if not r["label"]][:half] + [r for r in picked if r["label"]][:half]
+    shown = []
+    adapter = run.out / next((m for m in reversed(run.methods) if m == "mralign"), run.methods[-1])
+    model = run.base_model()
+    lora.load(model, adapter)
+    for r in picked:
+        steps = report.step_records(r, records[r["id"]], transitions)
+        *per_step, rest = step_logratios(model, r, run)
+        for s, (tokens, logratio) in zip(steps, per_step, strict=True):
+            s |= {"tokens": tokens, "logratio": logratio}
+        candidate = candidates[r["id"]]
+        answer = data.parse(r["completion"]).answer
+        shown.append(
+            {
+                "id": r["id"],
+                "question": candidate["question"],
+                "golds": candidate["answers"],
+                "chosen": r["label"],
+                "outcome": "ok",
+                "answer": answer,
+                "segments": steps,
+                "answer_logratio": rest[1],
+            }
+        )
+    return shown
+
+
+@torch.no_grad()
+def step_logratios(model: qwen.Qwen3, row: dict[str, Any], run: Run) -> list[tuple[int, float]]:
+    """(tokens, log pi / pi_ref in nats) of every step of a training row, then of all its other tokens."""
+    completion = row["completion_ids"]
+    batch = data.pack([(row["prompt_ids"], completion, torch.ones(len(completion)))]).to(run.ranks.device)
+    each = torch.arange(len(completion) + 1)  # every token a sequence of its own
+    logp = []
+    for context in (contextlib.nullcontext(), lora.disabled(model)):
+        with context:
+            hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]
+            logp.append(segment_logprob(hidden, model.head, batch.targets, batch.w, each, run.impl)[1].double().cpu())
+    _, offsets = data.token_offsets(run.tokenizer, completion)
+    owner = data.token_steps(offsets, row["spans"])  # step of each token, -1 outside
+    ratio = logp[0] - logp[1]
+    return [(int((owner == k).sum()), float(ratio[owner == k].sum())) for k in [*range(len(row["spans"])), -1]]
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that cannot work, before any time is spent. Raises InputError."""
+    for name in ("model", "questions", "eval_sets"):
+        if not getattr(cfg, name):
+            raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
+    allowed = {
+        "dtype": ("float32", "bfloat16"),
+        "keep": ("first", "all"),
+        "matcher": ("equal", "contains"),
+        "transitions": ("em", "frequency"),
+        "labels": ("one", "two"),
+        "kernel": ("", "torch", "triton"),
+    }
+    for name, values in allowed.items():
+        if getattr(cfg, name) not in values:
+            raise InputError(f"--{name} is {getattr(cfg, name)!r}, must be one of {', '.join(v for v in values if v)}")
+    for method in cfg.method.split(","):
+        if method.strip() not in train.METHODS:
+            raise InputError(f"--method {method!r} is not one of {', '.join(train.METHODS)}")
+    for part in cfg.eval_sets.split(","):
+        if "=" not in part:
+            raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
+    for path in (cfg.questions, cfg.cues, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file; paths are relative to the current directory")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 3 bad input, 5 numbers that are not finite or not right."""
+
+    def stages(parser: Any) -> None:
+        parser.add_argument("stages", nargs="*", metavar="STAGE", help="run these stages only; none: all that are due")
+
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        cfg, rest = cli(Config, argv, __doc__, stages)
+        check(cfg)
+        with process_group() as ranks:
+            run = Run(cfg, ranks)
+            work = units(run)
+            known = [u.name.split()[0] for u in work]
+            if unknown := [s for s in rest.stages if s not in known]:
+                raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(dict.fromkeys(known))}")
+            ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
+            for unit in work:
+                if not rest.stages or unit.name.split()[0] in rest.stages:
+                    perform(run, unit, forced=bool(rest.stages))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except train.NumericsError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        return 5
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

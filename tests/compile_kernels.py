@@ -1,0 +1,83 @@
+"""Compile the Triton kernels for sm_80, sm_90 and sm_100 without a GPU or a driver; print one JSON row for each.
+
+A program of its own because a process in which the kernels run under TRITON_INTERPRET=1 cannot compile them:
+
+    env -u TRITON_INTERPRET python tests/compile_kernels.py
+
+Row: kernel, types, target, registers a thread, stack and local bytes, local loads and stores (= spills), shared bytes,
+loads from global memory by width in bits.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import segment_logprob as op  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+V = 151936  # Qwen3
+CASES = [
+    (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
+    *[
+        (op._direction_kernel, f"*fp32 *i64 *fp32 *fp32 *{G} i32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE)
+        for G in ("bf16", "fp32")
+    ],
+    (op._segment_sum_kernel, "*fp32 *fp32 *i64 *fp32 *fp32", dict(BLOCK=op.SUM_BLOCK), op.NARROW),
+    *[
+        (op._row_scale_kernel, f"*{R} *fp32 *i64 *fp32 *fp32 *{R} i32", dict(BLOCK=op.SCALE_BLOCK), op.NARROW)
+        for R in ("bf16", "fp32")
+    ],
+]
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def compile_one(kernel, types: str, constants: dict[str, int], options: dict, capability: int) -> dict:
+    """Compile as the launcher would for 16-byte aligned tensors whose rows are multiples of 16 elements."""
+    names = kernel.arg_names
+    signature = dict(zip(names, types.split() + ["constexpr"] * len(constants), strict=True))
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", str(cubin))))
+        sass = tool("nvdisasm", "-c", str(cubin))
+    loads = [int(width or 32) for width in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128|256))?(?:\.\w+)* ", sass)]
+    return {
+        "kernel": kernel.__name__,
+        "types": types,
+        "target": f"sm_{capability}",
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "loads": {str(width): loads.count(width) for width in sorted(set(loads))},
+    }
+
+
+def main() -> None:
+    for case in CASES:
+        for capability in (80, 90, 100):
+            print(json.dumps(compile_one(*case, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

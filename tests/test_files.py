@@ -1,0 +1,254 @@
+"""files.py: what is written comes back, what is broken is named, and no failure leaves half a file."""
+
+import builtins
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import files
+from files import InputError
+
+OLD, NEW = "old content\n", "new content, longer than the old one\n" * 50
+
+
+class Failure:
+    """Counts the disk operations of files.py and makes the k-th one fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int, number: int) -> None:
+        self.count, self.fail_at, self.number = 0, fail_at, number
+        real_open, real_fsync, real_replace = builtins.open, os.fsync, os.replace
+
+        def counted_open(path, *args, **kwargs):
+            self.step("open")
+            f = real_open(path, *args, **kwargs)
+            return FailingFile(f, self) if str(path).endswith(".tmp") else f
+
+        monkeypatch.setattr(builtins, "open", counted_open)
+        monkeypatch.setattr(os, "fsync", lambda handle: (self.step("fsync"), real_fsync(handle))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (self.step("replace"), real_replace(a, b))[1])
+
+    def step(self, what: str) -> None:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise OSError(self.number, f"{what}: {os.strerror(self.number)}")
+
+
+class FailingFile:
+    """A file whose write puts half of the text on the disk before it fails, as a full disk does."""
+
+    def __init__(self, f, failure: Failure) -> None:
+        self.f, self.failure = f, failure
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self.f.__exit__(*error)
+
+    def write(self, text):
+        try:
+            self.failure.step("write")
+        except OSError:
+            self.f.write(text[: len(text) // 2])
+            self.f.flush()
+            raise
+        return self.f.write(text)
+
+    def flush(self):
+        self.failure.step("flush")
+        self.f.flush()
+
+    def fileno(self):
+        return self.f.fileno()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failure_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, number, existing):
+    path = tmp_path / "rows.jsonl"
+    fail_at, failures = 0, 0
+    while True:
+        fail_at += 1
+        path.unlink(missing_ok=True)
+        if existing:
+            path.write_text(OLD)
+        with monkeypatch.context() as patch:
+            failure = Failure(patch, fail_at, number)
+            try:
+                with files.atomic_write(path) as f:
+                    f.write(NEW[:100])
+                    f.write(NEW[100:])
+                failed = False
+            except OSError as error:
+                failed, failures = True, failures + 1
+                assert error.errno == number
+        left = path.read_text() if path.exists() else None
+        assert left in ((OLD, NEW) if existing else (None, NEW)), fail_at
+        assert os.listdir(tmp_path) == ([path.name] if left is not None else []), fail_at  # no debris
+        if not failed:
+            assert left == NEW and failure.count < fail_at
+            break
+    assert failures == 7  # open, write, write, flush, fsync, replace, fsync of the folder
+
+
+def test_an_exception_in_the_body_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        files.write_jsonl(path, [{"a": "x" * 100_000}, {"a": "\ud83d"}])
+    assert files.read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+CHILD = """
+import sys; sys.path.insert(0, {root!r})
+import files
+k = 0
+print("go", flush=True)
+while True:
+    files.write_jsonl({path!r}, [{{"k": k, "pad": "x" * 2000}}] * 200)
+    k += 1
+"""
+
+
+def test_a_killed_writer_leaves_whole_files(tmp_path):
+    path, delays = tmp_path / "rows.jsonl", random.Random(0)
+    for _ in range(12):
+        code = CHILD.format(root=str(ROOT), path=str(path))
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"go\n"
+        time.sleep(0.01 + delays.random() * 0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        if path.exists():
+            rows = files.read_jsonl(path, ("k", "pad"))
+            assert len(rows) == 200 and len({row["k"] for row in rows}) == 1
+    assert path.exists()
+
+
+TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), max_size=5))
+def test_what_is_written_comes_back(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("x") / "deep" / "rows.jsonl"
+    assert files.write_jsonl(path, rows) == len(rows)
+    assert files.read_jsonl(path) == rows
+    assert path.read_bytes().count(b"\n") == len(rows)
+    files.write_json(path, rows)
+    assert files.read_json(path) == rows
+
+
+def test_odd_but_valid_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"a": "one\u2028two\x85"}\r\n\n{"a": "\\ud83d\\ude00"}'.encode())
+    assert files.read_jsonl(path, ("a",)) == [{"a": "one\u2028two\x85"}, {"a": "😀"}]
+    path.write_bytes(b"")
+    assert files.read_jsonl(path) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": 1', "not a JSON row"),
+        (b'{"a": 1} {"a": 2}', "not a JSON row"),
+        (b'{"a": "\xff"}', "not a JSON row"),
+        (b'{"a": "\x00"}', "not a JSON row"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
+        (b'{"a": "\\ud83d"}', "surrogates not allowed"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not a JSON row"),
+        (b'{"a": ' + b"[" * 200_000 + b"}", "not a JSON row"),
+        (b"[1]", "a row must be a JSON object, not list"),
+        (b"null", "a row must be a JSON object, not NoneType"),
+        (b'{"b": 1}', "field 'a' is missing"),
+        (b'{"a": 7}', "seven is unlucky; take another"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, reason):
+    def check(row):
+        if row["a"] == 7:
+            raise InputError("seven is unlucky; take another")
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 3}\n')
+    with pytest.raises(InputError) as caught:
+        files.read_jsonl(path, ("a",), check)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: ") and reason in message and "\n" not in message
+
+
+def test_a_file_torn_at_any_byte_is_read_or_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": k, "text": "é😀\n" * k} for k in range(4)]
+    files.write_jsonl(path, rows)
+    whole, lengths = path.read_bytes(), []
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        complete = whole[:size].count(b"\n")
+        try:
+            got = files.read_jsonl(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}:{complete + 1}: ")
+        else:
+            assert got == rows[: len(got)] and len(got) - complete in (0, 1)
+            lengths.append(len(got))
+    assert set(lengths) == {0, 1, 2, 3, 4}
+
+
+def test_flipped_bytes_never_escape_as_another_error(tmp_path):
+    path, chance = tmp_path / "a.jsonl", random.Random(1)
+    files.write_jsonl(path, [{"id": "x", "answers": ["\u00e9", 1.5, None]}] * 2)
+    whole = path.read_bytes()
+    for _ in range(400):
+        broken = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            broken[chance.randrange(len(whole))] = chance.randrange(256)
+        path.write_bytes(broken)
+        try:
+            files.read_jsonl(path, ("id", "answers"))
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    for read in (files.read_json, files.read_jsonl, files.sha256_file, files.read_bytes):
+        with pytest.raises(InputError, match="no such file; check the path"):
+            read(tmp_path / "none")
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_json(tmp_path)
+    (tmp_path / "a.json").write_text("{'a': 1}")
+    with pytest.raises(InputError, match="a.json: not valid JSON"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_checksum(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert files.sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_readable_text(tmp_path):
+    files.write_json(tmp_path / "a.json", {"name": "é"})
+    assert (tmp_path / "a.json").read_bytes() == '{\n "name": "é"\n}\n'.encode()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"name": "é"}

@@ -1,0 +1,302 @@
+"""The training step against transformers, PEFT and plain arithmetic; splits, ranks, crashes."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import kto
+import lora
+import model as qwen
+import train
+from files import InputError
+from ranks import Ranks, process_group
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def tiny_model(path: Path) -> Path:
+    config = qwen.Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        eos_token_id=0,
+    )
+    torch.manual_seed(1)
+    model = qwen.Qwen3(config)
+    with torch.no_grad():  # larger weights than at initialisation, so that log-ratios are worth measuring
+        for p in model.parameters():
+            p.mul_(3)
+    qwen.save(model, path)
+    return path
+
+
+def make_rows(n: int, seed: int = 0) -> list[dict]:
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        return torch.randint(1, 61, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+
+    rows = []
+    for i in range(n):
+        completion = ids(5, 14)
+        w = (torch.rand(len(completion), generator=g) * 2 + 0.4).tolist()
+        row = {"id": f"row{i}", "chosen": i % 3 != 2, "prompt_ids": ids(2, 6)}
+        rows.append(row | {"completion_ids": completion, "w": w})
+    return rows
+
+
+def as_rows(rows: list[dict]) -> list[data.Row]:
+    return [data.Row(r["id"], r["chosen"], r["prompt_ids"], r["completion_ids"], torch.tensor(r["w"])) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def group():
+    with process_group() as ranks:
+        yield ranks
+
+
+def test_every_epoch_visits_each_row_once_and_the_paper_gets_its_327_steps():
+    steps = train.step_rows(10, 4, 2, seed=3)
+    assert [len(s) for s in steps] == [4, 4, 2, 4, 4, 2]
+    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10))
+    assert sum(steps[:3], []) != sum(steps[3:], [])  # another order
+    assert len(train.step_rows(6973, 64, 3, seed=0)) == 327  # spec 2.5: 6973 rows, 109 steps an epoch
+
+
+def test_mismatched_pairs_are_one_cycle_without_fixed_points():
+    partner = train.mismatched(7, seed=5)
+    seen, i = [], 0
+    for _ in range(7):
+        seen.append(i)
+        i = partner[i]
+    assert sorted(seen) == list(range(7)) and i == 0
+    assert all(a != b for a, b in enumerate(partner))
+    with pytest.raises(InputError, match="at least 2"):
+        train.mismatched(1, 0)
+
+
+@pytest.mark.parametrize("n,world,micro", [(64, 4, 2), (61, 4, 2), (3, 4, 2), (5, 2, 8), (1, 2, 1)])
+def test_shares_deal_every_row_once_and_give_all_ranks_the_same_number_of_passes(n, world, micro):
+    lengths = [(7 * i) % 13 + 1 for i in range(n)]
+    dealt = [train.shares(list(range(n)), lengths, Ranks(r, world, torch.device("cpu")), micro) for r in range(world)]
+    assert len({len(d) for d in dealt}) == 1
+    real = [i for d in dealt for rows, count in d for i in rows[:count]]
+    assert sorted(real) == list(range(n))
+    assert all(1 <= len(rows) <= micro and count <= len(rows) for d in dealt for rows, count in d)
+    assert lengths[dealt[0][0][0][0]] == max(lengths)  # the longest row goes first
+
+
+def test_learning_rate_is_transformers_cosine_schedule():
+    from transformers import get_cosine_schedule_with_warmup
+
+    total, peak = 57, 3e-4
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=peak)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * total), total)
+    for step in range(total):
+        assert train.learning_rate(step, total, 0.1, peak) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def oracle_gradients(base: Path, rows: list[dict], adapter: Path, partner: list[int], s: train.TrainSettings):
+    """Loss, z0 and LoRA gradients by transformers + PEFT, one unpadded row at a time, in float64."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    policy = PeftModel.from_pretrained(hf, adapter, is_trainable=True).double()
+
+    def logps(prompt, completion):
+        ids = torch.tensor([prompt + completion])
+        logits = policy(ids).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+    kl = []
+    for i, r in enumerate(rows):
+        other = rows[partner[i]]["completion_ids"]
+        with torch.no_grad():
+            on = logps(r["prompt_ids"], other).sum()
+            with policy.disable_adapter():
+                kl.append(float(on - logps(r["prompt_ids"], other).sum()))
+    z0 = max(0.0, sum(kl) / len(kl))
+    total = 0.0
+    for r in rows:
+        w = torch.tensor(r["w"]).double()
+        on = (w * logps(r["prompt_ids"], r["completion_ids"])).sum()
+        with torch.no_grad(), policy.disable_adapter():
+            off = (w * logps(r["prompt_ids"], r["completion_ids"])).sum()
+        sign, weight = (1, s.lambda_c) if r["chosen"] else (-1, s.lambda_r)
+        total = total + weight - weight * torch.sigmoid(s.beta * sign * (on - off - z0))  # Eq. 11-12 as printed
+    loss = total / len(rows)
+    loss.backward()
+    grads = {n.replace(".default", ""): p.grad for n, p in policy.named_parameters() if p.requires_grad}
+    return float(loss.detach()), z0, grads
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_step_equals_transformers_and_peft_in_fp64(base, group, tmp_path, micro_batch):
+    rows = make_rows(8)
+    s = train.TrainSettings(lora_r=3, lora_alpha=6.0, micro_batch=micro_batch, beta=0.2)
+    model = qwen.load(base).requires_grad_(False)
+    trainer = train.Trainer(model, as_rows(rows), "mralign", s, group, "torch")
+    reference = trainer.reference_sums()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trainer.parameters:
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)  # away from B = 0
+    lora.save(model, tmp_path, str(base))
+    indices = list(range(8))
+    z0, _ = trainer.z0(indices, reference)
+    loss = kto.metrics(trainer.backward(indices, reference, z0))["loss"]
+    want_loss, want_z0, want = oracle_gradients(base, rows, tmp_path, trainer.partner, s)
+    assert want_z0 > 0.01  # the test means something
+    assert float(z0) == pytest.approx(want_z0, rel=1e-4)
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    assert len(want) == len(trainer.parameters)
+    for name, p in lora.state(model).items():
+        torch.testing.assert_close(p.grad.double(), want[name], rtol=1e-3, atol=2e-6)
+
+
+def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):
+    rows = [r | {"w": [1.0] * len(r["w"])} for r in make_rows(6)]
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0)
+    gradients = []
+    for method in ("kto", "mralign"):
+        trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(rows), method, s, group, "torch")
+        with torch.no_grad():
+            for p in trainer.parameters:
+                p.add_(0.01)
+        reference = trainer.reference_sums()
+        assert torch.equal(reference["weighted"], reference["plain"])
+        trainer.backward(list(range(6)), reference, torch.tensor(0.1))
+        gradients.append([p.grad for p in trainer.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_first_loss_must_be_half_the_mean_lambda(base, group):
+    rows = as_rows(make_rows(9))  # 6 chosen, 3 rejected: 0.5 * (6 + 3 * 1.5) / 9
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, batch_size=9)
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "mralign", s, group, "torch")
+    reference = trainer.reference_sums()
+    assert trainer.step(0, 10, list(range(9)), reference)["loss"] == pytest.approx(10.5 / 18, abs=1e-5)
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "mralign", s, group, "torch")
+    shifted = {k: v + 1 for k, v in reference.items()}  # a reference that is not the base model
+    with pytest.raises(train.NumericsError, match="must be 0.583333"):
+        trainer.step(0, 10, list(range(9)), shifted)
+
+
+def test_a_row_that_is_not_finite_stops_the_step_and_is_named(base, group):
+    rows = as_rows(make_rows(4))
+    rows[2].w[1] = float("nan")
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0)
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "mralign", s, group, "torch")
+    reference = trainer.reference_sums()
+    with pytest.raises(train.NumericsError, match="row2"):
+        trainer.step(0, 10, [0, 1, 2, 3], reference)
+
+
+def test_sft_loss_is_the_step_mean_over_tokens(base, group):
+    from transformers import AutoModelForCausalLM
+
+    rows = make_rows(5)
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=2)
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(rows), "sft", s, group, "torch")
+    loss = trainer.step(0, 10, list(range(5)), {})["loss"]
+    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    nll = tokens = 0
+    for r in rows:
+        ids, labels = r["prompt_ids"] + r["completion_ids"], [-100] * len(r["prompt_ids"]) + r["completion_ids"]
+        nll += hf(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * len(r["completion_ids"])
+        tokens += len(r["completion_ids"])
+    assert loss == pytest.approx(nll / tokens, rel=1e-5)
+
+
+# Several processes
+
+
+def launch(tmp_path: Path, base: Path, name: str, rows: list[dict], world: int = 1, extra=(), **s):
+    out = tmp_path / name
+    (tmp_path / f"{name}.rows.json").write_text(json.dumps(rows))
+    (tmp_path / f"{name}.settings.json").write_text(json.dumps({"lora_r": 2, "lora_alpha": 4.0, "lr": 1e-3} | s))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    files = [tmp_path / f"{name}.rows.json", tmp_path / f"{name}.settings.json"]
+    command = [sys.executable, *torchrun, WORKER, out, "mralign", *files, base, *extra]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
+    return out, done
+
+
+def read(out: Path) -> tuple[dict, list[dict]]:
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return load_file(out / "adapter_model.safetensors"), metrics
+
+
+def test_worlds_of_one_two_and_four_give_the_same_training(tmp_path, base):
+    """Five rows a step: four ranks hold 2, 1, 1, 1 of them, so some hold one class only, and none in the last step."""
+    rows, s = make_rows(11), {"batch_size": 5, "micro_batch": 2, "epochs": 2, "warmup": 0.0}
+    adapters, logs = [], []
+    for world in (1, 2, 4):
+        out, done = launch(tmp_path, base, f"world{world}", rows, world, **s)
+        assert done.returncode == 0, done.stderr
+        adapter, log = read(out)
+        adapters.append(adapter)
+        logs.append(log)
+    for adapter, log in zip(adapters[1:], logs[1:], strict=True):
+        for ours, alone in zip(log, logs[0], strict=True):
+            assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+            assert ours["kl"] == pytest.approx(alone["kl"], rel=1e-4, abs=1e-5)
+            assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        for name, tensor in adapter.items():
+            torch.testing.assert_close(tensor, adapters[0][name], rtol=1e-4, atol=1e-5)
+    assert all(tensor.abs().max() > 0 for tensor in adapters[0].values())  # B has left zero
+
+
+def sha(out: Path) -> str:
+    return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base):
+    s = {"batch_size": 4, "epochs": 3, "save_every": 2, "z0_ema": 0.5}  # 9 steps
+    whole, done = launch(tmp_path, base, "whole", make_rows(12), **s)
+    assert done.returncode == 0, done.stderr
+    torn, done = launch(tmp_path, base, "torn", make_rows(12), extra=["--die", "5"], **s)
+    assert done.returncode == -9 and not (torn / "adapter_model.safetensors").exists()
+    assert [p.name for p in checkpoint.found(torn)] == ["checkpoint-000002", "checkpoint-000004"]
+    (torn / "checkpoint-000004" / "optimizer.safetensors").write_bytes(b"torn")  # a bad newest one: the older serves
+    _, done = launch(tmp_path, base, "torn", make_rows(12), extra=["--resume"], **s)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 2" in done.stderr
+    assert sha(torn) == sha(whole)
+    assert read(torn)[1] == read(whole)[1]
+
+
+def test_resume_refuses_a_changed_run_and_names_the_change(tmp_path, base):
+    out, done = launch(tmp_path, base, "run", make_rows(4), batch_size=4, epochs=1)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(InputError, match="lr was 0.001, is 0.002"):
+        values = {"lora_r": 2, "lora_alpha": 4.0, "batch_size": 4, "epochs": 1, "lr": 2e-3}
+        settings = train.TrainSettings(**values)
+        checkpoint.latest(out, train.run_identity("mralign", settings, {"rows": "r", "model": "m"}))

@@ -1,0 +1,315 @@
+"""Rows and a base model become an adapter: SFT, KTO or MR-ALIGN over LoRA under DistributedDataParallel.
+
+One optimiser step is `batch_size` rows whatever the number of ranks and the micro-batch: z0 (Eq. 2) is taken over the
+whole step before the first gradient, each row's loss is divided by the rows of the step, and DDP adds the rest. So the
+loss and the gradient do not depend on how the rows are split. The reference policy is the same weights with the
+adapters off; its sums never change, so they are computed once. Left out: dropout, other optimisers, evaluation during
+training.
+"""
+
+import contextlib
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import kto
+import lora
+from files import InputError, read_jsonl, write_jsonl
+from kernels.segment_logprob import segment_logprob
+from model import Qwen3
+from ranks import Progress, Ranks
+from settings import opt
+
+METHODS = ("sft", "kto", "mralign", "shuffled")
+
+
+class NumericsError(RuntimeError):
+    """A loss or gradient that is not finite, or a first step that is not what the formulas demand."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training run depends on besides its rows and its base model."""
+
+    lr: float = opt(5e-6, "peak learning rate of kto, mralign and shuffled (Table 13)", "training")
+    sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)")
+    epochs: int = opt(3, "passes over the rows (Table 13)")
+    batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)")
+    micro_batch: int = opt(2, "rows in one forward pass of one rank; changes memory and speed, not the result")
+    warmup: float = opt(0.1, "share of the steps in which the learning rate rises; then it falls as a cosine")
+    beta: float = opt(0.1, "inverse temperature, Eq. 3 and 12")
+    lambda_c: float = opt(1.0, "weight of chosen rows, Eq. 3 and 12")
+    lambda_r: float = opt(1.5, "weight of rejected rows, Eq. 3 and 12 (lambda_d in Table 4)")
+    z0_ema: float = opt(0.0, "share of the old z0 in a moving average over steps, Eq. 2; 0: each step on its own")
+    max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
+    lora_r: int = opt(32, "LoRA rank (section 4.1)")
+    lora_alpha: float = opt(64.0, "LoRA scale is alpha / r")
+    seed: int = opt(0, "seed of the LoRA initialisation, the row order, the mismatched pairs and every sample")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
+    save_every: int = opt(20, "optimiser steps between checkpoints")
+    kernel: str = opt("", "segment log-probability op: torch or triton; none: triton where there is a GPU")
+
+
+def step_rows(n: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Row indices of every optimiser step: each epoch in its own seeded order, its last step what is left over."""
+    steps = []
+    for epoch in range(epochs):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+        steps += [order[i : i + batch_size] for i in range(0, n, batch_size)]
+    return steps
+
+
+def mismatched(n: int, seed: int) -> list[int]:
+    """partner[i]: the row whose completion goes with prompt i in Eq. 2. One seeded cycle, so no row meets itself."""
+    if n < 2:
+        raise InputError(f"z0 needs at least 2 training rows to pair prompts with other completions, there is {n}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [nxt for _, nxt in sorted(zip(order, order[1:] + order[:1], strict=True))]
+
+
+def shares(indices: list[int], lengths: list[int], ranks: Ranks, micro_batch: int) -> list[tuple[list[int], int]]:
+    """This rank's micro-batches of `indices`, each (rows, how many of them count), longest rows first.
+
+    Every rank gets the same number of micro-batches, since each ends in the same collectives. A rank with nothing left
+    gets one row that does not count.
+    """
+    order = sorted(indices, key=lambda i: (-lengths[i], i))
+    mine = order[ranks.rank :: ranks.world]
+    slots = math.ceil(math.ceil(len(order) / ranks.world) / micro_batch)
+    chunks = [mine[k * micro_batch : (k + 1) * micro_batch] for k in range(slots)]
+    return [(chunk, len(chunk)) if chunk else (order[-1:], 0) for chunk in chunks]
+
+
+def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
+    """Linear rise from 0 over ceil(warmup * total) steps, then half a cosine down to 0 (as in transformers)."""
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return peak * step / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def sequence_sums(model: nn.Module, head: Tensor, batch: data.Batch, impl: str) -> tuple[Tensor, Tensor]:
+    """(weighted, plain), each (B,): sum of w_t log pi(y_t) and of log pi(y_t) over every row's completion."""
+    hidden = model(batch.ids, batch.cu_seqlens)  # (N, E)
+    return segment_logprob(hidden[batch.predict], head, batch.targets, batch.w, batch.cu_targets, impl)
+
+
+class Trainer:
+    """A base model with adapters, its rows, and everything that stays the same from step to step."""
+
+    def __init__(
+        self, model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, ranks: Ranks, impl: str
+    ) -> None:
+        assert method in METHODS, method
+        self.s, self.ranks, self.method, self.impl, self.rows = s, ranks, method, impl, rows
+        self.model = model
+        self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+        model.gradient_checkpointing = s.gradient_checkpointing
+        self.ddp = DistributedDataParallel(model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
+        self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
+        self.z0_state = 0.0
+        if method != "sft":
+            self.partner = mismatched(len(rows), s.seed)
+            self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in self._pairs()]
+
+    def _pairs(self) -> list[tuple[data.Row, int]]:
+        return list(zip(self.rows, self.partner, strict=True))
+
+    def batch(self, indices: list[int]) -> data.Batch:
+        """Rows (x_i, y_i) with their weights, packed, on this rank's device."""
+        picked = [self.rows[i] for i in indices]
+        return data.pack([(r.prompt_ids, r.completion_ids, r.w) for r in picked]).to(self.ranks.device)
+
+    def kl_batch(self, indices: list[int]) -> data.Batch:
+        """Mismatched rows (x_i, y_partner(i)) for Eq. 2, packed; their weights are not used."""
+        picked = [(self.rows[i], self.rows[self.partner[i]]) for i in indices]
+        return data.pack([(r.prompt_ids, p.completion_ids, p.w) for r, p in picked]).to(self.ranks.device)
+
+    def reference_sums(self) -> dict[str, Tensor]:
+        """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
+
+        Each rank does its share; the sum over ranks puts them together. Rows go longest first, so a row that does not
+        fit in memory stops the run now.
+        """
+        n, m = len(self.rows), self.s.micro_batch
+        table = torch.zeros(3, n, device=self.ranks.device)
+        progress = Progress(self.ranks, 2 * n, "reference sums", "rows")
+        with torch.no_grad(), lora.disabled(self.model):
+            for indices, real in shares(list(range(n)), self.lengths, self.ranks, m):
+                weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
+                table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
+                progress(real * self.ranks.world)
+            for indices, real in shares(list(range(n)), self.kl_lengths, self.ranks, m):
+                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
+                table[2, indices[:real]] = plain[:real]
+                progress(real * self.ranks.world)
+        progress.close()
+        self.ranks.sum(table)
+        return dict(zip(("weighted", "plain", "kl"), table, strict=True))
+
+    def z0(self, indices: list[int], reference: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Eq. 2 over the whole optimiser step: (z0 (), the batch mean before clamping)."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        with torch.no_grad():
+            for rows, real in shares(indices, self.kl_lengths, self.ranks, self.s.micro_batch):
+                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
+                total[0] += (plain - reference["kl"][rows])[:real].double().sum()
+                total[1] += real
+        kl_sum, count = self.ranks.sum(total)
+        z0, state = kto.z0_estimate(kl_sum, count, self.z0_state, self.s.z0_ema)
+        self.z0_state = float(state)
+        return z0.float(), float(kl_sum / count)
+
+    def backward(self, indices: list[int], reference: dict[str, Tensor], z0: Tensor) -> Tensor:
+        """Forward and backward over one optimiser step's rows; gradients end up equal on every rank.
+
+        Returns this rank's share of kto.reward_stats.
+        """
+        s, n = self.s, len(indices)
+        stats = torch.zeros(2, len(kto.STAT_FIELDS), dtype=torch.float64, device=self.ranks.device)
+        tokens = torch.tensor(sum(len(self.rows[i].completion_ids) for i in indices), device=self.ranks.device)
+        micro_batches = shares(indices, self.lengths, self.ranks, s.micro_batch)
+        for k, (rows, real) in enumerate(micro_batches):
+            last = k == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.ddp.no_sync():
+                weighted, plain = sequence_sums(self.ddp, self.model.head, self.batch(rows), self.impl)
+                if self.method == "sft":
+                    loss = kto.sft_loss(plain, tokens) * n  # (B,): a share of the step's token mean
+                    r_theta = r_raw = torch.zeros_like(plain)
+                else:
+                    r_raw = plain - reference["plain"][rows]
+                    r_theta = kto.implicit_reward(weighted, reference["weighted"][rows])  # (B,) Eq. 9; w = 1: Eq. 1
+                    loss = kto.kto_loss(r_theta, z0, self.chosen[rows], s.beta, s.lambda_c, s.lambda_r)  # Eq. 11-12
+                finite = torch.isfinite(loss[:real]).tolist()
+                bad = [self.rows[i].id for i, ok in zip(rows, finite, strict=False) if not ok]
+                if bad:
+                    raise NumericsError(f"the loss is not finite for row {', '.join(bad)}; look at its weights")
+                # DDP averages over ranks, so times world: the gradient is that of sum(loss) / n.
+                (loss[:real].sum() * (self.ranks.world / n)).backward()
+            columns = (loss, r_theta, r_raw, plain, torch.zeros_like(plain), self.chosen[rows])
+            stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
+        return stats
+
+    def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
+        """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
+        s = self.s
+        z0, kl = torch.zeros((), device=self.ranks.device), 0.0
+        if self.method != "sft":
+            z0, kl = self.z0(indices, reference)
+        stats = self.backward(indices, reference, z0)
+        metrics = kto.metrics(self.ranks.sum(stats)) | {"kl": kl, "z0": float(z0)}
+        if number == 0 and self.method != "sft":
+            self.check_first_step(metrics, indices)
+        metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
+        if not math.isfinite(metrics["grad_norm"]):
+            names = ", ".join(self.rows[i].id for i in indices)
+            raise NumericsError(f"step {number + 1}: the gradient is not finite; the rows were {names}")
+        peak = s.sft_lr if self.method == "sft" else s.lr
+        metrics["learning_rate"] = learning_rate(number, total, s.warmup, peak)
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def check_first_step(self, metrics: dict[str, float], indices: list[int]) -> None:
+        """B = 0 makes the policy the reference: r = 0, z0 = 0, loss = mean(lambda_y) / 2. Anything else is a bug.
+
+        It catches a shifted mask, a wrong reference, a prompt that changed. Raises NumericsError.
+        """
+        chosen = sum(self.rows[i].chosen for i in indices) / len(indices)
+        expected = 0.5 * (self.s.lambda_c * chosen + self.s.lambda_r * (1 - chosen))
+        fp32 = next(self.model.parameters()).dtype == torch.float32
+        if not abs(metrics["loss"] - expected) <= (1e-4 if fp32 else 1e-2):
+            raise NumericsError(
+                f"the first loss is {metrics['loss']:.6f}, must be {expected:.6f}: policy and reference differ "
+                f"before training (kl {metrics['kl']:.2e}); check that the adapters start at zero"
+            )
+
+
+def train(
+    model: Qwen3,
+    rows: list[data.Row],
+    method: str,
+    s: TrainSettings,
+    ranks: Ranks,
+    out: Path,
+    impl: str,
+    base_name: str,
+    origin: dict[str, str],
+    resume: bool,
+) -> dict[str, float]:
+    """Train `method` on `rows` and leave a PEFT adapter, metrics.jsonl and the last two checkpoints in `out`.
+
+    rows: for sft the chosen ones only. origin: checksums of the base model and of the data, part of the run's identity.
+    Returns the last step's metrics and the run's speed. Raises NumericsError, InputError.
+    """
+    if not rows:
+        raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
+    trainer = Trainer(model, rows, method, s, ranks, impl)
+    names = lora.state(model)
+    plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
+    identity = run_identity(method, s, origin)
+    done, log = 0, []
+    if resume and (manifest := checkpoint.latest(out, identity)):
+        checkpoint.restore(manifest["path"], names, trainer.optimizer)
+        done, trainer.z0_state = manifest["step"], manifest["z0_state"]
+        log = read_jsonl(out / "metrics.jsonl")[:done]
+        ranks.log(f"{out}: continuing after step {done} of {len(plan)}")
+    ranks.wait()
+    reference = {} if method == "sft" else trainer.reference_sums()
+    progress = Progress(ranks, len(plan), f"training {method}", "steps")
+    progress(done)
+    started, tokens = time.perf_counter(), 0
+    for number in range(done, len(plan)):
+        metrics = trainer.step(number, len(plan), plan[number], reference)
+        epoch = (number + 1) * s.batch_size / len(rows)
+        tokens += sum(trainer.lengths[i] for i in plan[number])
+        log.append({"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics})
+        progress()
+        finished = number + 1 == len(plan)
+        if ranks.rank == 0 and ((number + 1) % s.save_every == 0 or finished):
+            write_jsonl(out / "metrics.jsonl", log)
+            state = {"identity": identity, "z0_state": trainer.z0_state}
+            checkpoint.save(out, number + 1, names, trainer.optimizer, state)
+        ranks.log(step_line(log[-1], len(plan)))
+    progress.close()
+    if ranks.rank == 0:
+        lora.save(model, out, base_name)
+    ranks.wait()
+    seconds = time.perf_counter() - started
+    return log[-1] | {"tokens_per_second": round(tokens / seconds), "steps": len(plan)}
+
+
+def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
+    """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
+    free = ("micro_batch", "gradient_checkpointing", "save_every", "kernel")  # speed and memory only
+    values = {k: v for k, v in asdict(s).items() if k not in free}
+    return checkpoint.identity_of({"method": method, **origin, **values})
+
+
+def step_line(m: dict[str, Any], total: int) -> str:
+    """One step's metrics as a line for people."""
+    head = f"step {m['step']}/{total} loss {m['loss']:.4f} grad {m['grad_norm']:.3f} lr {m['learning_rate']:.2e}"
+    if "rewards/chosen" not in m or "rewards/rejected" not in m:
+        return head
+    return head + f" r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f} z0 {m['z0']:.3f}"
+
+
+def forget(out: Path) -> None:
+    """Remove an earlier run's checkpoints and adapter, before a run that starts from nothing."""
+    for old in checkpoint.found(out):
+        shutil.rmtree(old)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"):
+        (out / name).unlink(missing_ok=True)
