@@ -328,7 +328,7 @@ def split_segments(text: str, start: int, end: int) -> list[Span]:
     >>> split_segments("<think>Hm.\n\nParis!\n</think>", 7, 20)
     [(7, 12), (12, 20)]
     """
-    cuts = [match.end() for match in re.finditer(r"\n{2,}", text[:end]) if match.end() > start]
+    cuts = [match.end() for match in re.compile(r"\n{2,}").finditer(text, start, end)]
     segments: list[Span] = []
     begin = start
     for cut in cuts + [end]:

@@ -47,6 +47,9 @@ SIZES = (
 # Attention over the cache reads whole blocks of this many positions, the unused ones masked. The CPU kernel then sums
 # in the same order however long the longest row of the batch is: a row's result does not depend on its neighbours.
 BLOCK = 64
+# A decode step attends in groups of this many neighbouring slots, each only as wide as its own longest row: a caller
+# that keeps slots of similar length together saves the rest.
+GROUP = 32
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -184,7 +187,7 @@ class Rows:
     sin: Tensor  # (N, 1, D)
     cache: KVCache | None
     slots: Tensor | None  # (N,) cache slot of each token
-    mask: Tensor | None  # (B, 1, 1, width) True where a cached key is visible; only when decoding
+    groups: list[tuple[slice, Tensor]] | None  # decoding: rows and what they see, (rows, 1, 1, width) bool
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -203,11 +206,28 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) 
     return torch.cat(out)
 
 
-def attend_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One new token a row against its slot. q: (B, H, D); k, v: (B, G, width, D); mask: (B, 1, 1, width)."""
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[slice, Tensor]]) -> Tensor:
+    """One new token a row against its slot. q: (B, H, D); k, v: (slots, G, max_len, D). Returns (B, H, D)."""
     # The query heads that share a key head stand where SDPA expects positions, so no key is ever repeated.
-    grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # (B, G, H/G, D)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+    q = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # (B, G, H/G, D)
+    out = []
+    for rows, mask in groups:
+        seen = (rows, slice(None), slice(mask.shape[-1]))
+        out.append(F.scaled_dot_product_attention(q[rows], k[seen], v[seen], attn_mask=mask))
+    return torch.cat(out).flatten(1, 2)
+
+
+def _groups(positions: Tensor, device: torch.device) -> list[tuple[slice, Tensor]]:
+    """Groups of decoding rows and their masks, neighbours of equal width as one. positions: (B,) on the CPU."""
+    widths = [(int(part.max()) // BLOCK + 1) * BLOCK for part in positions.split(GROUP)]
+    groups, start = [], 0
+    for i, width in enumerate(widths):
+        if i + 1 == len(widths) or widths[i + 1] != width:
+            rows = slice(start, min((i + 1) * GROUP, len(positions)))
+            visible = torch.arange(width) <= positions[rows, None]
+            groups.append((rows, visible[:, None, None, :].to(device)))
+            start = rows.stop
+    return groups
 
 
 class Attention(nn.Module):
@@ -233,11 +253,10 @@ class Attention(nn.Module):
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
             cache_v[rows.slots, :, rows.positions] = v
-        if rows.mask is None:
+        if rows.groups is None:
             out = attend_rows(q, k, v, rows.bounds)
         else:
-            B, width = len(rows.bounds), rows.mask.shape[-1]
-            out = attend_cache(q, cache_k[:B, :, :width], cache_v[:B, :, :width], rows.mask)
+            out = attend_cache(q, cache_k, cache_v, rows.groups)
         return self.o_proj(out.flatten(1))
 
 
@@ -332,7 +351,7 @@ class Qwen3(nn.Module):
         lengths = cu_seqlens.diff()
         assert (lengths > 0).all(), f"a packed row is empty: {cu_seqlens}"
         positions = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-        token_slots = mask = None
+        token_slots = groups = None
         if cache is not None and slots is not None:  # prefill
             assert (cache.lens[slots] == 0).all(), f"prefill needs empty slots, lengths are {cache.lens[slots]}"
             token_slots = torch.repeat_interleave(slots, lengths).to(weight.device)
@@ -340,17 +359,15 @@ class Qwen3(nn.Module):
             assert (lengths == 1).all(), f"decoding takes one token a row, got {lengths}; prefill names its slots"
             positions = cache.lens[: len(lengths)].clone()
             token_slots = torch.arange(len(lengths), device=weight.device)
+            groups = _groups(positions, weight.device)
         longest = int(positions.max()) + 1
         assert longest <= self.config.max_position_embeddings, (longest, self.config.max_position_embeddings)
         assert cache is None or longest <= cache.k.shape[3], (longest, cache.k.shape)
         positions = positions.to(weight.device)
-        if cache is not None and slots is None:
-            width = -(-longest // BLOCK) * BLOCK
-            mask = (torch.arange(width, device=weight.device) <= positions[:, None])[:, None, None, :]
         cos, sin = self._angles(positions, weight.dtype)
         edges = cu_seqlens.tolist()
         bounds = list(zip(edges[:-1], edges[1:], strict=True))
-        return Rows(bounds, positions, cos, sin, cache, token_slots, mask)
+        return Rows(bounds, positions, cos, sin, cache, token_slots, groups)
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of position * theta^(-2i/D), each (N, 1, D); computed in fp32 whatever the dtype."""

@@ -196,7 +196,7 @@ def stage_candidates(run: Run) -> dict[str, Any]:
         n_draws=cfg.draws,
         keep=cfg.keep,
         segments=(cfg.min_segments, cfg.max_segments),
-        tokens=(cfg.min_think_tokens, cfg.max_think_tokens),
+        think_tokens=(cfg.min_think_tokens, cfg.max_think_tokens),
         matcher=cfg.matcher,
     )
     write_jsonl(run.out / "candidates.jsonl", rows)
@@ -432,6 +432,10 @@ def stage_report(run: Run) -> dict[str, Any]:
     report.transition_figure(transitions, figures / "transitions.png")
     report.weights_figure(rows, figures / "weights.png")
     report.curves_figure(curves, figures / "curves.png")
+    shown = traces(run, rows, transitions)
+    story = one_question(run, shown[0], rows, transitions)
+    write_json(figures / "one_question.json", story)
+    report.one_question_figure(story, figures / "one_question.svg")
     stages = {u.name: read_json(p) for u in units(run) if (p := receipt_path(run, u)).exists()}
     results = {
         "receipt": receipt(run),
@@ -447,7 +451,7 @@ def stage_report(run: Run) -> dict[str, Any]:
     tables["Step weights by class"] = results["weights"]
     settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if v != ""}
     report.trace_page(
-        traces(run, rows, transitions),
+        shown,
         out / "report.html",
         f"MR-ALIGN run {out.name}",
         tables=tables,
@@ -497,13 +501,11 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
     def dropped(r: dict[str, Any]) -> bool:
         return data.exact_match(data.parse(r["completion"]).thought, "", candidates[r["id"]]["answers"])[0]
 
-    picked = [r for label in (False, True) for r in sorted(rows, key=lambda r: not dropped(r)) if r["label"] is label]
-    half = n // 2
-    picked = [r for r in picked if not r["label"]][:half] + [r for r in picked if r["label"]][:half]
+    telling = sorted(rows, key=lambda r: not dropped(r))
+    picked = [r for label in (False, True) for r in [r for r in telling if r["label"] is label][: n // 2]]
     shown = []
-    adapter = run.out / next((m for m in reversed(run.methods) if m == "mralign"), run.methods[-1])
     model = run.base_model()
-    lora.load(model, adapter)
+    lora.load(model, run.out / weighted_method(run))
     for r in picked:
         steps = report.step_records(r, records[r["id"]], transitions)
         *per_step, rest = step_logratios(model, r, run)
@@ -524,6 +526,36 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
             }
         )
     return shown
+
+
+def weighted_method(run: Run) -> str:
+    """The method whose adapter the page and the picture show: mralign if it was trained."""
+    return "mralign" if "mralign" in run.methods else run.methods[-1]
+
+
+def one_question(
+    run: Run, trace: dict[str, Any], rows: list[dict[str, Any]], transitions: dict[str, Any]
+) -> dict[str, Any]:
+    """Every number between one shown trace and its gradient, after the last training step (report.build_story)."""
+    cfg = run.cfg
+    row = next(r for r in rows if r["id"] == trace["id"])
+    annotation = next(r for r in read_jsonl(run.out / "annotations.jsonl") if r["id"] == trace["id"])
+    drawn = read_jsonl(run.out / "samples.jsonl")
+    off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
+    last = read_jsonl(run.out / weighted_method(run) / "metrics.jsonl")[-1]
+    return report.build_story(
+        row,
+        annotation,
+        transitions,
+        [s["logratio"] for s in trace["segments"]],
+        trace["answer_logratio"],
+        last["z0"],
+        cfg.beta,
+        cfg.lambda_c if row["label"] else cfg.lambda_r,
+        question=trace["question"],
+        golds=trace["golds"],
+        think_off_answer=data.parse(off["text"], thinking=False).answer,
+    )
 
 
 @torch.no_grad()

@@ -1,17 +1,19 @@
 """Pictures of a run, drawn from the JSON and JSONL files it left: matrices, curves, one question, a page of traces.
 
-  transition_figure  P, P_pos, P_neg and the weights of Eq. 10 as heatmaps, with the support of every cell
-  weights_figure     how w is spread over the steps of the training rows
-  curves_figure      metrics.jsonl of each method over the optimiser steps
+  transition_figure    P, P_pos, P_neg and the weights of Eq. 10 as heatmaps, with the support of every cell
+  weights_figure       how w is spread over the steps of the training rows
+  curves_figure        metrics.jsonl of each method over the optimiser steps
   one_question_figure  one question on its way from text to weight update, with its numbers (`build_story`)
-  trace_page         one HTML file: tables, these figures, and thinking traces coloured by log w
+  trace_page           one HTML file: tables, these figures, and thinking traces coloured by log w
 
 Nothing is computed here that training depends on. The same input gives the same bytes. The page needs no network, no
 script and no other file. Blue is w < 1, red is w > 1 everywhere: those steps count less, or more, than in plain KTO.
 """
 
 import base64
+import bisect
 import html
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +22,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import colors
+from matplotlib import colors, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.textpath import TextToPath
 
@@ -32,7 +35,6 @@ from files import InputError, atomic_write
 
 INK, FAINT, RULE = "#1b1f24", "#68707a", "#c9ced4"
 METHOD_COLOURS = {  # Okabe and Ito's palette: apart for all common kinds of colour blindness
-    "base": "#68707a",
     "sft": "#E69F00",
     "kto": "#0072B2",
     "mralign": "#D55E00",
@@ -43,8 +45,11 @@ CHOSEN, REJECTED = "#00785A", "#A8440B"
 MACRO_COLOURS = dict(zip(em.MACRO, ("#0072B2", "#8C6D1F", "#00785A", "#A33B7B"), strict=True))
 W_MAP = colors.LinearSegmentedColormap.from_list("w", ["#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"])
 W_NORM = colors.Normalize(-1.0, 1.0)  # log w at the clips of Eq. 10
+W_TICKS, W_TICK_TEXTS = (1 / math.e, 0.5, 0.75, 1, 1.5, 2, math.e), ("1/e", ".5", ".75", "1", "1.5", "2", "e")
 STYLE = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same
+    # DejaVu ships with matplotlib, so every machine draws the same; the others are for browsers that show our SVG.
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial", "sans-serif"],
     "font.size": 8,
     "axes.titlesize": 9.5,
     "axes.edgecolor": RULE,
@@ -59,13 +64,13 @@ STYLE = {
 
 
 def number(x: float | None, digits: int, sign: bool = False) -> str:
-    """`x` with a fixed number of digits and a true minus sign; "-" as an en dash where there is no number."""
+    """`x` with a fixed number of digits and a true minus sign; an en dash where there is none."""
     return "–" if x is None else f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def clean(text: str) -> str:
     """`text` without what XML and fonts cannot carry: control characters and lone surrogates become U+FFFD."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
@@ -123,10 +128,9 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
     ax.set_yticks(range(n), names if left else [], fontsize=7)
     ax.tick_params(length=0, pad=2)
     owner = {label: strategy for strategy, labels in em.MACRO.items() for label in labels}
-    for tick, state in [*zip(ax.get_xticklabels(), em.STATES, strict=True)] + (
-        [*zip(ax.get_yticklabels(), em.STATES, strict=True)] if left else []
-    ):
-        tick.set_color(MACRO_COLOURS[owner[state]] if state in owner else INK)
+    for ticks in (ax.get_xticklabels(), ax.get_yticklabels()):
+        for tick, state in zip(ticks, em.STATES, strict=False):  # no names at the side of an inner panel
+            tick.set_color(MACRO_COLOURS[owner[state]] if state in owner else INK)
     edges = np.cumsum([1, *(len(labels) for labels in em.MACRO.values())]) - 0.5
     for edge in edges:
         ax.axhline(edge, color=FAINT, lw=0.6)
@@ -147,11 +151,15 @@ def _cells(ax: Axes, rgba: np.ndarray, texts: np.ndarray, support: np.ndarray) -
             ax.text(b, a, text, ha="center", va="center_baseline", fontsize=6, color="white" if dark[a, b] else INK)
 
 
+def probability_colours(P: np.ndarray) -> np.ndarray:
+    """RGBA of probabilities on a square-root scale, so that .01 and .05 still differ."""
+    return matplotlib.colormaps["Purples"](np.sqrt(P) * 0.92)
+
+
 def _probability_panel(ax: Axes, P: np.ndarray, C: np.ndarray, title: str, left: bool) -> None:
-    """P as colour (square-root scale), rounded soft counts as numbers."""
-    rgba = matplotlib.colormaps["Purples"](np.sqrt(P) * 0.92)
+    """P as colour, rounded soft counts as numbers."""
     texts = np.where(C >= 1, np.vectorize(_count)(C), "")
-    _cells(ax, rgba, texts, C)
+    _cells(ax, probability_colours(P), texts, C)
     _frame(ax, title, left)
 
 
@@ -164,8 +172,17 @@ def _weight_panel(ax: Axes, w: np.ndarray, mark: np.ndarray, C: np.ndarray, titl
     _frame(ax, title, left)
 
 
-def _legend_panel(figure: Figure, ax: Axes, n_pos: int, n_neg: int) -> None:
-    """How to read the five matrices: one colour bar each, the marks, the macro strategies."""
+def _colour_bar(ax: Axes, y: float, title: str, rgba: np.ndarray, ticks: Mapping[float, str]) -> None:
+    """A horizontal bar of colours (n, 4); ticks: place from 0 to 1 -> text."""
+    bar = ax.inset_axes((-0.22, y, 0.62, 0.04))
+    bar.imshow(rgba[None], aspect="auto", extent=(0, 1, 0, 1))
+    bar.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    bar.set_yticks([])
+    bar.set_title(title, fontsize=8, loc="left", pad=2)
+
+
+def _legend_panel(ax: Axes, n_pos: int, n_neg: int) -> None:
+    """How to read the five matrices: what colours, numbers and marks mean, and the macro strategies."""
     ax.axis("off")
     lines = (
         "Row: the step before.  Column: the step after.",
@@ -179,18 +196,11 @@ def _legend_panel(figure: Figure, ax: Axes, n_pos: int, n_neg: int) -> None:
     for i, line in enumerate(lines):
         ax.text(-0.22, 0.98 - 0.06 * i, line, fontsize=8, transform=ax.transAxes)
     handles = [Patch(color=colour, label=strategy) for strategy, colour in MACRO_COLOURS.items()]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 0.61), frameon=False, fontsize=8)
-    probability = ax.inset_axes((-0.22, 0.19, 0.62, 0.04))
-    probability.imshow(np.sqrt(np.linspace(0, 1, 256))[None] * 0.92, cmap="Purples", vmin=0, vmax=1, aspect="auto")
-    probability.set_xticks(np.array([0, 0.25, 0.5, 0.75, 1]) * 255, ["0", ".25", ".5", ".75", "1"], fontsize=7)
-    probability.set_title("P", fontsize=8, loc="left", pad=2)
-    weight = ax.inset_axes((-0.22, 0.02, 0.62, 0.04))
-    weight.imshow(np.linspace(-1, 1, 256)[None], cmap=W_MAP, vmin=-1, vmax=1, aspect="auto")
-    ticks = [math.log(w) for w in (1 / math.e, 0.5, 1, 2, math.e)]
-    weight.set_xticks([(t + 1) / 2 * 255 for t in ticks], ["1/e", ".5", "1", "2", "e"], fontsize=7)
-    weight.set_title("w", fontsize=8, loc="left", pad=2)
-    for bar in (probability, weight):
-        bar.set_yticks([])
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 0.58), frameon=False, fontsize=8)
+    places = np.linspace(0, 1, 256)
+    _colour_bar(ax, 0.19, "P", probability_colours(places), {0: "0", 0.25: ".25", 0.5: ".5", 0.75: ".75", 1: "1"})
+    ticks = {(math.log(w) + 1) / 2: text for w, text in zip(W_TICKS, W_TICK_TEXTS, strict=True)}
+    _colour_bar(ax, 0.02, "w", W_MAP(places), ticks)
 
 
 def transition_figure(transitions: Mapping[str, Any], path: str | Path) -> None:
@@ -199,7 +209,7 @@ def transition_figure(transitions: Mapping[str, Any], path: str | Path) -> None:
     transitions: a transitions.json. path: .png or .svg. Raises InputError on a malformed input.
     """
     m = matrices(transitions)
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):
         figure = Figure(figsize=(15.6, 11.4))
         grid = figure.subplots(2, 3, gridspec_kw={"left": 0.085, "right": 0.995, "top": 0.97, "bottom": 0.095})
         figure.subplots_adjust(wspace=0.04, hspace=0.34)
@@ -209,7 +219,7 @@ def transition_figure(transitions: Mapping[str, Any], path: str | Path) -> None:
         for ax, side, title in ((grid[1, 1], "pos", "chosen"), (grid[1, 2], "neg", "rejected")):
             w, mark = weight_matrix(m[f"P_{side}"], m["P"])
             _weight_panel(ax, w, mark, m[f"C_{side}"], f"w = P_{side} / P: {title} traces", side == "pos")
-        _legend_panel(figure, grid[1, 0], transitions["n_pos"], transitions["n_neg"])
+        _legend_panel(grid[1, 0], transitions["n_pos"], transitions["n_neg"])
         save(figure, path)
 
 
@@ -249,15 +259,14 @@ def weight_audit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def weights_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Histogram of log w over the steps of train.jsonl, one panel a class."""
     edges = np.linspace(-1, 1, 42)
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):
         figure = Figure(figsize=(13, 2.9), layout="constrained")
         for ax, (name, side) in zip(figure.subplots(1, 2), (("chosen", True), ("rejected", False)), strict=True):
             w = np.array([w for r in rows if r["label"] is side for w in r["w"]])
             heights, _ = np.histogram(np.clip(np.log(w), -1, 1), edges)
             centres = (edges[1:] + edges[:-1]) / 2
             ax.bar(centres, heights, width=edges[1] - edges[0], color=W_MAP(W_NORM(centres)), ec=FAINT, lw=0.4)
-            ticks = (1 / math.e, 0.5, 0.75, 1, 1.5, 2, math.e)
-            ax.set_xticks(np.log(ticks), ["1/e", ".5", ".75", "1", "1.5", "2", "e"])
+            ax.set_xticks(np.log(W_TICKS), W_TICK_TEXTS)
             ax.set_title(f"w of the {len(w)} steps of {name} traces", loc="left")
             ax.set_ylabel("steps")
             ax.spines[["top", "right"]].set_visible(False)
@@ -287,8 +296,8 @@ def curve(rows: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], lis
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for every method: known ones keep theirs, others take spare ones in order."""
-    spare = iter(SPARE_COLOURS)
+    """A colour for every method: known ones keep theirs, others take the spare ones in turn."""
+    spare = itertools.cycle(SPARE_COLOURS)
     return {m: METHOD_COLOURS[m] if m in METHOD_COLOURS else next(spare) for m in methods}
 
 
@@ -304,7 +313,7 @@ def curves_figure(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         lines = {m: curve(metrics[m], field) for m in names}
         drawn.append((title, {m: line for m, line in lines.items() if line[0]}))
     drawn = [(title, lines) for title, lines in drawn if lines]
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):
         figure = Figure(figsize=(13, 2.5 * math.ceil(len(drawn) / 4) + 0.5), layout="constrained")
         axes = figure.subplots(math.ceil(len(drawn) / 4), 4, squeeze=False).ravel()
         for ax in axes[len(drawn) :]:
@@ -317,8 +326,8 @@ def curves_figure(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
             ax.grid(color="#eceef0", lw=0.6)
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=False)
-        handles = [matplotlib.lines.Line2D([], [], color=c, lw=2, label=m) for m, c in palette.items()]
+            ax.ticklabel_format(axis="y", scilimits=(-3, 4))
+        handles = [Line2D([], [], color=c, lw=2, label=m) for m, c in palette.items()]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
         figure.supxlabel("optimiser step", fontsize=8, color=FAINT)
         save(figure, path)
@@ -428,24 +437,31 @@ def build_story(
 _MEASURE = TextToPath()
 
 
-def text_width(text: str, size: float, weight: str = "normal") -> float:
+def text_width(text: str, size: float) -> float:
     """Width of one line in points."""
-    font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
+    font = FontProperties(family="DejaVu Sans", size=size)
     return _MEASURE.get_text_width_height_descent(text, font, ismath=False)[0]
+
+
+def _fitting(word: str, width: float, size: float) -> int:
+    """How many characters of a word that is too long fit into a line, at least 1."""
+    return max(1, bisect.bisect_right(range(len(word)), width, key=lambda n: text_width(word[:n], size)) - 1)
 
 
 def wrap(text: str, width: float, size: float, max_lines: int) -> list[str]:
     """Break `text` into at most `max_lines` lines of `width` points; what does not fit ends in an ellipsis."""
     lines: list[str] = []
     for word in clean(text).split():
+        if len(lines) > max_lines:
+            break
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and text_width(joined, size) <= width:
             lines[-1] = joined
             continue
         while text_width(word, size) > width:  # a word longer than a line
-            keep = next(n for n in range(len(word) - 1, 0, -1) if text_width(word[:n], size) <= width)
-            lines.append(word[:keep])
-            word = word[keep:]
+            n = _fitting(word, width, size)
+            lines.append(word[:n])
+            word = word[n:]
         lines.append(word)
     if len(lines) > max_lines:
         last = lines[max_lines - 1]
@@ -469,9 +485,9 @@ class _Canvas:
         self.ax.set(xlim=(0, self.width), ylim=(height, 0))
         return self.figure
 
-    def text(self, x: float, y: float, text: str, size: float = 9, color: str = INK, **style: Any) -> None:
+    def text(self, x: float, y: float, text: str, size: float = 9, color: str = INK, **look: Any) -> None:
         """One line; y is its baseline. Dollar signs mean nothing special."""
-        self.ax.text(x, y, clean(text), fontsize=size, color=color, parse_math=False, va="baseline", **style)
+        self.ax.text(x, y, clean(text), fontsize=size, color=color, parse_math=False, va="baseline", **look)
 
     def lines(self, x: float, y: float, lines: Sequence[str], size: float = 9, color: str = INK) -> None:
         """Lines under one another, the first baseline at y."""
@@ -480,8 +496,8 @@ class _Canvas:
 
     def box(self, x: float, y: float, width: float, height: float, face: Any = "white", edge: str = RULE) -> None:
         """A rounded box; x, y is its upper left corner."""
-        style = "round,pad=0,rounding_size=5"
-        self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=face, ec=edge, lw=0.9))
+        shape = "round,pad=0,rounding_size=5"
+        self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc=face, ec=edge, lw=0.9))
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """A small arrow."""
@@ -524,7 +540,7 @@ def _story_head(c: _Canvas, story: Mapping[str, Any], y: float) -> float:
     for x, width, title in (
         (_MARGIN, 284, "1  question"),
         (324, 246, "2  the same model, two ways"),
-        (596, 190, "3  row"),
+        (596, 190, "3  training row"),
     ):
         c.text(x, y + 8, title, 8, FAINT)
         c.box(x, y + 14, width, height, edge=colour if x == 596 else RULE)
@@ -623,7 +639,7 @@ def one_question_figure(story: Mapping[str, Any], path: str | Path) -> None:
 
     path: .svg (text stays text) or .png. Every number of the story is in the picture.
     """
-    with matplotlib.rc_context(STYLE):
+    with style.context(["default", STYLE]):
         c = _Canvas(_WIDTH)
         y = _story_head(c, story, 8)
         y = _story_table(c, story, y)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files import InputError
-from model import KVCache, Qwen3
+from model import GROUP, KVCache, Qwen3
 
 # At least this many rows are decoded at a time, the spare ones unused: below it the CPU's matrix library picks other
 # kernels, which round differently.
@@ -102,13 +102,12 @@ def pick(logits: Tensor, u: Tensor, how: Sampling) -> Tensor:
     """
     if how.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / how.temperature
     V = logits.shape[-1]
     if how.top_k:
         top, ids = logits.topk(min(how.top_k, V), dim=-1)  # (B, K), sorted
-        choice, _ = _invert(top.softmax(dim=-1), u, how)
+        choice, _ = _invert((top.float() / how.temperature).softmax(dim=-1), u, how)
         return ids.gather(-1, choice[:, None])[:, 0]
-    p = logits.softmax(dim=-1)
+    p = (logits.float() / how.temperature).softmax(dim=-1)
     top, ids = p.topk(min(SHORTLIST, V), dim=-1)
     choice, settled = _invert(top, u, how)
     out = ids.gather(-1, choice[:, None])[:, 0]
@@ -280,11 +279,21 @@ class _Batch:
         for slot in finished:
             ids = self.out[slot, : self.count[slot]].tolist()
             self.completions[int(self.row[slot])] = Completion(ids, "stop" if stopped[slot] else "length")
-        left = self.active - len(finished)
-        holes = [slot for slot in finished if slot < left]
-        movers = [slot for slot in (~done).nonzero()[:, 0].tolist() if slot >= left]
-        self.cache.copy(movers, holes)
+        self._arrange((~done).nonzero()[:, 0])
+        self.active -= len(finished)
+
+    def _arrange(self, alive: Tensor) -> None:
+        """Give the rows that go on the slots 0..left-1, the longest in the first group of slots and so on down.
+
+        alive: their slots, int64. Attention is as wide as the longest row of a group, so rows of like length belong
+        together. A row that is in its group already stays where it is: few rows are copied.
+        """
+        left = len(alive)
+        ranked = alive[self.cache.lens[alive].argsort(descending=True, stable=True)]
+        stays = (ranked // GROUP == torch.arange(left) // GROUP) & (ranked < left)
+        source = ranked[~stays].tolist()
+        target = sorted(set(range(left)) - set(ranked[stays].tolist()))  # in each group as many as come into it
+        self.cache.copy(source, target)
         for values in (self.row, self.seed, self.limit, self.count, self.token, self.out):
-            values[holes] = values[movers]
+            values[target] = values[source]
         self.cache.clear(list(range(left, self.active)))
-        self.active = left

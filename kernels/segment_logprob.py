@@ -17,10 +17,12 @@ a time pass through: BLAS writes their logits in fp32, one kernel reads them onc
 them into onehot - p, and BLAS makes R while the chunk is at hand. So the forward already holds the whole gradient
 (R, M x E) and the backward is one row scale, whatever the weights and the loss:
 
-                            matrix products    bytes moved a logit (bf16 model)    bytes held
-    naive, full logits      2                  about 40                            10 to 14 * M * V
-    here, gradient wanted   2                  16  (4 + 4 written, read; 4, 2, 2)  6 * C * V + 2 * M * E
-    here, no gradient       1                  8   (4 + 4)                         4 * C * V
+    bf16 model               matrix products   bytes moved a logit   bytes held
+    naive, full logits       2                 about 40              10 to 14 * M * V
+    here, gradient wanted    2                 16                    6 * C * V + 2 * M * E
+    here, no gradient        1                 8                     4 * C * V
+
+16 = logits written 4, read 4 for logp and 4 for onehot - p, which is written 2 and read 2 by the second product.
 
 Precision. Logits, logsumexp, log-probabilities and sums are fp32 for fp32, bf16 and fp16 inputs (fp64 for fp64), and
 both terms of logp_t come from the same logits: bf16 ones would cost about 0.3 nat over 4,000 tokens. onehot - p is
@@ -266,7 +268,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, w: Tensor, cu_seqlen
     assert hidden.device == weight.device == targets.device == w.device, (hidden.device, weight.device, targets.device)
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise InputError(
-            f"hidden states are {hidden.dtype} and the head is {weight.dtype}; load both as the same of fp32, bf16, fp16"
+            f"hidden states are {hidden.dtype}, the head is {weight.dtype}; load both as one of fp32, bf16 and fp16"
         )
     assert w.dtype in (torch.float32, _accumulator(hidden.dtype)) and not w.requires_grad, (w.dtype, w.requires_grad)
     if torch.is_grad_enabled() and weight.requires_grad:

@@ -88,10 +88,12 @@ def documents(world: World, rng: random.Random) -> Iterator[tuple[str, str]]:
 def make_tokenizer(world: World) -> Tokenizer:
     """A byte-level BPE of VOCABULARY entries with Qwen's word split, its merges learnt from the world's documents."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -114,24 +116,30 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json."""
     with atomic_write(out / "tokenizer.json") as f:
         f.write(tokenizer.to_str(pretty=False))
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TURN,
-        "pad_token": END_OF_TEXT,
-        "bos_token": None,
-        "unk_token": None,
-        "model_max_length": SHAPE["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    })
-    write_json(out / "generation_config.json", {
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.95,
-        "top_k": 20,
-        "eos_token_id": [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)],
-        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
-    })
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TURN,
+            "pad_token": END_OF_TEXT,
+            "bos_token": None,
+            "unk_token": None,
+            "model_max_length": SHAPE["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    write_json(
+        out / "generation_config.json",
+        {
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 20,
+            "eos_token_id": [tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)],
+            "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        },
+    )
 
 
 def batches(world: World, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -180,8 +188,8 @@ def train(net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], ste
         if (step + 1) % 50 == 0:
             speed = seen / (time.monotonic() - start)
             left = (steps - step - 1) * (time.monotonic() - start) / (step + 1)
-            print(f"step {step + 1}/{steps}  loss {total / 50:.3f}  {speed:.0f} tokens/s  {left:.0f} s left",
-                  file=sys.stderr, flush=True)
+            line = f"step {step + 1}/{steps}  loss {total / 50:.3f}  {speed:.0f} tokens/s  {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
             total = 0.0
 
 
@@ -214,7 +222,8 @@ def build(world: World, out: Path, steps: int) -> dict[str, float]:
     write_tokenizer(tokenizer, out)
     config = qwen3.Config(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **SHAPE)
     net = qwen3.Qwen3(config)
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
+    size = sum(p.numel() for p in net.parameters())
+    print(f"{size:,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
     train(net, batches(world, tokenizer, world.seed), steps)
     qwen3.save(net, out, torch.float16)
     net = qwen3.load(out)  # what is measured is what was written, rounded to 16 bits

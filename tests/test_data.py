@@ -120,6 +120,7 @@ def test_doctests():
         ("a\n\nb", ["a\n\n", "b"]),
         ("\na\n\nb\n", ["\na\n\n", "b\n"]),
         ("a\n\n\n\nb", ["a\n\n\n\n", "b"]),
+        ("a\n\n\nb", ["a\n\n\n", "b"]),
         ("a\nb", ["a\nb"]),
         ("\n\na\n\nb", ["\n\na\n\n", "b"]),
         ("a\n\n  \n\nb", ["a\n\n  \n\n", "b"]),

@@ -178,6 +178,20 @@ def test_constants_refuse_gradients():
         kto.implicit_reward(torch.zeros(1), torch.zeros(1, requires_grad=True))
 
 
+def test_wrong_shapes_are_refused():
+    """A (B, 1) reward against (B,) classes would broadcast to (B, B) and still train."""
+    r, chosen, z0 = torch.zeros(3), torch.tensor([True, False, True]), torch.tensor(0.0)
+    with pytest.raises(AssertionError):
+        kto.implicit_reward(r, r[:, None])
+    with pytest.raises(AssertionError):
+        kto.implicit_reward(r[:, None], r[:, None])
+    for bad in ((r[:, None], z0, chosen), (r, z0, chosen[:2]), (r, z0, chosen.float()), (r, r, chosen)):
+        with pytest.raises(AssertionError):
+            kto.kto_loss(*bad, BETA, 1.0, 1.5)
+    with pytest.raises(AssertionError):
+        kto.metrics(torch.zeros(2, 6))
+
+
 # ---------------------------------------------------------------------------------------------- z0
 
 
@@ -193,6 +207,14 @@ def test_z0_ema_by_hand():
         z0, state = kto.z0_estimate(torch.tensor(2 * mean), torch.tensor(2.0), ema_state=state, ema=0.75)
         seen.append((z0.item(), state.item()))
     assert seen == [(1.0, 1.0), (0.25, 0.25), (0.0, -0.5625)]
+    first, _ = kto.z0_estimate(torch.tensor(8.0), torch.tensor(2.0), ema=0.75)  # the state starts at 0
+    assert first.item() == 1.0
+
+
+@pytest.mark.parametrize("ema", [-0.1, 1.0])
+def test_z0_refuses_an_ema_that_forgets_nothing(ema):
+    with pytest.raises(AssertionError):
+        kto.z0_estimate(torch.tensor(1.0), torch.tensor(1.0), ema=ema)
 
 
 # ---------------------------------------------------------------------------------------------- optimiser step

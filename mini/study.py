@@ -1,0 +1,248 @@
+"""The evidence behind the README's table: several worlds, several seeds, two controls and a dial for label noise.
+
+`make study` runs every cell (one world, one seed: its own draws, adapters and samples), two at a time, then writes
+docs/results/study.json and the table between the study marks of README.md. A cell that is finished is not run again.
+
+  worlds   each has its own base model; a fact's traps and misconceptions are drawn anew
+  null     a world in which no move says anything about the answer: transitions cannot help, so no method should gain
+           from weighting them
+  shuffled MR-ALIGN with its weights permuted among the steps of the same class: the same weights, no meaning
+  noise    MR-ALIGN with a share of the labels replaced at random
+
+Test and out-of-domain questions are looked at here and by `make train`; every setting was chosen on the dev questions.
+"""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import annotate
+import data
+import eval as evaluation
+from files import InputError, atomic_write, read_json, read_jsonl, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "runs" / "study"
+RESULT = ROOT / "docs" / "results" / "study.json"
+MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
+SEEDS = (0, 1, 2)
+MODELS = {"world 0": "mini/model", "world 1": "mini/model-world1", "null": "mini/model-null"}
+METHODS = ("sft", "kto", "mralign", "shuffled")
+NOISE = (0.2, 0.5)
+PAIRS = (("kto", "base"), ("mralign", "base"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
+SETS = ("test", "ood")
+N_BOOT = 10_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the pipeline: a world, a seed, and how noisy the annotator is."""
+
+    world: str
+    seed: int
+    noise: float = 0.0
+
+    @property
+    def out(self) -> Path:
+        return OUT / f"{self.world.replace(' ', '')}-seed{self.seed}-noise{self.noise}"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return ("mralign",) if self.noise else METHODS
+
+
+def cells() -> list[Cell]:
+    """All cells, those the others borrow their draws from first."""
+    plain = [Cell(world, seed) for seed in SEEDS for world in MODELS]
+    return plain + [Cell("world 0", seed, noise) for seed in SEEDS for noise in NOISE]
+
+
+def run(cell: Cell) -> float:
+    """Run the pipeline for one cell in a process of its own; returns its seconds. Raises InputError when it fails."""
+    cell.out.mkdir(parents=True, exist_ok=True)
+    if cell.noise:  # the draws do not depend on the annotator: share them
+        source = Cell(cell.world, cell.seed).out
+        for name in ("samples.jsonl", "done/sample.json"):
+            if not (cell.out / name).exists():
+                (cell.out / name).parent.mkdir(exist_ok=True)
+                os.link(source / name, cell.out / name)
+    settings = {"model": MODELS[cell.world], "seed": cell.seed, "annotator-noise": cell.noise, "out": cell.out}
+    settings["method"] = ",".join(cell.methods)
+    command = [sys.executable, "mralign.py", "--config", "configs/mini.json"]
+    command += [part for k, v in settings.items() for part in (f"--{k}", str(v))]
+    started = time.perf_counter()
+    with open(cell.out / "log.txt", "w", encoding="utf-8") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
+    if done.returncode:
+        raise InputError(f"{cell.out}/log.txt: this cell ended with exit code {done.returncode}; see its last lines")
+    return time.perf_counter() - started
+
+
+def samples(cell: Cell, name: str, setting: str) -> list[dict[str, Any]]:
+    """The samples of one setting on one evaluation set."""
+    return read_jsonl(cell.out / "eval" / name / f"{setting}.jsonl")
+
+
+def by_fact(scored: list[dict[str, Any]], metric: str) -> dict[str, float]:
+    """Mean of acc or mis over the questions of each fact."""
+    values = defaultdict(list)
+    for row, value in zip(scored, evaluation.indicator(scored, metric).tolist(), strict=True):
+        values[row["id"].partition("#")[0]].append(value)
+    return {fact: sum(v) / len(v) for fact, v in values.items()}
+
+
+def label_shares(rows: list[dict[str, Any]], annotator: annotate.CueAnnotator) -> dict[str, float]:
+    """Share of each label among all labels of the thoughts."""
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        parsed = data.parse(row["text"], True, row["finish"] == "stop")
+        if parsed.span:
+            segments = [row["text"][a:b] for a, b in data.split_segments(row["text"], *parsed.span)]
+            for step in annotator.label(row["question"], segments):
+                for label in step.labels:
+                    counts[label] += 1
+    total = sum(counts.values())
+    return {label: n / total for label, n in counts.items()}
+
+
+def crossed_bootstrap(table: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high) of a (cells, facts) table of differences; cells and facts are both drawn with replacement.
+
+    Both count as samples: another world or seed, and other facts, could have come up. 95 % percentile interval.
+    """
+    rng = np.random.default_rng(seed)
+    cells, facts = table.shape
+    rows = rng.multinomial(cells, np.full(cells, 1 / cells), size=N_BOOT) / cells  # (n, cells) weights
+    columns = rng.multinomial(facts, np.full(facts, 1 / facts), size=N_BOOT) / facts  # (n, facts)
+    means = ((rows @ table) * columns).sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(table.mean()), float(low), float(high)
+
+
+def group_summary(group: list[Cell], methods: tuple[str, ...]) -> dict[str, Any]:
+    """Mean and standard deviation over the cells of a group, per set and setting, and the paired differences."""
+    annotator = annotate.CueAnnotator(annotate.read_cues(ROOT / "mini" / "cues.json"))
+    result: dict[str, Any] = {"cells": len(group), "settings": {}, "differences": {}}
+    values: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
+    for setting in ("base", *methods):
+        row: dict[str, Any] = {}
+        shares: dict[str, list[float]] = defaultdict(list)
+        for name in SETS:
+            for cell in group:
+                rows = samples(cell, name, setting)
+                scored = [evaluation.score(r) for r in rows]
+                for metric in ("acc", "mis"):
+                    values[name, setting, metric].append(by_fact(scored, metric))
+                for label, share in label_shares(rows, annotator).items():
+                    shares[label].append(share)
+            for metric in ("acc", "mis"):
+                means = [float(np.mean(list(v.values()))) for v in values[name, setting, metric]]
+                row[f"{name}_{metric}"] = {
+                    "mean": float(np.mean(means)),
+                    "sd": float(np.std(means, ddof=1)),
+                    "all": means,
+                }
+        row["labels"] = {label: float(np.mean(v)) for label, v in sorted(shares.items())}
+        result["settings"][setting] = row
+    for a, b in PAIRS:
+        if {a, b} <= {"base", *methods}:
+            entry = {}
+            for name in SETS:
+                for metric in ("acc", "mis"):
+                    pairs = zip(values[name, a, metric], values[name, b, metric], strict=True)
+                    table = np.array([[x[f] - y[f] for f in x] for x, y in pairs])  # (cells, facts)
+                    mean, low, high = crossed_bootstrap(table)
+                    entry[f"{name}_{metric}"] = {
+                        "mean": mean,
+                        "low": low,
+                        "high": high,
+                        "wins": int((table.mean(1) > 0).sum()),
+                    }
+            result["differences"][f"{a} - {b}"] = entry
+    return result
+
+
+def summary() -> dict[str, Any]:
+    """Every group of cells, from the files they left."""
+    worlds = [w for w in MODELS if w != "null"]
+    groups = {"both worlds": [Cell(w, s) for w in worlds for s in SEEDS]}
+    groups |= {w: [Cell(w, s) for s in SEEDS] for w in MODELS}
+    result = {name: group_summary(group, METHODS) for name, group in groups.items()}
+    for noise in NOISE:
+        group = [Cell("world 0", s, noise) for s in SEEDS]
+        result[f"world 0, {round(100 * noise)} % label noise"] = group_summary(group, ("mralign",))
+    return result
+
+
+def markdown(study: dict[str, Any]) -> str:
+    """The README's table and the paired differences under it."""
+    lines = ["| | test Acc | test Mis | unseen relations Acc | unseen relations Mis | backtracking |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for name, group in study["groups"].items():
+        lines.append(f"| **{name}** ({group['cells']} runs) | | | | | |")
+        for setting, row in group["settings"].items():
+            cells = [f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['sd']:.1f}" for k in KEYS]
+            share = 100 * row["labels"].get("backtracking", 0.0)
+            lines.append(f"| {setting} | {' | '.join(cells)} | {share:.1f} % |")
+    lines += ["", "| paired difference, points | test Acc | test Mis | unseen relations Acc | unseen relations Mis |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for name, group in study["groups"].items():
+        for pair, row in group["differences"].items():
+            cells = [
+                f"{100 * row[k]['mean']:+.1f} [{100 * row[k]['low']:+.1f}, {100 * row[k]['high']:+.1f}]" for k in KEYS
+            ]
+            lines.append(f"| {name}: {pair} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+KEYS = tuple(f"{name}_{metric}" for name in SETS for metric in ("acc", "mis"))
+
+
+def write_readme(text: str) -> None:
+    """Put `text` between the study marks of README.md."""
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    with atomic_write(path) as f:
+        f.write(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+def main() -> int:
+    """Run what is missing, then summarise."""
+    todo = cells()
+    started = time.perf_counter()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for first in (True, False):  # noisy cells borrow draws, so they come after the plain ones
+                batch = [c for c in todo if (c.noise == 0) == first]
+                for cell, seconds in zip(batch, pool.map(run, batch), strict=True):
+                    print(f"{cell.out.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    receipts = read_json(todo[0].out / "results.json")["receipt"]
+    study = {
+        "command": "make study",
+        **{k: receipts[k] for k in ("commit", "device", "versions")},
+        "seeds": list(SEEDS),
+        "seconds": round(time.perf_counter() - started),
+        "settings": read_json(ROOT / "configs" / "mini.json"),
+        "groups": summary(),
+    }
+    write_json(RESULT, study)
+    write_readme(markdown(study))
+    print(markdown(study))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""lora.py against peft: the same logits from the same files, in both directions, and exact switching."""
+
+import json
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import lora
+import model as qwen
+from files import InputError
+
+CONFIG = Qwen3Config(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+    eos_token_id=3,
+    initializer_range=0.2,
+)
+IDS = torch.randint(97, (1, 13), generator=torch.Generator().manual_seed(7))
+CU_SEQLENS = torch.tensor([0, 13])
+
+
+def peer(dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(CONFIG).to(dtype).eval()
+
+
+def ours(tmp_path: Path) -> qwen.Qwen3:
+    peer().save_pretrained(tmp_path / "base")
+    return qwen.load(tmp_path / "base")
+
+
+def logits(m: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        if isinstance(m, qwen.Qwen3):
+            return m.logits(m(IDS[0], CU_SEQLENS))
+        return m(IDS).logits[0]
+
+
+def fill(parameters: list[nn.Parameter]) -> None:
+    """Adapters as training might leave them: no zero left."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_peft_computes_the_same_from_our_files(tmp_path: Path, dtype: torch.dtype) -> None:
+    """On one and the same base the logits are PEFT's bit for bit, also where fp32 adapters meet bf16 weights."""
+    m = peer(dtype)
+    fill(lora.add(m, r=4, alpha=12, seed=1))
+    lora.save(m, tmp_path, "some/base")
+    theirs = peft.PeftModel.from_pretrained(peer(dtype), tmp_path).eval()
+    got, expected = logits(m), logits(theirs)
+    assert torch.equal(got, expected)
+    assert (expected - logits(peer(dtype))).abs().max() > 0.1  # the adapter is no ornament
+
+
+def test_our_model_with_an_adapter_equals_theirs(tmp_path: Path) -> None:
+    m = ours(tmp_path)
+    fill(lora.add(m, r=4, alpha=8))
+    lora.save(m, tmp_path / "adapter", str(tmp_path / "base"))
+    base = Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (logits(m) - logits(theirs)).abs().max() <= 1e-5
+    back = qwen.load(tmp_path / "base")
+    lora.load(back, tmp_path / "adapter")
+    assert torch.equal(logits(back), logits(m))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adapter_saved_by_peft_loads_here(tmp_path: Path, stored: torch.dtype) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(peer(), config).eval()
+    fill([p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    tensors = {name: t.to(stored) for name, t in load_file(tmp_path / lora.WEIGHTS).items()}
+    save_file(tensors, tmp_path / lora.WEIGHTS)
+    theirs = peft.PeftModel.from_pretrained(peer(), tmp_path).eval()
+    m = peer()
+    parameters = lora.load(m, tmp_path)
+    assert len(parameters) == 2 * 2 * 2 and {p.dtype for p in parameters} == {torch.float32}
+    assert torch.equal(logits(m), logits(theirs))
+
+
+def test_saved_config_holds_what_readers_need(tmp_path: Path) -> None:
+    """vLLM requires r, lora_alpha, an explicit target list and bias none; a missing key makes PEFT guess silently."""
+    m = peer()
+    lora.add(m, r=4, alpha=8)
+    lora.save(m, tmp_path, "some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8 and config["peft_type"] == "LORA"
+    assert sorted(config["target_modules"]) == sorted(lora.TARGETS)
+    assert config["bias"] == "none" and config["modules_to_save"] is None and config["use_dora"] is False
+    assert config["base_model_name_or_path"] == "some/base"
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in names
+    assert len(names) == 2 * 7 * 2 and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in names)
+
+
+def test_new_adapter_changes_nothing_and_starts_as_pefts(tmp_path: Path) -> None:
+    """B = 0 gives the base logits bit for bit; A is uniform in +-1/sqrt(in), as kaiming_uniform(a=sqrt(5)) is."""
+    base = logits(ours(tmp_path))
+    m = ours(tmp_path)
+    parameters = lora.add(m, r=32, alpha=64)
+    assert torch.equal(logits(m), base)
+    for name, p in lora.state(m).items():
+        if "lora_B" in name:
+            assert (p == 0).all()
+        else:
+            bound = 1 / math.sqrt(p.shape[1])
+            assert p.abs().max() <= bound and abs(p.std().item() - bound / math.sqrt(3)) < 0.05 * bound
+    assert [id(p) for p in parameters] == [id(p) for p in lora.state(m).values()]
+    trained = {name for name, p in m.named_parameters() if p.requires_grad}
+    assert len(trained) == len(parameters) == 28 and all("lora_" in name for name in trained)
+
+
+def test_seed_decides_the_start() -> None:
+    starts = []
+    for seed in (5, 5, 6):
+        m = peer()
+        starts.append(torch.cat([p.flatten() for p in lora.add(m, 4, 8, seed=seed)]))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_disabled_is_the_base_bit_for_bit(dtype: torch.dtype) -> None:
+    m, base = peer(dtype), logits(peer(dtype))
+    fill(lora.add(m, 4, 8))
+    on = logits(m)
+    assert not torch.equal(on, base)
+    with lora.disabled(m):
+        assert torch.equal(logits(m), base)
+        with lora.disabled(m):
+            pass
+        assert torch.equal(logits(m), base)  # leaving the inner block does not switch them on
+    assert torch.equal(logits(m), on)
+    with pytest.raises(KeyError), lora.disabled(m):
+        raise KeyError
+    assert torch.equal(logits(m), on)
+
+
+def test_only_adapters_get_gradients_and_none_when_disabled(tmp_path: Path) -> None:
+    m = ours(tmp_path)
+    parameters = lora.add(m, 4, 8)
+    fill(parameters)
+    m(IDS[0], CU_SEQLENS).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+    assert all(p.grad is None for name, p in m.named_parameters() if "lora_" not in name)
+    with lora.disabled(m):
+        assert not m(IDS[0], CU_SEQLENS).requires_grad
+
+
+def test_merged_equals_unmerged(tmp_path: Path) -> None:
+    """Merging leaves the plain model with W + (alpha / r) B A, which saves as a checkpoint transformers reads."""
+    m = ours(tmp_path)
+    fill(lora.add(m, r=4, alpha=6))
+    before = logits(m)
+    layer = m.model.layers[1].mlp.gate_proj
+    expected = layer.weight.double() + 1.5 * layer.lora_B.double() @ layer.lora_A.double()
+    lora.merge(m)
+    assert (m.model.layers[1].mlp.gate_proj.weight - expected).abs().max() <= 1e-6
+    assert (logits(m) - before).abs().max() <= 1e-5
+    assert not any("lora" in name for name, _ in m.named_parameters())
+    qwen.save(m, tmp_path / "merged")
+    assert (logits(Qwen3ForCausalLM.from_pretrained(tmp_path / "merged")) - before).abs().max() <= 1e-5
+
+
+def test_merge_rounds_once_in_bf16() -> None:
+    linear = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    m = nn.Module()
+    m.q_proj = linear
+    weight = linear.weight.detach().clone()
+    A, B = lora.add(m, 2, 4, targets=("q_proj",))
+    fill([A, B])
+    expected = (weight.double() + 2 * B.double() @ A.double()).to(torch.bfloat16)
+    lora.merge(m)
+    assert torch.equal(m.q_proj.weight, expected)
+
+
+def test_bias_of_the_base_layer_stays() -> None:
+    m = nn.Sequential()
+    m.add_module("q_proj", nn.Linear(6, 5))
+    x = torch.randn(3, 6)
+    before = m(x)
+    fill(lora.add(m, 2, 2, targets=("q_proj",)))
+    assert (m(x) - before).abs().max() > 1e-3
+    on = m(x)
+    lora.merge(m)
+    assert type(m.q_proj) is nn.Linear and (m(x) - on).abs().max() <= 1e-6
+
+
+# -- files that do not fit -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    m = peer()
+    lora.add(m, r=4, alpha=8)
+    lora.save(m, tmp_path, "some/base")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("peft_type", "IA3", "'LORA'"),
+        ("r", 0, "positive integer"),
+        ("r", ..., "missing"),
+        ("lora_alpha", ..., "missing"),
+        ("lora_alpha", "8", "positive number"),
+        ("target_modules", ..., "missing"),
+        ("target_modules", "all-linear", "list of module names"),
+        ("target_modules", ["query"], "names no linear layer"),
+        ("bias", "all", "'none'"),
+        ("use_rslora", True, "not supported"),
+        ("use_dora", True, "not supported"),
+        ("modules_to_save", ["lm_head"], "not supported"),
+        ("rank_pattern", {"q_proj": 8}, "not supported"),
+        ("init_lora_weights", "pissa", "true"),
+        ("a_field_of_the_future", 1, "not supported"),
+    ],
+)
+def test_refused_config(folder: Path, field: str, value: object, word: str) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {field: value}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(InputError) as error:
+        lora.load(peer(), folder)
+    message = str(error.value)
+    assert field in message and word in message and "\n" not in message, message
+
+
+def test_every_wrong_tensor_is_named(folder: Path) -> None:
+    prefix = "base_model.model.model.layers"
+    tensors = load_file(folder / lora.WEIGHTS)
+    del tensors[f"{prefix}.0.mlp.up_proj.lora_A.weight"]
+    tensors[f"{prefix}.1.mlp.up_proj.lora_A.weight"] = torch.zeros(8, 48)
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 48)
+    save_file(tensors, folder / lora.WEIGHTS)
+    with pytest.raises(InputError) as error:
+        lora.load(peer(), folder)
+    message = str(error.value)
+    assert f"{prefix}.0.mlp.up_proj.lora_A.weight is missing" in message
+    assert f"{prefix}.1.mlp.up_proj.lora_A.weight is of shape (8, 48), not (4, 48)" in message
+    assert "base_model.model.lm_head.lora_A.weight is extra" in message and "\n" not in message
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="adapter_config.json: no such file"):
+        lora.load(peer(), tmp_path)

@@ -1,0 +1,186 @@
+"""The command line from questions to results on a slice of the miniature: files, reuse, ranks, bad input."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import em
+from files import read_json, read_jsonl, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign", "eval", "report"]
+FAST = ["--epochs", "1", "--method", "kto,mralign"]
+
+
+def mralign(*flags: object, world: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    command = [sys.executable, *launch, "mralign.py", "--config", "configs/mini.json", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory) -> dict[str, Path]:
+    """Every eighth training question and a few test questions, under a path with a space in it."""
+    folder = tmp_path_factory.mktemp("a slice")
+    paths = {"questions": folder / "train.jsonl", "test": folder / "test.jsonl", "folder": folder}
+    write_jsonl(paths["questions"], read_jsonl(ROOT / "mini/questions/train.jsonl")[::8])
+    write_jsonl(paths["test"], read_jsonl(ROOT / "mini/questions/test.jsonl")[:40])
+    return paths
+
+
+def flags(slices: dict[str, Path], out: Path) -> list[object]:
+    return ["--questions", slices["questions"], "--eval-sets", f"test={slices['test']}", "--out", out, *FAST]
+
+
+@pytest.fixture(scope="module")
+def run(slices) -> Path:
+    out = slices["folder"] / "one process"
+    done = mralign(*flags(slices, out))
+    assert done.returncode == 0, done.stderr
+    (out / "stdout.txt").write_text(done.stdout)
+    return out
+
+
+def test_training_rows_are_the_sampled_ids_and_follow_the_selection_rule(run):
+    samples = {}
+    for s in read_jsonl(run / "samples.jsonl"):
+        samples.setdefault(s["id"], {"on": [], "off": []})[s["mode"]].append(s)
+    rows = read_jsonl(run / "train.jsonl")
+    assert {r["label"] for r in rows} == {True, False}
+    for r in rows:
+        drawn = samples[r["id"]]
+        assert r["completion_ids"] == drawn["on"][0]["ids"] and r["prompt_ids"] == drawn["on"][0]["prompt_ids"]
+
+        def right(s):
+            return s["text"].rpartition("<answer>")[2].removesuffix("</answer>").strip() in s["answers"]
+
+        assert all(right(s) is r["label"] for s in drawn["on"]) and all(right(s) is not r["label"] for s in drawn["off"])
+
+
+def test_weights_are_the_clipped_ratio_of_the_matrices(run):
+    t = read_json(run / "transitions.json")
+    checked = 0
+    for r in read_jsonl(run / "train.jsonl"):
+        own = t["P_pos"] if r["label"] else t["P_neg"]
+        before = ["<start>"]
+        for labels, w in zip(r["labels"], r["w"], strict=True):
+            if labels and before:  # Eq. 7 and 10; the uniform rho cancels
+                pairs = [(em.STATES.index(a), em.STATES.index(b)) for a in before for b in labels]
+                ratio = sum(own[a][b] for a, b in pairs) / sum(t["P"][a][b] for a, b in pairs)
+                assert w == pytest.approx(min(math.e, max(1 / math.e, ratio)), rel=1e-12)
+                checked += 1
+            before = labels
+    assert checked > 100
+
+
+def test_results_add_up_and_the_report_stands_alone(run):
+    results = read_json(run / "results.json")
+    for setting in ("base", "kto", "mralign"):
+        m = results["scores"]["test"]["metrics"][setting]
+        assert m["n"] == sum(m["table"].values()) == 40
+        assert m["acc"]["k"] == m["table"]["thought_and_answer"]
+        assert m["mis"]["k"] == m["table"]["thought_only"] + m["table"]["answer_only"]
+    assert results["scores"]["test"]["metrics"]["thinkoff"]["mis"] is None
+    assert list(results["stages"]) == STAGES[:-1] and results["receipt"]["processes"] == 1
+    assert f"{results['scores']['test']['metrics']['mralign']['acc']['k']}/40" in (run / "stdout.txt").read_text()
+    page = (run / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page
+    assert all((run / "figures" / f).stat().st_size > 1000 for f in ("transitions.png", "curves.png", "weights.png"))
+    first = read_jsonl(run / "mralign" / "metrics.jsonl")[0]
+    rows = first["count/chosen"] + first["count/rejected"]
+    assert first["loss"] == pytest.approx(0.5 * (first["count/chosen"] + 1.5 * first["count/rejected"]) / rows, abs=1e-5)
+
+
+def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+    done = mralign(*flags(slices, run))
+    assert done.returncode == 0, done.stderr
+    assert [line.split("]")[0][1:] for line in done.stderr.splitlines() if "unchanged, reused" in line] == STAGES
+    done = mralign(*flags(slices, run), "--temperature", "0.7")
+    assert done.returncode == 0, done.stderr
+    reused = [line.split("]")[0][1:] for line in done.stderr.splitlines() if "unchanged, reused" in line]
+    assert reused == STAGES[:-2]  # eval and report again
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
+def test_two_processes_give_the_single_process_result(run, slices):
+    out = slices["folder"] / "two processes"
+    done = mralign(*flags(slices, out), world=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl", "transitions.json", "train.jsonl"):
+        assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    one, two = (load_file(p / "mralign" / "adapter_model.safetensors") for p in (run, out))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# Bad input: one line that names the place and the remedy, exit code 3
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 3 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_no_settings_at_all():
+    done = subprocess.run([sys.executable, "mralign.py"], cwd=ROOT, capture_output=True, text=True)
+    refused(done, "--model is not set", "configs/mini.json")
+
+
+@pytest.mark.parametrize(
+    "extra,words",
+    [
+        (["--questions", "absent.jsonl"], ["absent.jsonl", "no such file"]),
+        (["--model", "absent"], ["absent", "no such"]),
+        (["--method", "dpo"], ["dpo", "mralign"]),
+        (["--eval-sets", "test"], ["--eval-sets", "name=path"]),
+        (["--dtype", "int8"], ["--dtype", "bfloat16"]),
+        (["smaple"], ["unknown stage 'smaple'", "sample"]),
+    ],
+)
+def test_bad_flags(extra, words):
+    refused(mralign(*extra), *words)
+
+
+def test_bad_files_are_named_with_their_line(run, slices, tmp_path):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"id": "a", "question": "q?", "answers": ["x"]}\n{"id": "b", "quest')
+    refused(mralign("--questions", torn, "--out", tmp_path / "o"), "torn.jsonl:2", "repair")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused(mralign("--eval-sets", f"test={empty}", "--out", run, "eval"), "empty.jsonl", "no question")
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    text = (copy / "annotations.jsonl").read_text()
+    (copy / "annotations.jsonl").write_text(text.replace('"retrieval"', '"retreival"', 1))
+    refused(mralign("--out", copy, "fit"), "annotations.jsonl", "retreival", "retrieval")
+    refused(mralign("--out", copy, "--min-segments", 14, "candidates"), "candidates", "no ", "limits")
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused(slices, tmp_path):
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for p in (ROOT / "mini/model").iterdir():
+        (broken / p.name).write_bytes(p.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, broken / "model.safetensors")
+    refused(mralign(*flags(slices, tmp_path / "o"), "--model", broken), "model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_settings_file_with_an_unknown_name(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"learning_rate": 1e-3}))
+    command = [sys.executable, "mralign.py", "--config", str(tmp_path / "c.json")]
+    refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True), "c.json", "learning_rate", "--help")
