@@ -39,6 +39,7 @@ import em
 import eval as evaluation
 import lora
 import model as qwen
+import page
 import report
 import sample
 import train
@@ -447,10 +448,10 @@ def stage_report(run: Run) -> dict[str, Any]:
     for name, of in scores.items():
         text = evaluation.table(of["metrics"])
         print(f"\n{name}\n{text}\n\n{difference_lines(of['differences'])}")
-        tables[f"Results on {name}"] = report.markdown_rows(text)
+        tables[f"Results on {name}"] = page.markdown_rows(text)
     tables["Step weights by class"] = results["weights"]
     settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if v != ""}
-    report.trace_page(
+    page.trace_page(
         shown,
         out / "report.html",
         f"MR-ALIGN run {out.name}",

@@ -17,7 +17,8 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-QUESTIONS = json.loads((HERE / "wording.json").read_text(encoding="utf-8"))  # relation -> statements, questions
+WORDING = json.loads((HERE / "wording.json").read_text(encoding="utf-8"))  # openers; relation -> its sentences
+QUESTIONS = WORDING["relations"]
 SPLITS = {"train": 1000, "dev": 150}  # facts; what is left of the aligned relations is the test split
 OOD = ("region", "province", "official_language")  # relations that alignment never sees
 PARAPHRASES = {"train": 1, "dev": 2, "test": 2, "ood": 2}
@@ -305,16 +306,17 @@ def collect() -> list[dict]:
 
 
 def questions(facts: list[dict], split: str) -> list[dict]:
-    """Question rows of a split: PARAPHRASES[split] wordings of each fact."""
+    """Question rows of a split: PARAPHRASES[split] wordings of each fact, each with an opener of its own."""
     rows = []
     for f in (f for f in facts if f["split"] == split):
         wordings = sorted(QUESTIONS[f["relation"]]["questions"], key=lambda q: digest(q, f["id"]))
-        for i, text in enumerate(wordings[: PARAPHRASES[split]]):
+        openers = sorted(WORDING["openers"], key=lambda o: digest(o, f["id"]))
+        for i, (opener, text) in enumerate(list(zip(openers, wordings, strict=False))[: PARAPHRASES[split]]):
             rows.append(
                 {
                     "id": f"{f['id']}#{i}",
                     "dataset": "mini",
-                    "question": text.replace("{s}", f["subject"]),
+                    "question": f"{opener} {text.replace('{s}', f['subject'])}",
                     "answers": [f["object"]],
                 }
             )

@@ -17,14 +17,14 @@ VOCAB = 101
 SHAPES = {"ratio 1": (4, 4, 16, 32), "ratio 2": (4, 2, 16, 48), "ratio 4": (8, 2, 12, 40)}
 
 
-def peer(tied: bool = False, shape: tuple[int, ...] = SHAPES["ratio 2"], seed: int = 0) -> Qwen3ForCausalLM:
+def peer(tied: bool = False, shape: tuple[int, ...] = SHAPES["ratio 2"], intermediate: int = 56) -> Qwen3ForCausalLM:
     """A random transformers model whose norms are not ones and whose logits are of order 1 to 10."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     heads, kv_heads, head_dim, hidden = shape
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=hidden,
-        intermediate_size=56,
+        intermediate_size=intermediate,
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -86,7 +86,8 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool, shape: tuple[int,
 @torch.no_grad()
 def test_decoding_in_groups_of_different_width(tmp_path: Path) -> None:
     """More rows than one group, lengths over several cache blocks: the full forward, row by row; bits do not move."""
-    peer().save_pretrained(tmp_path)
+    # Whole vectors of 32 in every layer: the CPU rounds silu otherwise in what is left over at the end of a tensor.
+    peer(intermediate=64).save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
     B = qwen.GROUP + 18
     lengths = [200 - 3 * b for b in range(qwen.GROUP)] + [3 + b for b in range(18)]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import em
 import kto
+import page
 import report
 from files import InputError
 
@@ -337,10 +338,10 @@ def trace(transitions: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any]) -> tuple[str, Checker]:
+def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any]) -> tuple[str, Checker]:
     tmp_path = tmp_path_factory.mktemp("page")
     report.weights_figure([{"label": True, "w": W}], tmp_path / "w.png")
-    report.trace_page(
+    page.trace_page(
         [trace(transitions), trace(transitions) | {"chosen": False, "golds": []}],
         tmp_path / "report.html",
         EVIL,
@@ -355,8 +356,8 @@ def page(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any]) 
     return text, checker
 
 
-def test_page_is_whole_and_harmless(page: tuple[str, Checker]) -> None:
-    text, checker = page
+def test_page_is_whole_and_harmless(written: tuple[str, Checker]) -> None:
+    text, checker = written
     assert checker.open == []
     assert not {"script", "link", "iframe", "object", "a", "base"} & {tag for tag, _ in checker.tags}
     for tag, attrs in checker.tags:
@@ -371,9 +372,9 @@ def test_page_is_whole_and_harmless(page: tuple[str, Checker]) -> None:
     assert text.count("<h2>") == 4  # results, receipts, figures, traces; the empty table has none
 
 
-def test_page_colours_follow_w(page: tuple[str, Checker]) -> None:
+def test_page_colours_follow_w(written: tuple[str, Checker]) -> None:
     """Class and depth of each step, in order, from log w; the numbers stand beside and in the tip."""
-    _, checker = page
+    _, checker = written
     steps = [
         a for tag, a in checker.tags if tag == "div" and a.get("class", "").startswith("text ") and "tabindex" in a
     ]
@@ -395,7 +396,7 @@ def test_page_colours_follow_w(page: tuple[str, Checker]) -> None:
 
 def test_gold_answers_are_underlined() -> None:
     def u(text: str, *golds: str) -> str:
-        return report.underline_golds(text, golds)
+        return page.underline_golds(text, golds)
 
     assert u("So earthQuakes < tides", "earthquakes") == "So <u>earthQuakes</u> &lt; tides"
     assert u("In the U.S., not us all", "US") == "In the <u>U.S</u>., not <u>us</u> all"
@@ -407,10 +408,10 @@ def test_gold_answers_are_underlined() -> None:
 
 
 def test_tables() -> None:
-    assert report.column([74.8, 77.25, None, 3, "not run", -0.5]) == ["74.80", "77.25", "–", "3", "not run", "−0.50"]
+    assert page.column([74.8, 77.25, None, 3, "not run", -0.5]) == ["74.80", "77.25", "–", "3", "not run", "−0.50"]
     markdown = "|      | Acc (95 %) | k/n |\n| ---- | ---------: | --: |\n| base | 34.1 [1, 2] | 3/9 |"
-    assert report.markdown_rows(markdown) == [{"": "base", "Acc (95 %)": "34.1 [1, 2]", "k/n": "3/9"}]
-    html = report.table_html([{"a": 1}, {"b": 2.5}])
+    assert page.markdown_rows(markdown) == [{"": "base", "Acc (95 %)": "34.1 [1, 2]", "k/n": "3/9"}]
+    html = page.table_html([{"a": 1}, {"b": 2.5}])
     assert html.count("<td>–</td>") == 2 and "<th>a</th><th>b</th>" in html
 
 
