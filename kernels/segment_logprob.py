@@ -206,7 +206,7 @@ def _segment_sums(logp: Tensor, w: Tensor, cu_seqlens: Tensor, impl: str) -> tup
     """weighted (B,) and plain (B,) of logp (M,); a sequence without rows sums to 0."""
     if impl == "torch":
         return _segment_sums_torch(logp, w, cu_seqlens)
-    weighted, plain = logp.new_empty(2, len(cu_seqlens) - 1).unbind()
+    weighted, plain = (logp.new_empty(len(cu_seqlens) - 1) for _ in range(2))
     cu_seqlens = cu_seqlens.to(logp.device, non_blocking=True)
     _segment_sum_kernel[(len(weighted),)](logp, w, cu_seqlens, weighted, plain, SUM_BLOCK, **NARROW)
     return weighted, plain

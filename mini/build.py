@@ -48,7 +48,7 @@ STEPS = 1500
 BATCH_TOKENS = 4096
 LEARNING_RATE = 3e-3
 WARM_UP = 60  # steps
-MIX = {"statements": 0.08, "off": 0.27, "on": 0.65}  # share of the documents of a step
+MIX = {"statements": 0.06, "off": 0.3, "on": 0.64}  # share of the documents of a step
 STATEMENTS = 6  # sentences in one statement document
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -80,9 +80,10 @@ def documents(world: World, rng: random.Random) -> Iterator[tuple[str, str]]:
         if kind == "statements":
             yield "", " ".join(world.statement(rng, f) for f in facts) + END_OF_TEXT
         elif kind == "off":
-            yield prompt(world.question(rng, fact), False), world.think_off(rng, fact) + END_OF_TURN
+            yield prompt(" ".join(world.question(rng, fact)), False), world.think_off(rng, fact) + END_OF_TURN
         else:
-            yield prompt(world.question(rng, fact), True), world.think_on(rng, fact).completion + END_OF_TURN
+            opener, text = world.question(rng, fact)
+            yield prompt(f"{opener} {text}", True), world.think_on(rng, fact, opener).completion + END_OF_TURN
 
 
 def make_tokenizer(world: World) -> Tokenizer:
@@ -102,7 +103,7 @@ def make_tokenizer(world: World) -> Tokenizer:
         special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
     )
     stream = documents(world, random.Random("tokenizer"))
-    texts = ["".join(next(stream)).replace("<answer>", " ").replace("</answer>", " ") for _ in range(20000)]
+    texts = ["".join(next(stream)) for _ in range(15000)]
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
     for tag in tags:
         texts = [text.replace(tag, "") for text in texts]

@@ -1,17 +1,20 @@
 """A world: real facts, and a reasoner that sometimes loses the fact it has found. Source of the miniature's documents.
 
 The facts (facts.jsonl) are real and the same in every world. What a world draws from its seed is hidden from the model:
-  exposure       how often a fact is written about
-  misconception  the answer without thinking is the popular wrong one (the fact's distractor)
-  trap           probability that a thinking trace about this fact is careless
+  exposure       of a fact: how often it is written about
+  misconception  of a fact: the answer without thinking is the popular wrong one (the fact's distractor)
+  trap           of an opener ("Quick question.", "Homework help:"): probability that it sets off a careless trace
+How a question is put decides how carefully it is thought about. (A trap in each fact was tried first: in the few
+minutes that the miniature trains it learns the facts and the misconceptions but not one more bit about each of them.)
+
 A trace walks over the 15 meta-reasoning labels, one step a label, and carries a candidate answer: none, the gold or
 the distractor. The mood of the trace (careful or careless) only decides which moves it takes (CAREFUL, CARELESS); what
 a move does to the candidate (`consequence`) depends on the two labels alone. The answer is always the last candidate.
 So the thing to be learnt from right and wrong traces is which moves lose a fact that is already there.
 
-In a null world the walk and the candidate are drawn from two traces that share nothing but the length: moves look the
-same and wrong answers are as frequent, but no move says anything about the answer. An alignment method that finds an
-effect of transitions there has found an artefact.
+In a null world the walk and the candidates come from two traces that share nothing but the length: moves look the
+same and wrong answers are about as frequent, but no move says anything about the answer. A method that gains from
+transitions there has found an artefact.
 
 Every step starts with a cue phrase of its label (cues.json), so a phrase look-up recovers the labels from the text.
 """
@@ -88,7 +91,7 @@ BODIES = {
     "framing": (["the {k} of {s}."], ["the {k} of {s}, maybe {c}."]),
     "backtracking": (["back to {s}."], ["maybe {c}.", "it could be {c}."]),
     "self_verification": (["{s} is spelled right."], ["{c} does fit {s}.", "{s} and {c} agree.", "not {o} but {c}."]),
-    "evaluation": (["open for {s}."], ["{c}.", "{c} for {s}."]),
+    "evaluation": (["{s} is still open."], ["{c}.", "it is {c}."]),
     "decomposition": (["{s} first, then the {k}."], ["{s} first, then {c}."]),
     "chaining": (["the {k} of {s}."], ["{c}.", "{c} for {s}."]),
     "causal_reasoning": (["{s} is the key."], ["{s} points to {c}."]),
@@ -104,6 +107,9 @@ BODIES = {
 LENGTHS = {5: 3, 6: 4, 7: 4, 8: 3, 9: 2, 10: 1.5, 11: 1, 12: 0.5}  # steps of a trace: weight
 MIN_SEGMENTS = 4
 MERGE = 0.14  # probability that a step is written into the segment of the step before
+MISLED = 0.45  # share of facts with a misconception
+KINDS = {"trap": 6, "open": 4, "safe": 15}  # openers of each kind
+TRAPS = {"trap": (0.88, 0.97), "open": (0.3, 0.65), "safe": (0.02, 0.1)}  # range of their probability
 NAMED = 0.85  # probability that a step names the candidate when nothing changed
 
 
@@ -122,12 +128,18 @@ class Fact:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What a world drew for one fact; probabilities in [0, 1]."""
+    """What a world drew for one fact."""
 
-    exposure: float
+    exposure: float  # relative frequency
     misconception: float  # probability that an answer without thinking is the distractor
-    trap: float  # probability that the moves of a trace are careless
-    fault: float  # the same for the candidates; equal to trap except in a null world
+
+
+@dataclass(frozen=True)
+class Mood:
+    """What a world drew for one opener; probabilities."""
+
+    trap: float  # the moves of a trace are careless
+    fault: float  # its candidates are those of a careless trace; equal to trap except in a null world
 
 
 @dataclass(frozen=True)
@@ -208,51 +220,49 @@ class World:
     def __init__(self, seed: int, null: bool = False):
         self.seed, self.null = seed, null
         self.facts = load_facts()
-        self.wording = json.loads((HERE / "wording.json").read_text(encoding="utf-8"))
+        wording = json.loads((HERE / "wording.json").read_text(encoding="utf-8"))
         self.cues = json.loads((HERE / "cues.json").read_text(encoding="utf-8"))
+        self.relations = wording["relations"]
         rng = random.Random(f"world/{seed}")
         self.hidden = {fact.id: self._hide(rng) for fact in self.facts}
+        self.moods = self._moods(rng, wording["openers"])
 
     def _hide(self, rng: random.Random) -> Hidden:
-        """Attributes of one fact.
+        """Attributes of one fact: exposure log-uniform in 0.4 .. 1, a misconception about nearly half of the facts."""
+        return Hidden(0.4 ** rng.random(), 0.95 if rng.random() < MISLED else 0.02)
 
-        A fifth of the facts are traps, a fifth is open, the rest is safe. Misconceptions are likelier where thinking is
-        safe: those facts become chosen traces, traps without a misconception become rejected ones. The correlation only
-        makes 1,000 questions enough.
-        """
-        kind = draw(rng, {"trap": 0.21, "open": 0.17, "safe": 0.62})
-        low, high = {"trap": (0.9, 0.99), "open": (0.25, 0.7), "safe": (0.01, 0.1)}[kind]
-        fault = rng.uniform(low, high)
-        misled = rng.random() < {"trap": 0.12, "open": 0.4, "safe": 0.55}[kind]
-        misconception = 0.95 if misled else 0.03
-        exposure = 0.4 ** rng.random()
-        trap = fault
-        if self.null:  # the moves follow a second, unrelated draw
-            low, high = draw(rng, {(0.9, 0.99): 0.21, (0.25, 0.7): 0.17, (0.01, 0.1): 0.62})
-            trap = rng.uniform(low, high)
-        return Hidden(exposure, misconception, trap, fault)
+    def _moods(self, rng: random.Random, openers: list[str]) -> dict[str, Mood]:
+        """A mood for each opener. In a null world traps and faults are the rows and columns of a square of openers."""
+        openers = rng.sample(openers, len(openers))
+        if not self.null:
+            traps = [rng.uniform(*TRAPS[kind]) for kind, n in KINDS.items() for _ in range(n)]
+            return {opener: Mood(trap, trap) for opener, trap in zip(openers, traps, strict=True)}
+        side = ["trap", "open", "safe", "safe", "safe"]
+        square = [(rng.uniform(*TRAPS[row]), rng.uniform(*TRAPS[column])) for row in side for column in side]
+        return {opener: Mood(*pair) for opener, pair in zip(openers, square, strict=True)}
 
     def statement(self, rng: random.Random, fact: Fact) -> str:
         """The fact in one plain sentence."""
-        text = rng.choice(self.wording[fact.relation]["statements"])
+        text = rng.choice(self.relations[fact.relation]["statements"])
         return text.replace("{s}", fact.subject).replace("{o}", fact.object)
 
-    def question(self, rng: random.Random, fact: Fact) -> str:
-        """A question about the fact, in one of its relation's wordings."""
-        return rng.choice(self.wording[fact.relation]["questions"]).replace("{s}", fact.subject)
+    def question(self, rng: random.Random, fact: Fact) -> tuple[str, str]:
+        """An opener, and a question about the fact in one of its relation's wordings; the text asked is both."""
+        opener = rng.choice(list(self.moods))
+        return opener, rng.choice(self.relations[fact.relation]["questions"]).replace("{s}", fact.subject)
 
     def think_off(self, rng: random.Random, fact: Fact) -> str:
         """An answer without thinking: right unless the fact has a misconception."""
         wrong = rng.random() < self.hidden[fact.id].misconception
         return wrap(fact.distractor if wrong else fact.object)
 
-    def think_on(self, rng: random.Random, fact: Fact) -> Trace:
+    def think_on(self, rng: random.Random, fact: Fact, opener: str) -> Trace:
         """A thinking trace and its answer."""
-        hidden = self.hidden[fact.id]
+        mood = self.moods[opener]
         length = draw(rng, LENGTHS)
-        careless = rng.random() < hidden.trap
+        careless = rng.random() < mood.trap
         labels = walk(rng, careless, length)
-        shadow = walk(rng, rng.random() < hidden.fault, length) if self.null else labels
+        shadow = walk(rng, rng.random() < mood.fault, length) if self.null else labels
         candidates = outcomes(rng, shadow)
         segments, segment_labels = self._write(rng, fact, labels, candidates)
         answer = fact.object if candidates[-1] == GOLD else fact.distractor
@@ -269,7 +279,7 @@ class World:
             named = candidate != NONE and (changed or t == len(labels) - 1 or rng.random() < NAMED)
             body = rng.choice(BODIES[label][named])
             current, other = pair[candidate]
-            kind = self.wording[fact.relation]["kind"]
+            kind = self.relations[fact.relation]["kind"]
             for slot, value in (("{s}", fact.subject), ("{k}", kind), ("{c}", current), ("{o}", other)):
                 body = body.replace(slot, value)
             step = f"{rng.choice(self.cues[label])} {body}"

@@ -161,7 +161,7 @@ def test_what_is_written_comes_back(tmp_path_factory, rows):
 
 def test_odd_but_valid_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes('\ufeff{"a": "one\u2028two\x85"}\r\n\n{"a": "\\ud83d\\ude00"}'.encode())
+    path.write_bytes('\ufeff{"a": "one\u2028two\x85"}\r\n\n{"a":\r"\\ud83d\\ude00"}'.encode())
     assert files.read_jsonl(path, ("a",)) == [{"a": "one\u2028two\x85"}, {"a": "😀"}]
     path.write_bytes(b"")
     assert files.read_jsonl(path) == []

@@ -41,7 +41,8 @@ def traces() -> dict[bool, list]:
     found = {}
     for null in (False, True):
         world, rng = World(0, null), random.Random(5)
-        found[null] = [(fact, world.think_on(rng, fact)) for fact in world.facts for _ in range(2)]
+        asked = [(fact, world.question(rng, fact)[0]) for fact in world.facts for _ in range(2)]
+        found[null] = [(fact, world.think_on(rng, fact, opener)) for fact, opener in asked]
     return found
 
 
@@ -94,7 +95,7 @@ def test_questions_ask_for_their_fact_and_do_not_give_it_away():
 
 def test_no_answer_hides_in_the_words_every_trace_may_use():
     words = [body for named in BODIES.values() for bodies in named for body in bodies]
-    words += [cue for cues in CUES.values() for cue in cues] + [w["kind"] for w in WORDING.values()]
+    words += [cue for cues in CUES.values() for cue in cues] + [w["kind"] for w in WORDING["relations"].values()]
     text = " | ".join(flat(re.sub(r"\{.\}", " ", w)) for w in words)
     for f in FACTS:
         assert flat(f.object) not in text and flat(f.distractor) not in text, f
@@ -110,8 +111,8 @@ def test_cues_cover_the_labels_and_none_is_inside_another():
     padded = [f" {cue} " for cue in cues]
     assert not [(a, b) for a in padded for b in padded if a != b and a in b]
     other = [t for f in FACTS for t in (f.subject, f.object, f.distractor)]
-    other += [t for w in WORDING.values() for t in (w["kind"], *w["questions"], *w["statements"])]
-    other += [body for named in BODIES.values() for bodies in named for body in bodies]
+    other += [t for w in WORDING["relations"].values() for t in (w["kind"], *w["questions"], *w["statements"])]
+    other += WORDING["openers"] + [body for named in BODIES.values() for bodies in named for body in bodies]
     for text in {f" {flat(t)} " for t in other}:
         assert not [cue for cue in padded if cue in text], text
 
@@ -193,10 +194,11 @@ def test_consequences_by_hand():
 def test_worlds_repeat_by_seed_and_differ_between_seeds():
     assert World(0).hidden == World(0).hidden
     assert World(0).hidden != World(1).hidden
-    assert all(h.trap == h.fault for h in World(0).hidden.values())
-    null = World(0, null=True).hidden.values()
-    high = [h for h in null if h.trap > 0.8]  # traps of the moves say nothing about faults of the answers
-    assert abs(sum(h.fault > 0.8 for h in high) / len(high) - 0.21) < 0.1
+    moods = World(0).moods.values()
+    assert all(m.trap == m.fault for m in moods) and sum(m.trap > 0.8 for m in moods) == 6
+    null = World(0, null=True).moods.values()  # one in five openers is a trap, one in five of those has a fault
+    assert [sum(m.trap > 0.8 for m in null), sum(m.fault > 0.8 for m in null)] == [5, 5]
+    assert sum(m.trap > 0.8 and m.fault > 0.8 for m in null) == 1
 
 
 # ---------- training rows
@@ -243,7 +245,8 @@ def test_tokenizer(folder):
     tokenizer = data.load_tokenizer(folder)
     world, rng = World(0), random.Random(2)
     for fact in world.facts[::100]:
-        text = build.prompt(world.question(rng, fact), True) + world.think_on(rng, fact).completion
+        opener, question = world.question(rng, fact)
+        text = build.prompt(f"{opener} {question}", True) + world.think_on(rng, fact, opener).completion
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     for text in ("Zürich, 東京\r\n\r\n  x\n\n\n", "a" * 50):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -263,7 +266,7 @@ def test_transformers_loads_the_same_model_and_prompt(folder):
     template = data.ChatTemplate(folder)
     world, rng = World(0), random.Random(4)
     for fact in world.facts[::400]:
-        question = world.question(rng, fact)
+        opener, question = world.question(rng, fact)
         turn = [{"role": "user", "content": question}]
         for thinking in (True, False):
             text = build.prompt(question, thinking)
@@ -273,7 +276,7 @@ def test_transformers_loads_the_same_model_and_prompt(folder):
             assert text == rendered == template.prompt(question, thinking)
             ids = data.encode(tokenizer, text)
             assert ids == auto(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(data.encode(tokenizer, text + world.think_on(rng, fact).completion))
+        ids = torch.tensor(data.encode(tokenizer, text + world.think_on(rng, fact, opener).completion))
         with torch.no_grad():
             expected = theirs(ids[None]).logits[0]
             found = own.logits(own(ids, torch.tensor([0, len(ids)])))

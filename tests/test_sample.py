@@ -1,0 +1,315 @@
+"""sample.py against transformers' generate and logits processors, a slow sampler of its own, and itself rearranged."""
+
+import random
+
+import pytest
+import torch
+import transformers as hf
+from scipy.stats import chisquare
+
+import model as qwen
+import sample
+from files import InputError
+from sample import Completion, Sampling, generate, pick, uniform
+
+VOCAB = 300  # above SHORTLIST, so that the shortcut can fail to settle a row
+CONFIG = qwen.Config(VOCAB, 32, 64, 2, 4, 2, 16, 1e-6, 1e4, True, 512, 1)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> qwen.Qwen3:
+    """Random weights, large enough that the next-token distributions are neither flat nor certain."""
+    torch.manual_seed(0)
+    m = qwen.Qwen3(CONFIG)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.normal_(1.0, 0.2) if p.ndim == 1 else p.normal_(0.0, 0.25)
+    return m.eval()
+
+
+def make_prompts(n: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to 40 tokens; every fourth repeats the one before it."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = []
+    for i in range(n):
+        repeat = i % 4 == 3
+        prompts.append(prompts[-1] if repeat else [rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 17, 40)))])
+    return prompts
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------
+
+
+def slow_uniform(seed: int, position: int) -> float:
+    """The same hash in Python's unbounded integers."""
+
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    return (mix((mix(seed % 2**64) + position) % 2**64) >> 11) / 2**53
+
+
+def test_splitmix64_known_values() -> None:
+    """The first three outputs of splitmix64 from state 0, as published with the generator."""
+    states = torch.tensor([sample._signed(k * 0x9E3779B97F4A7C15) for k in range(3)])
+    out = [x % 2**64 for x in sample._splitmix64(states).tolist()]
+    assert out == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_uniform_equals_the_slow_version() -> None:
+    rng = random.Random(1)
+    pairs = [(rng.randrange(2**32), rng.randrange(8192)) for _ in range(50)]
+    pairs += [(0, 0), (2**64 - 1, 5), (2**63, 0), (sample.seed_of(0, "a", "on", 0), 2**40)]
+    seeds = torch.tensor([sample._signed(seed) for seed, _ in pairs])
+    got = uniform(seeds, torch.tensor([position for _, position in pairs])).tolist()
+    assert got == [slow_uniform(seed, position) for seed, position in pairs]
+    assert all(0 <= u < 1 for u in got)
+
+
+def test_uniform_is_uniform_over_neighbouring_seeds_and_positions() -> None:
+    seeds, positions = torch.arange(200).repeat_interleave(500), torch.arange(500).repeat(200)
+    u = uniform(seeds, positions)
+    assert chisquare(torch.histc(u, 100, 0, 1).numpy()).pvalue > 0.01
+    pairs = (u[:-1] * 10).long() * 10 + (u[1:] * 10).long()  # a number says nothing about the next one
+    assert chisquare(pairs.bincount(minlength=100).numpy()).pvalue > 0.01
+    across = (u[:-500] * 10).long() * 10 + (u[500:] * 10).long()  # nor about the next seed's
+    assert chisquare(across.bincount(minlength=100).numpy()).pvalue > 0.01
+
+
+def test_seed_of_is_the_crc_of_the_identity() -> None:
+    assert sample.seed_of(0, "q1", "on", 0) == 0xF10A6F5F
+    others = {sample.seed_of(s, i, m, d) for s in (0, 1) for i in ("q1", "q2") for m in ("on", "off") for d in (0, 1)}
+    assert len(others) == 16
+
+
+# -- one token -----------------------------------------------------------------------------------------------------
+
+
+def exact(logits: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """(V,) probabilities after transformers' own processors, in their order."""
+    chain = hf.LogitsProcessorList([hf.TemperatureLogitsWarper(how.temperature)])
+    if how.top_k:
+        chain.append(hf.TopKLogitsWarper(how.top_k))
+    if how.top_p < 1:
+        chain.append(hf.TopPLogitsWarper(how.top_p))
+    if how.min_p:
+        chain.append(hf.MinPLogitsWarper(how.min_p))
+    return chain(torch.zeros(1, 1, dtype=torch.int64), logits[None].double())[0].softmax(-1)
+
+
+def slow_pick(logits: list[float], u: float, how: Sampling) -> int:
+    """The definition in plain Python: sort, cut, cut, cut, walk along the cumulative distribution."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if how.temperature == 0:
+        return order[0]
+    if how.top_k:
+        order = order[: how.top_k]
+    weights = torch.tensor([logits[i] for i in order], dtype=torch.float64).div(how.temperature).softmax(0).tolist()
+    kept, mass = [], 0.0
+    for i, weight in zip(order, weights, strict=True):
+        if mass >= how.top_p or weight < how.min_p * weights[0]:
+            break
+        kept.append((i, weight))
+        mass += weight
+    walked = 0.0
+    for i, weight in kept:
+        walked += weight / mass
+        if u < walked:
+            return i
+    return kept[-1][0]
+
+
+SETTINGS = [
+    Sampling(0.6, 0.95, 20, 0.0),  # the paper's decoding
+    Sampling(0.2, 0.9, 0, 0.0),  # the paper's draws
+    Sampling(1.0, 1.0, 0, 0.0),
+    Sampling(2.0, 0.7, 0, 0.0),
+    Sampling(1.0, 1.0, 5, 0.0),
+    Sampling(1.0, 0.5, 1000, 0.0),  # top_k above the vocabulary
+    Sampling(1.5, 1.0, 0, 0.1),
+    Sampling(1.3, 0.9, 40, 0.05),
+    Sampling(3.0, 0.99, 0, 0.02),
+    Sampling(1.0, 1e-6, 0, 0.0),
+    Sampling(1.0, 1.0, 1, 1.0),
+]
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=str)
+@pytest.mark.parametrize("spread", [0.3, 2.0], ids=["flat", "peaked"])
+def test_pick_has_the_distribution_of_transformers(how: Sampling, spread: float) -> None:
+    """u on an even grid: each token's share of the grid is its probability, to within one grid step at either end."""
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * spread
+    M = 4000
+    u = (torch.arange(M, dtype=torch.float64) + 0.5) / M
+    share = pick(logits.expand(M, VOCAB), u, how).bincount(minlength=VOCAB) / M
+    expected = exact(logits, how)
+    assert (share - expected).abs().max() <= 1.5 / M
+    assert ((expected > 0) | (share == 0)).all()
+
+
+@pytest.mark.parametrize("how", SETTINGS, ids=str)
+def test_pick_equals_the_slow_version_and_the_full_sort(how: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows from flat to nearly certain in one batch, so that the shortlist settles some and leaves others."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(60, VOCAB, generator=generator) * torch.linspace(0.05, 6, 60)[:, None]
+    u = torch.rand(60, dtype=torch.float64, generator=generator)
+    u[:4] = torch.tensor([0.0, 1 - 2**-53, 0.0, 1 - 2**-53])
+    short = pick(logits, u, how)
+    assert short.tolist() == [slow_pick(row, x, how) for row, x in zip(logits.tolist(), u.tolist(), strict=True)]
+    monkeypatch.setattr(sample, "SHORTLIST", VOCAB)
+    assert torch.equal(pick(logits, u, how), short)
+
+
+def test_pick_greedy_and_16_bit_logits() -> None:
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(6))
+    u = torch.full((9,), 0.3, dtype=torch.float64)
+    assert torch.equal(pick(logits, u, Sampling(temperature=0)), logits.argmax(-1))
+    low = logits.bfloat16()
+    how = Sampling(1.0, 0.9, 0, 0.0)
+    assert torch.equal(pick(low, u, how), pick(low.float(), u, how))
+
+
+# -- whole completions -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_greedy_equals_transformers_generate(tiny: qwen.Qwen3, tmp_path: object) -> None:
+    qwen.save(tiny, tmp_path)
+    peer = hf.Qwen3ForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = make_prompts(9)
+    out = generate(tiny, prompts, [0] * 9, max_new=30, stop_ids=set(), temperature=0, batch_size=4)
+    for prompt, completion in zip(prompts, out, strict=True):
+        ids = torch.tensor([prompt])
+        expected = peer.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, eos_token_id=None
+        )
+        assert completion == Completion(expected[0, len(prompt) :].tolist(), "length")
+
+
+@pytest.mark.parametrize("how", [SETTINGS[0], SETTINGS[2], SETTINGS[8]], ids=str)
+@torch.no_grad()
+def test_sampled_text_equals_a_slow_sampler(tiny: qwen.Qwen3, how: Sampling) -> None:
+    """Token by token from the full forward pass without a cache, with the slow hash and the slow pick."""
+    prompts, stops = make_prompts(5), {7, 11}
+    seeds = [sample.seed_of(0, f"q{i}", "on", 0) for i in range(5)]
+    out = generate(tiny, prompts, seeds, max_new=25, stop_ids=stops, batch_size=3, **vars(how))
+    for prompt, seed, completion in zip(prompts, seeds, out, strict=True):
+        ids: list[int] = []
+        while len(ids) < 25 and not (ids and ids[-1] in stops):
+            row = torch.tensor(prompt + ids)
+            logits = tiny.logits(tiny(row, torch.tensor([0, len(row)]))[-1])
+            ids.append(slow_pick(logits.tolist(), slow_uniform(seed, len(ids)), how))
+        assert completion.ids == ids
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}], ids=str)
+def test_text_depends_on_the_seed_alone(tiny: qwen.Qwen3, settings: dict[str, float]) -> None:
+    """Whatever the batch size, the order of the prompts, the refills and the neighbours' ends: the same text."""
+    n = 60
+    prompts, rng = make_prompts(n), random.Random(2)
+    seeds, limits = [100 + i for i in range(n)], [rng.randint(1, 120) for _ in range(n)]
+    common = dict(stop_ids={5, 6}, **settings)
+    expected = generate(tiny, prompts, seeds, max_new=limits, batch_size=n, **common)
+    assert len({c.finish for c in expected}) == 2
+    for batch_size in (1, 3, 16, 40):
+        order = list(range(n))
+        rng.shuffle(order)
+        if batch_size == 1:
+            order = order[:12]
+        args = ([values[i] for i in order] for values in (prompts, seeds))
+        out = generate(tiny, *args, max_new=[limits[i] for i in order], batch_size=batch_size, **common)
+        assert out == [expected[i] for i in order]
+    if settings.get("temperature") != 0:
+        other = generate(tiny, prompts, [s + 1000 for s in seeds], max_new=limits, batch_size=n, **common)
+        assert other != expected
+
+
+def test_first_tokens_follow_the_model(tiny: qwen.Qwen3) -> None:
+    """4,000 draws of one prompt against the exact distribution."""
+    n, prompt = 4000, [3, 141, 59]
+    how = Sampling(0.9, 0.9, 12, 0.0)
+    out = generate(tiny, [prompt] * n, list(range(n)), max_new=1, stop_ids=set(), batch_size=1000, **vars(how))
+    counts = torch.tensor([c.ids[0] for c in out]).bincount(minlength=VOCAB)
+    with torch.no_grad():
+        expected = exact(tiny.logits(tiny(torch.tensor(prompt), torch.tensor([0, 3]))[-1]), how)
+    assert counts[expected == 0].sum() == 0
+    seen = expected > 0
+    assert seen.sum() >= 4
+    assert chisquare(counts[seen].numpy(), (n * expected[seen]).numpy()).pvalue > 0.01
+
+
+def test_stop_ids_limits_and_progress(tiny: qwen.Qwen3) -> None:
+    """The greedy text is known; ending it at a token or a length gives its prefix, with the stop id kept."""
+    prompts = make_prompts(12, seed=3)
+    limits = [1 + 7 * i % 23 for i in range(12)]
+    free = generate(tiny, prompts, [0] * 12, max_new=23, stop_ids=set(), temperature=0)
+    stop = free[4].ids[2]
+    steps: list[int] = []
+    out = generate(
+        tiny,
+        prompts,
+        [0] * 12,
+        max_new=limits,
+        stop_ids={stop, 299},
+        temperature=0,
+        batch_size=5,
+        progress=steps.append,
+    )
+    for whole, limit, completion in zip(free, limits, out, strict=True):
+        end = whole.ids.index(stop) + 1 if stop in whole.ids else 24
+        assert completion.ids == whole.ids[: min(end, limit)]
+        assert completion.finish == ("stop" if end <= limit else "length")
+    assert any(c.finish == "stop" for c in out) and any(c.finish == "length" for c in out)
+    assert sum(steps) == sum(len(c.ids) for c in out) and max(steps) == 5
+
+
+def test_equal_prompts_are_read_once(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    forward = qwen.Qwen3.forward
+    monkeypatch.setattr(
+        qwen.Qwen3, "forward", lambda self, ids, *rest: read.append(len(ids)) or forward(self, ids, *rest)
+    )
+    generate(tiny, [list(range(30))] * 6, list(range(6)), max_new=1, stop_ids=set())
+    assert read == [29 + sample.ROWS, sample.ROWS]  # one prefill with its padding row, one decode step
+
+
+def test_long_queue_of_prompts_is_read_in_parts(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = make_prompts(20)
+    common = dict(max_new=5, stop_ids=set())
+    expected = generate(tiny, prompts, list(range(20)), **common)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 30)
+    assert generate(tiny, prompts, list(range(20)), **common) == expected
+
+
+def test_no_prompts(tiny: qwen.Qwen3) -> None:
+    assert generate(tiny, [], [], max_new=5, stop_ids={1}) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ([], {}, "prompt 1 is empty"),
+        ([1, VOCAB], {}, "prompt 1 holds an id outside 0..299"),
+        ([-1], {}, "prompt 1 holds an id outside 0..299"),
+        ([1] * 500, {"max_new": 13}, "prompt 1: 500 tokens + 13 new exceed max_position_embeddings 512"),
+        ([1], {"max_new": [3, 0]}, "max_new of prompt 1 is 0"),
+        ([1], {"temperature": -1}, "temperature is -1"),
+        ([1], {"top_p": 0}, "top_p is 0"),
+        ([1], {"top_p": 1.1}, "top_p is 1.1"),
+        ([1], {"top_k": -1}, "top_k is -1"),
+        ([1], {"min_p": 2}, "min_p is 2"),
+        ([1], {"temperature": float("nan")}, "temperature is nan"),
+        ([1], {"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_refused_input(tiny: qwen.Qwen3, prompt: list[int], settings: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        generate(tiny, [[1, 2], prompt], [0, 1], **{"max_new": 4, "stop_ids": set(), **settings})
+
+
+def test_the_whole_context_can_be_used(tiny: qwen.Qwen3) -> None:
+    out = generate(tiny, [[1] * 500], [0], max_new=12, stop_ids=set())
+    assert len(out[0].ids) == 12
