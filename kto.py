@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Rows and columns of reward_stats.
 CLASSES = ("rejected", "chosen")
-STAT_FIELDS = ("count", "loss", "rewards", "rewards_raw", "logps", "kl")
+STAT_FIELDS = ("count", "loss", "rewards", "rewards_raw", "logps")
 
 
 def implicit_reward(weighted: Tensor, ref_weighted: Tensor) -> Tensor:
@@ -82,25 +82,23 @@ def sft_loss(plain: Tensor, n_tokens: int | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reward_stats(
-    loss: Tensor, r: Tensor, r_raw: Tensor, logps: Tensor, kl: Tensor, chosen: Tensor, beta: float
-) -> Tensor:
-    """Per-class sums (2, 6) fp64 of one micro-batch: rows rejected and chosen, columns STAT_FIELDS.
+def reward_stats(loss: Tensor, r: Tensor, r_raw: Tensor, logps: Tensor, chosen: Tensor, beta: float) -> Tensor:
+    """Per-class sums (2, 5) fp64 of one micro-batch: rows rejected and chosen, columns STAT_FIELDS.
 
-    All inputs (B,): row losses, weighted and unweighted implicit rewards, sums of log p, log-ratio of each row's
-    mismatched pair, class. Always the same shape, so adding micro-batches, ranks and steps is one `+` or one
-    all-reduce; `metrics` divides at the end. A class that is absent contributes zeros.
+    All inputs (B,): row losses, weighted and unweighted implicit rewards, sums of log p, class. Always the same shape,
+    so adding micro-batches, ranks and steps is one `+` or one all-reduce; `metrics` divides at the end. A class that is
+    absent contributes zeros.
     """
-    columns = torch.stack([torch.ones_like(loss), loss, beta * r, beta * r_raw, logps, kl], dim=1)  # (B, 6)
+    columns = torch.stack([torch.ones_like(loss), loss, beta * r, beta * r_raw, logps], dim=1)  # (B, 5)
     members = torch.stack([~chosen, chosen])  # (2, B)
     return members.double() @ columns.double()
 
 
 def metrics(stats: Tensor) -> dict[str, float]:
-    """Means under TRL's metric names from summed `reward_stats` (2, 6).
+    """Means under TRL's metric names from summed `reward_stats` (2, 5).
 
-    loss, kl: over all rows. kl is the plain mean of the mismatched log-ratios, in nats; z0 is its value clamped at 0.
-    rewards/*: beta * r_theta per class; rewards/margins: chosen minus rejected; rewards_raw/*: the same with w = 1.
+    loss: over all rows. rewards/*: beta * r_theta per class; rewards/margins: chosen minus rejected.
+    rewards_raw/*: the same with w = 1.
     logps/*: sums of log p per row, in nats. count/*: rows. A class without rows has no entry but its count.
     """
     by_class = {
@@ -108,7 +106,7 @@ def metrics(stats: Tensor) -> dict[str, float]:
     }
     total = sum(sums["count"] for sums in by_class.values())
     assert total > 0, "no row was counted"
-    out = {field: sum(sums[field] for sums in by_class.values()) / total for field in ("loss", "kl")}
+    out = {"loss": sum(sums["loss"] for sums in by_class.values()) / total}
     for name, sums in by_class.items():
         out[f"count/{name}"] = sums["count"]
         if sums["count"]:

@@ -101,7 +101,7 @@ class Run:
         self.impl = cfg.kernel or default_impl(ranks.device)
         self.tokenizer = data.load_tokenizer(Path(cfg.model))
         self.template = data.ChatTemplate(Path(cfg.model))
-        self.user_turn = read_text(ROOT / cfg.prompt if not Path(cfg.prompt).exists() else Path(cfg.prompt))
+        self.user_turn = data.load_prompt(cfg.prompt)
         self.stop_ids = stop_ids(Path(cfg.model))
 
     def base_model(self) -> qwen.Qwen3:
@@ -119,14 +119,6 @@ def stop_ids(folder: Path) -> set[int]:
     path = folder / "generation_config.json"
     ids = read_json(path if path.exists() else folder / "config.json")["eos_token_id"]
     return set(ids) if isinstance(ids, list) else {ids}
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises InputError when it is missing."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; --prompt names a text with {{question}} in it") from None
 
 
 def draw(
@@ -598,7 +590,7 @@ def check(cfg: Config) -> None:
     for part in cfg.eval_sets.split(","):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
-    for path in (cfg.questions, cfg.cues, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
+    for path in (cfg.questions, cfg.cues, cfg.prompt, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file; paths are relative to the current directory")
 

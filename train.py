@@ -197,20 +197,22 @@ class Trainer:
                     raise NumericsError(f"the loss is not finite for row {', '.join(bad)}; look at its weights")
                 # DDP averages over ranks, so times world: the gradient is that of sum(loss) / n.
                 (loss[:real].sum() * (self.ranks.world / n)).backward()
-            columns = (loss, r_theta, r_raw, plain, torch.zeros_like(plain), self.chosen[rows])
+            columns = (loss, r_theta, r_raw, plain, self.chosen[rows])
             stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
         return stats
 
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
         s = self.s
-        z0, kl = torch.zeros((), device=self.ranks.device), 0.0
-        if self.method != "sft":
+        if self.method == "sft":
+            metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, torch.zeros(()))))
+            metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
+        else:
             z0, kl = self.z0(indices, reference)
-        stats = self.backward(indices, reference, z0)
-        metrics = kto.metrics(self.ranks.sum(stats)) | {"kl": kl, "z0": float(z0)}
-        if number == 0 and self.method != "sft":
-            self.check_first_step(metrics, indices)
+            metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
+            metrics |= {"kl": kl, "z0": float(z0)}
+            if number == 0:
+                self.check_first_step(metrics, indices)
         metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
         if not math.isfinite(metrics["grad_norm"]):
             names = ", ".join(self.rows[i].id for i in indices)

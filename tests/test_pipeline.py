@@ -60,7 +60,8 @@ def test_training_rows_are_the_sampled_ids_and_follow_the_selection_rule(run):
         def right(s):
             return s["text"].rpartition("<answer>")[2].removesuffix("</answer>").strip() in s["answers"]
 
-        assert all(right(s) is r["label"] for s in drawn["on"]) and all(right(s) is not r["label"] for s in drawn["off"])
+        assert all(right(s) is r["label"] for s in drawn["on"])
+        assert all(right(s) is not r["label"] for s in drawn["off"])
 
 
 def test_weights_are_the_clipped_ratio_of_the_matrices(run):
@@ -93,8 +94,8 @@ def test_results_add_up_and_the_report_stands_alone(run):
     assert "http://" not in page and "https://" not in page
     assert all((run / "figures" / f).stat().st_size > 1000 for f in ("transitions.png", "curves.png", "weights.png"))
     first = read_jsonl(run / "mralign" / "metrics.jsonl")[0]
-    rows = first["count/chosen"] + first["count/rejected"]
-    assert first["loss"] == pytest.approx(0.5 * (first["count/chosen"] + 1.5 * first["count/rejected"]) / rows, abs=1e-5)
+    chosen, rejected = first["count/chosen"], first["count/rejected"]
+    assert first["loss"] == pytest.approx(0.5 * (chosen + 1.5 * rejected) / (chosen + rejected), abs=1e-5)
 
 
 def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):

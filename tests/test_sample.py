@@ -1,6 +1,7 @@
 """sample.py against transformers' generate and logits processors, a slow sampler of its own, and itself rearranged."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_uniform_is_uniform_over_neighbouring_seeds_and_positions() -> None:
 
 
 def test_seed_of_is_the_crc_of_the_identity() -> None:
-    assert sample.seed_of(0, "q1", "on", 0) == 0xF10A6F5F
+    assert sample.seed_of(0, "q1", "on", 0) == 0x3B0F1A7A  # as gzip computes it
     others = {sample.seed_of(s, i, m, d) for s in (0, 1) for i in ("q1", "q2") for m in ("on", "off") for d in (0, 1)}
     assert len(others) == 16
 
@@ -306,7 +307,7 @@ def test_no_prompts(tiny: qwen.Qwen3) -> None:
     ],
 )
 def test_refused_input(tiny: qwen.Qwen3, prompt: list[int], settings: dict[str, object], words: str) -> None:
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=re.escape(words)):
         generate(tiny, [[1, 2], prompt], [0, 1], **{"max_new": 4, "stop_ids": set(), **settings})
 
 
