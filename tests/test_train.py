@@ -178,7 +178,8 @@ def test_step_equals_transformers_and_peft_in_fp64(base, group, tmp_path, micro_
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert len(want) == len(trainer.parameters)
     for name, p in lora.state(model).items():
-        torch.testing.assert_close(p.grad.double(), want[name], rtol=1e-3, atol=2e-6)
+        error = (p.grad.double() - want[name]).norm() / want[name].norm()
+        assert error < 1e-4, (name, error)  # fp32 rounding over two layers is some 1e-6
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):
