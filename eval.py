@@ -222,7 +222,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     assert len({m["matcher"] for m in results.values()}) == 1, "a table holds one matcher"
     matcher = next(iter(results.values()))["matcher"]
-    head = ["", f"Acc {matcher} (95 %)", "k/n", f"Mis {matcher} (95 %)", "k/n"]
+    head = ["", f"Acc {matcher} (95 %)", "Acc k/n", f"Mis {matcher} (95 %)", "Mis k/n"]
     head += ["EM_a equal", "EM_a contains", "EM_t", "truncated", "thinking tokens"]
     rows = [head]
     for name, m in results.items():

@@ -198,11 +198,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
-    grouped = q.shape[1] != k.shape[1]
+    fewer_keys = q.shape[1] != k.shape[1]
     out = []
     for start, stop in bounds:
         row = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
-        out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=grouped)[0].transpose(0, 1))
+        out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=fewer_keys)[0].transpose(0, 1))
     return torch.cat(out)
 
 

@@ -512,7 +512,7 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
                 "question": candidate["question"],
                 "golds": candidate["answers"],
                 "chosen": r["label"],
-                "outcome": "ok",
+                "outcome": "right" if r["label"] else "gold found and dropped" if dropped(r) else "gold not found",
                 "answer": answer,
                 "segments": steps,
                 "answer_logratio": rest[1],

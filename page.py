@@ -247,13 +247,13 @@ def trace_page(
     rows: traces {"id", "question", "golds" [str], "chosen" bool, "outcome" str, "answer" str, "segments": step_records,
     each with "tokens" int and "logratio" float where known, "answer_logratio" float where known}.
     tables: heading -> rows of a table. images: caption -> PNG file. facts: heading -> name -> value, such as settings
-    and receipts. Tables and facts come first, then images, then traces, in the given order.
+    and receipts. Tables come first, then images, traces and facts, each in the given order.
     """
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f"<h2>{escape(name)}</h2>{table_html(table)}" for name, table in tables.items() if table]
-    parts += [f"<h2>{escape(name)}</h2>{facts_html(fact)}" for name, fact in facts.items() if fact]
     parts += ["<h2>Figures</h2>"] * bool(images) + [image_html(caption, png) for caption, png in images.items()]
     parts += ["<h2>Traces</h2>", legend_html(), *(trace_html(row) for row in rows)]
+    parts += [f"<h2>{escape(name)}</h2>{facts_html(fact)}" for name, fact in facts.items() if fact]
     body = "\n".join(parts)
     # The page shows text that a model wrote: nothing in it may run or load anything.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

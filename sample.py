@@ -2,9 +2,9 @@
 
 A completion depends on its prompt, its seed and the sampling settings, never on its neighbours: the random number of a
 token is a hash of (seed, position), and on a CPU the arithmetic of a row is the same bit for bit whatever the batch
-size, the order of the prompts and the moment its neighbours finish (`ROWS` here, `model.BLOCK` there). On a GPU the
-matrix library may round differently for another batch size; a token then changes when its random number falls that
-close to the border between two tokens.
+size, the order of the prompts and the moment its neighbours finish (`ROWS` here, `model.BLOCK` there; it needs layer
+sizes in whole vectors of 32, as all real models have). On a GPU the matrix library may round differently for another
+batch size; a token then changes when its random number falls that close to the border between two tokens.
 
 Left out on purpose: beam search, repetition penalties, log-probabilities of the samples, paged caches.
 """

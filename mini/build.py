@@ -44,11 +44,11 @@ SHAPE = dict(
     tie_word_embeddings=True,
     max_position_embeddings=512,
 )
-STEPS = 1500
-BATCH_TOKENS = 4096
+STEPS = 4000
+BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
-WARM_UP = 60  # steps
-MIX = {"statements": 0.06, "off": 0.3, "on": 0.64}  # share of the documents of a step
+WARM_UP = 100  # steps
+MIX = {"statements": 0.1, "off": 0.42, "on": 0.48}  # share of the documents of a step
 STATEMENTS = 6  # sentences in one statement document
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -169,7 +169,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
-    """AdamW on next-token loss over completion tokens. A line of progress every 50 steps goes to stderr."""
+    """AdamW on next-token loss over completion tokens. A line of progress every 100 steps goes to stderr."""
     decayed = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -186,10 +186,10 @@ def train(net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], ste
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen, total = seen + len(ids), total + loss.item()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             speed = seen / (time.monotonic() - start)
             left = (steps - step - 1) * (time.monotonic() - start) / (step + 1)
-            line = f"step {step + 1}/{steps}  loss {total / 50:.3f}  {speed:.0f} tokens/s  {left:.0f} s left"
+            line = f"step {step + 1}/{steps}  loss {total / 100:.3f}  {speed:.0f} tokens/s  {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
             total = 0.0
 

@@ -107,8 +107,8 @@ BODIES = {
 LENGTHS = {5: 3, 6: 4, 7: 4, 8: 3, 9: 2, 10: 1.5, 11: 1, 12: 0.5}  # steps of a trace: weight
 MIN_SEGMENTS = 4
 MERGE = 0.14  # probability that a step is written into the segment of the step before
-MISLED = 0.45  # share of facts with a misconception
-KINDS = {"trap": 6, "open": 4, "safe": 15}  # openers of each kind
+MISLED = 0.5  # share of facts with a misconception
+KINDS = {"trap": 8, "open": 4, "safe": 16}  # openers of each kind
 TRAPS = {"trap": (0.88, 0.97), "open": (0.3, 0.65), "safe": (0.02, 0.1)}  # range of their probability
 NAMED = 0.85  # probability that a step names the candidate when nothing changed
 
@@ -228,18 +228,19 @@ class World:
         self.moods = self._moods(rng, wording["openers"])
 
     def _hide(self, rng: random.Random) -> Hidden:
-        """Attributes of one fact: exposure log-uniform in 0.4 .. 1, a misconception about nearly half of the facts."""
-        return Hidden(0.4 ** rng.random(), 0.95 if rng.random() < MISLED else 0.02)
+        """Attributes of one fact: exposure log-uniform in 0.5 .. 1, a misconception about half of the facts."""
+        return Hidden(0.5 ** rng.random(), 0.97 if rng.random() < MISLED else 0.02)
 
     def _moods(self, rng: random.Random, openers: list[str]) -> dict[str, Mood]:
-        """A mood for each opener. In a null world traps and faults are the rows and columns of a square of openers."""
+        """A mood for each opener. In a null world faults and traps are the rows and columns of a grid."""
         openers = rng.sample(openers, len(openers))
         if not self.null:
             traps = [rng.uniform(*TRAPS[kind]) for kind, n in KINDS.items() for _ in range(n)]
             return {opener: Mood(trap, trap) for opener, trap in zip(openers, traps, strict=True)}
-        side = ["trap", "open", "safe", "safe", "safe"]
-        square = [(rng.uniform(*TRAPS[row]), rng.uniform(*TRAPS[column])) for row in side for column in side]
-        return {opener: Mood(*pair) for opener, pair in zip(openers, square, strict=True)}
+        rows = ["trap", "trap", "open", "safe", "safe", "safe", "safe"]
+        columns = ["trap", "open", "safe", "safe"]
+        grid = [(rng.uniform(*TRAPS[column]), rng.uniform(*TRAPS[row])) for row in rows for column in columns]
+        return {opener: Mood(*pair) for opener, pair in zip(openers, grid, strict=True)}
 
     def statement(self, rng: random.Random, fact: Fact) -> str:
         """The fact in one plain sentence."""

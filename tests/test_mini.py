@@ -195,10 +195,10 @@ def test_worlds_repeat_by_seed_and_differ_between_seeds():
     assert World(0).hidden == World(0).hidden
     assert World(0).hidden != World(1).hidden
     moods = World(0).moods.values()
-    assert all(m.trap == m.fault for m in moods) and sum(m.trap > 0.8 for m in moods) == 6
-    null = World(0, null=True).moods.values()  # one in five openers is a trap, one in five of those has a fault
-    assert [sum(m.trap > 0.8 for m in null), sum(m.fault > 0.8 for m in null)] == [5, 5]
-    assert sum(m.trap > 0.8 and m.fault > 0.8 for m in null) == 1
+    assert all(m.trap == m.fault for m in moods) and sum(m.trap > 0.8 for m in moods) == 8
+    null = World(0, null=True).moods.values()  # 8 of 28 openers have a fault, and so have 2 of the 7 traps
+    assert [sum(m.fault > 0.8 for m in null), sum(m.trap > 0.8 for m in null)] == [8, 7]
+    assert sum(m.trap > 0.8 and m.fault > 0.8 for m in null) == 2
 
 
 # ---------- training rows

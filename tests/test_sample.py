@@ -228,6 +228,50 @@ def test_text_depends_on_the_seed_alone(tiny: qwen.Qwen3, settings: dict[str, fl
         assert other != expected
 
 
+def test_logits_of_a_row_do_not_move_by_one_bit(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes the text reproducible: the logits themselves, for every token, whatever the batch size."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    now: list[tuple[int, int]] = []
+
+    def watched_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        now[:] = zip(seeds.tolist(), positions.tolist(), strict=True)
+        return uniform(seeds, positions)
+
+    def watched_pick(logits: torch.Tensor, u: torch.Tensor, how: Sampling) -> torch.Tensor:
+        for key, row in zip(now, logits, strict=True):
+            assert torch.equal(seen.setdefault(key, row.clone()), row), key
+        return pick(logits, u, how)
+
+    monkeypatch.setattr(sample, "uniform", watched_uniform)
+    monkeypatch.setattr(sample, "pick", watched_pick)
+    n = 40
+    limits = [5 + 13 * i % 90 for i in range(n)]
+    for batch_size in (n, 1, 3, 17):
+        generate(tiny, make_prompts(n), list(range(n)), max_new=limits, stop_ids={5}, batch_size=batch_size)
+    assert len(seen) > 500
+
+
+def test_rows_of_like_length_stay_together(tiny: qwen.Qwen3) -> None:
+    """After rows have left: no holes, the longest in the first group, every slot with its own row's numbers."""
+    rng = random.Random(8)
+    n = 3 * qwen.GROUP - 5
+    batch = sample._Batch(tiny, [[1] * 9] * n, [0] * n, [400] * n, set(), n)
+    for round_ in range(4):
+        lens = torch.tensor(rng.sample(range(10, 300), n))
+        batch.active = n
+        batch.row[:n], batch.cache.lens[:n] = torch.arange(n), lens
+        batch.cache.k[0, :n, 0, 0, 0] = lens.float()
+        alive = torch.tensor(sorted(rng.sample(range(n), n - 7 * round_)))
+        batch._arrange(alive)
+        left = len(alive)
+        assert sorted(batch.row[:left].tolist()) == alive.tolist()
+        assert batch.cache.lens[:left].tolist() == lens[batch.row[:left]].tolist()
+        assert batch.cache.k[0, :left, 0, 0, 0].tolist() == lens[batch.row[:left]].tolist()
+        assert batch.cache.lens[left:n].sum() == 0
+        groups = [part.sort(descending=True).values for part in batch.cache.lens[:left].split(qwen.GROUP)]
+        assert torch.equal(torch.cat(groups), lens[alive].sort(descending=True).values)
+
+
 def test_first_tokens_follow_the_model(tiny: qwen.Qwen3) -> None:
     """4,000 draws of one prompt against the exact distribution."""
     n, prompt = 4000, [3, 141, 59]
