@@ -30,7 +30,7 @@ setup: .venv/ready  ## make .venv and install the pinned requirements
 	@touch .venv/ready-test
 
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
-	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) $(ARGS)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
 
 test: .venv/ready-test  ## all tests
 	$(PY) -m pytest -q tests

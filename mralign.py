@@ -260,17 +260,13 @@ def stage_train(run: Run, method: str) -> dict[str, Any]:
     settings = train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
     base = run.base_model()
     origin = {"rows": sha256_file(path), "model": digest([sha256_file(p) for p in model_files(Path(cfg.model))])}
-    out = run.out / method
-    if not cfg.resume and run.ranks.rank == 0:
-        train.forget(out)
-    run.ranks.wait()
     return train.train(
         base,
         data.to_rows(rows, run.tokenizer),
         method,
         settings,
         run.ranks,
-        out,
+        run.out / method,
         run.impl,
         cfg.model,
         origin,
@@ -605,6 +601,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, rest = cli(Config, argv, __doc__, stages)
         check(cfg)
+    except InputError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 3
+    try:
         with process_group() as ranks:
             run = Run(cfg, ranks)
             work = units(run)

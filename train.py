@@ -255,6 +255,7 @@ def train(
     """Train `method` on `rows` and leave a PEFT adapter, metrics.jsonl and the last two checkpoints in `out`.
 
     rows: for sft the chosen ones only. origin: checksums of the base model and of the data, part of the run's identity.
+    resume: continue an interrupted run from its last checkpoint; one that has left its adapter is started anew.
     Returns the last step's metrics and the run's speed. Raises NumericsError, InputError.
     """
     if not rows:
@@ -264,12 +265,16 @@ def train(
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
     identity = run_identity(method, s, origin)
     done, log = 0, []
-    if resume and (manifest := checkpoint.latest(out, identity)):
+    interrupted = resume and not (out / lora.WEIGHTS).exists()
+    manifest = checkpoint.latest(out, identity) if interrupted else None
+    if manifest:
         checkpoint.restore(manifest["path"], names, trainer.optimizer)
         done, trainer.z0_state = manifest["step"], manifest["z0_state"]
         log = read_jsonl(out / "metrics.jsonl")[:done]
         ranks.log(f"{out}: continuing after step {done} of {len(plan)}")
     ranks.wait()
+    if not manifest and ranks.rank == 0:
+        forget(out)
     reference = {} if method == "sft" else trainer.reference_sums()
     progress = Progress(ranks, len(plan), f"training {method}", "steps")
     progress(done)

@@ -36,7 +36,7 @@ def main() -> None:
         for r in json.loads(Path(rows).read_text())
     ]
     torch.set_num_threads(1)
-    with process_group(timeout_minutes=2) as ranks:
+    with process_group(timeout_minutes=10) as ranks:
         train.train(
             model.load(base).requires_grad_(False),
             loaded,
