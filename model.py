@@ -199,9 +199,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
     fewer_keys = q.shape[1] != k.shape[1]
+    # split and not slices: the gradient of a slice is a tensor of all N tokens, once a row; that of split is one `cat`.
+    lengths = [stop - start for start, stop in bounds]
+    split = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v))  # B times (1, heads, T, D)
     out = []
-    for start, stop in bounds:
-        row = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
+    for row in zip(*split, strict=True):
         out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=fewer_keys)[0].transpose(0, 1))
     return torch.cat(out)
 

@@ -98,6 +98,7 @@ class Run:
         self.cfg, self.ranks, self.out = cfg, ranks, Path(cfg.out)
         self.methods = [m.strip() for m in cfg.method.split(",")]
         self.eval_sets = dict(part.split("=", 1) for part in cfg.eval_sets.split(",") if part)
+        self.settings = ["thinkoff", "base", *self.methods]  # what is evaluated
         self.impl = cfg.kernel or default_impl(ranks.device)
         self.tokenizer = data.load_tokenizer(Path(cfg.model))
         self.template = data.ChatTemplate(Path(cfg.model))
@@ -108,6 +109,10 @@ class Run:
         """The base model, freshly loaded on this rank's device, frozen."""
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
         return qwen.load(Path(self.cfg.model), dtype, self.ranks.device).requires_grad_(False)
+
+    def samples_path(self, name: str, setting: str) -> Path:
+        """The samples of one setting on one evaluation set."""
+        return self.out / "eval" / name / f"{setting}.jsonl"
 
     def prompt(self, question: str, mode: str) -> str:
         """The rendered prompt of a question, thinking "on" or "off"."""
@@ -279,54 +284,46 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
 
 
-def stage_eval(run: Run) -> dict[str, Any]:
-    """Samples and scores of every setting on every evaluation set; results.json and the table."""
-    cfg = run.cfg
-    settings = ["thinkoff", "base", *run.methods]
-    files = {}
-    for setting in settings:
-        model = run.base_model()
-        if setting in run.methods:
-            lora.load(model, run.out / setting)
+def stage_eval(run: Run, setting: str) -> None:
+    """Samples of one setting ("thinkoff", "base" or a trained method) on every evaluation set."""
+    cfg, model = run.cfg, run.base_model()
+    if setting in run.methods:
+        lora.load(model, run.out / setting)
+        if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
             lora.merge(model)
-        mode = "off" if setting == "thinkoff" else "on"
-        for name, path in run.eval_sets.items():
-            questions, _ = data.load_questions(path)
-            files[name, setting] = run.out / "eval" / name / f"{setting}.jsonl"
-            draw(
-                run,
-                model,
-                [(q, mode, 0) for q in questions],
-                files[name, setting],
-                f"{setting} on {name}",
-                max_new=cfg.max_new,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
-                min_p=cfg.min_p,
-            )
-    if run.ranks.rank == 0:
-        score(run, files)
-    run.ranks.wait()
-    return {}
+    mode = "off" if setting == "thinkoff" else "on"
+    for name, path in run.eval_sets.items():
+        questions, _ = data.load_questions(path)
+        draw(
+            run,
+            model,
+            [(q, mode, 0) for q in questions],
+            run.samples_path(name, setting),
+            f"{setting} on {name}",
+            max_new=cfg.max_new,
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            top_k=cfg.top_k,
+            min_p=cfg.min_p,
+        )
 
 
-def score(run: Run, files: dict[tuple[str, str], Path]) -> None:
+def stage_scores(run: Run) -> None:
     """eval/scores.json: per set and setting the metrics, per set the paired differences between settings."""
     scores: dict[str, Any] = {}
     for name in run.eval_sets:
         scored = {
-            setting: [evaluation.score(r, run.tokenizer) for r in read_jsonl(path, ("id", "mode", "text", "finish"))]
-            for (of, setting), path in files.items()
-            if of == name
+            setting: [evaluation.score(r, run.tokenizer) for r in read_jsonl(run.samples_path(name, setting))]
+            for setting in run.settings
         }
-        metrics = {k: evaluation.metrics(rows) for k, rows in scored.items()}
         order = ["base", *run.methods]
         pairs = [(a, b) for i, a in enumerate(order) for b in order[:i]]
         # Ids that differ after "#" only ask for the same fact; the bootstrap draws them together.
         fact = {r["id"]: r["id"].partition("#")[0] for r in scored["base"]}
-        differences = {f"{a} - {b}": evaluation.compare(scored[a], scored[b], cluster=fact) for a, b in pairs}
-        scores[name] = {"metrics": metrics, "differences": differences}
+        scores[name] = {
+            "metrics": {setting: evaluation.metrics(rows) for setting, rows in scored.items()},
+            "differences": {f"{a} - {b}": evaluation.compare(scored[a], scored[b], cluster=fact) for a, b in pairs},
+        }
     write_json(run.out / "eval" / "scores.json", scores)
 
 
@@ -350,14 +347,15 @@ def units(run: Run) -> list[Unit]:
     draws = ("draws", "draw_temperature", "draw_top_p", "draw_max_new")
     filters = ("draws", "keep", "min_segments", "max_segments", "min_think_tokens", "max_think_tokens", "matcher")
     fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
-    training = tuple(f.name for f in dataclasses.fields(train.TrainSettings))
+    training = ("dtype", *(f.name for f in dataclasses.fields(train.TrainSettings)))
     noise = ("annotator_noise", "seed")
-    scoring = ("method", "eval_sets", *decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
+    scoring = ("eval_sets", *decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
     sets = [Path(p) for p in run.eval_sets.values()]
-    adapters = [out / m / "adapter_model.safetensors" for m in run.methods]
+    adapter = {s: [out / s / lora.WEIGHTS] if s in run.methods else [] for s in run.settings}
+    sampled_on = {s: [run.samples_path(name, s) for name in run.eval_sets] for s in run.settings}
     rows, sampled, labelled = out / "candidates.jsonl", out / "samples.jsonl", out / "annotations.jsonl"
     fitted = [out / "transitions.json", out / "train.jsonl"]
-    evaluated = [out / "eval" / "scores.json"]
+    scores = [out / "eval" / "scores.json"]
     questions = [Path(cfg.questions)]
     return [
         Unit("sample", lambda: stage_sample(run), decoding + draws, model + questions, [sampled], True),
@@ -365,11 +363,22 @@ def units(run: Run) -> list[Unit]:
         Unit("annotate", lambda: stage_annotate(run), noise, [rows, Path(cfg.cues)], [labelled], False),
         Unit("fit", lambda: stage_fit(run), fit, [rows, labelled], fitted, False),
         *(
-            Unit(f"train {m}", lambda m=m: stage_train(run, m), ("dtype", *training), [*model, fitted[1]], [a], True)
-            for m, a in zip(run.methods, adapters, strict=True)
+            Unit(f"train {m}", lambda m=m: stage_train(run, m), training, [*model, fitted[1]], adapter[m], True)
+            for m in run.methods
         ),
-        Unit("eval", lambda: stage_eval(run), scoring, model + sets + adapters, evaluated, True),
-        Unit("report", lambda: stage_report(run), ("method",), [*fitted, *evaluated], [out / "results.json"], False),
+        *(
+            Unit(f"eval {s}", lambda s=s: stage_eval(run, s), scoring, model + sets + adapter[s], sampled_on[s], True)
+            for s in run.settings
+        ),
+        Unit(
+            "eval scores",
+            lambda: stage_scores(run),
+            ("method", "eval_sets"),
+            sum(sampled_on.values(), []),
+            scores,
+            False,
+        ),
+        Unit("report", lambda: stage_report(run), ("method",), [*fitted, *scores], [out / "results.json"], False),
     ]
 
 
@@ -422,9 +431,10 @@ def stage_report(run: Run) -> dict[str, Any]:
     report.weights_figure(rows, figures / "weights.png")
     report.curves_figure(curves, figures / "curves.png")
     shown = traces(run, rows, transitions)
-    story = one_question(run, shown[0], rows, transitions)
-    write_json(figures / "one_question.json", story)
-    report.one_question_figure(story, figures / "one_question.svg")
+    if run.methods != ["sft"]:  # SFT has no reward to draw
+        story = one_question(run, shown[0], rows, transitions)
+        write_json(figures / "one_question.json", story)
+        report.one_question_figure(story, figures / "one_question.svg")
     stages = {u.name: read_json(p) for u in units(run) if (p := receipt_path(run, u)).exists()}
     results = {
         "receipt": receipt(run),
@@ -518,8 +528,8 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
 
 
 def weighted_method(run: Run) -> str:
-    """The method whose adapter the page and the picture show: mralign if it was trained."""
-    return "mralign" if "mralign" in run.methods else run.methods[-1]
+    """The method whose adapter the page and the picture show: mralign if it was trained, else the last but sft."""
+    return "mralign" if "mralign" in run.methods else sorted(run.methods, key=lambda m: m != "sft")[-1]
 
 
 def one_question(

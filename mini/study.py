@@ -1,4 +1,4 @@
-"""The evidence behind the README's table: several worlds, several seeds, two controls and a dial for label noise.
+"""The evidence behind the README's table: several worlds, several seeds, two controls and two dials.
 
 `make study` runs every cell (one world, one seed: its own draws, adapters and samples), two at a time, then writes
 docs/results/study.json and the table between the study marks of README.md. A cell that is finished is not run again.
@@ -7,7 +7,9 @@ docs/results/study.json and the table between the study marks of README.md. A ce
   null     a world in which no move says anything about the answer: transitions cannot help, so no method should gain
            from weighting them
   shuffled MR-ALIGN with its weights permuted among the steps of the same class: the same weights, no meaning
-  noise    MR-ALIGN with a share of the labels replaced at random
+  noise    MR-ALIGN at half the learning rate with a share of the labels replaced at random
+  lr       the preference methods at half and at a quarter of the learning rate that dev prefers: at the full one all of
+           them reach the ceiling of this small world
 
 Test and out-of-domain questions are looked at here and by `make train`; every setting was chosen on the dev questions.
 """
@@ -35,8 +37,11 @@ RESULT = ROOT / "docs" / "results" / "study.json"
 MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
 SEEDS = (0, 1, 2)
 MODELS = {"world 0": "mini/model", "world 1": "mini/model-world1", "null": "mini/model-null"}
+WORLDS = ("world 0", "world 1")  # the others are controls
 METHODS = ("sft", "kto", "mralign", "shuffled")
 NOISE = (0.2, 0.5)
+RATES = (3e-4, 1.5e-4)  # beside the configured one
+HALF = RATES[0]
 PAIRS = (("kto", "base"), ("mralign", "base"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
 SETS = ("test", "ood")
 N_BOOT = 10_000
@@ -44,38 +49,48 @@ N_BOOT = 10_000
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the pipeline: a world, a seed, and how noisy the annotator is."""
+    """One run of the pipeline: a world, a seed, how noisy the annotator is, the learning rate (0: the configured)."""
 
     world: str
     seed: int
     noise: float = 0.0
+    lr: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        return not (self.noise or self.lr)
 
     @property
     def out(self) -> Path:
-        return OUT / f"{self.world.replace(' ', '')}-seed{self.seed}-noise{self.noise}"
+        dials = f"-noise{self.noise}" * bool(self.noise) + f"-lr{self.lr}" * bool(self.lr)
+        return OUT / f"{self.world.replace(' ', '')}-seed{self.seed}{dials}"
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("mralign",) if self.noise else METHODS
+        return METHODS if self.plain else ("mralign",) if self.noise else METHODS[1:]
 
 
 def cells() -> list[Cell]:
     """All cells, those the others borrow their draws from first."""
-    plain = [Cell(world, seed) for seed in SEEDS for world in MODELS]
-    return plain + [Cell("world 0", seed, noise) for seed in SEEDS for noise in NOISE]
+    plain = [Cell(world, seed) for world in MODELS for seed in SEEDS]
+    rates = [Cell(world, seed, lr=lr) for lr in RATES for world in WORLDS for seed in SEEDS]
+    rates += [Cell("null", seed, lr=HALF) for seed in SEEDS]
+    return plain + rates + [Cell("world 0", seed, noise, HALF) for noise in NOISE for seed in SEEDS]
 
 
 def run(cell: Cell) -> float:
     """Run the pipeline for one cell in a process of its own; returns its seconds. Raises InputError when it fails."""
     cell.out.mkdir(parents=True, exist_ok=True)
-    if cell.noise:  # the draws do not depend on the annotator: share them
+    if not cell.plain:  # the draws depend on neither dial: share them
         source = Cell(cell.world, cell.seed).out
-        for name in ("samples.jsonl", "done/sample.json"):
+        shared = ["samples.jsonl", "done/sample.json", "done/eval-base.json", "done/eval-thinkoff.json"]
+        shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("base", "thinkoff")]
+        for name in shared:
             if not (cell.out / name).exists():
-                (cell.out / name).parent.mkdir(exist_ok=True)
+                (cell.out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.link(source / name, cell.out / name)
     settings = {"model": MODELS[cell.world], "seed": cell.seed, "annotator-noise": cell.noise, "out": cell.out}
-    settings["method"] = ",".join(cell.methods)
+    settings |= {"method": ",".join(cell.methods)} | ({"lr": cell.lr} if cell.lr else {})
     command = [sys.executable, "mralign.py", "--config", "configs/mini.json"]
     command += [part for k, v in settings.items() for part in (f"--{k}", str(v))]
     started = time.perf_counter()
@@ -172,14 +187,14 @@ def group_summary(group: list[Cell], methods: tuple[str, ...]) -> dict[str, Any]
 
 def summary() -> dict[str, Any]:
     """Every group of cells, from the files they left."""
-    worlds = [w for w in MODELS if w != "null"]
-    groups = {"both worlds": [Cell(w, s) for w in worlds for s in SEEDS]}
+    groups = {"both worlds": [Cell(w, s) for w in WORLDS for s in SEEDS]}
     groups |= {w: [Cell(w, s) for s in SEEDS] for w in MODELS}
-    result = {name: group_summary(group, METHODS) for name, group in groups.items()}
+    groups |= {f"both worlds, lr {lr:g}": [Cell(w, s, lr=lr) for w in WORLDS for s in SEEDS] for lr in RATES}
+    groups |= {f"null, lr {HALF:g}": [Cell("null", s, lr=HALF) for s in SEEDS]}
     for noise in NOISE:
-        group = [Cell("world 0", s, noise) for s in SEEDS]
-        result[f"world 0, {round(100 * noise)} % label noise"] = group_summary(group, ("mralign",))
-    return result
+        name = f"world 0, lr {HALF:g}, {round(100 * noise)} % label noise"
+        groups[name] = [Cell("world 0", s, noise, HALF) for s in SEEDS]
+    return {name: group_summary(group, group[0].methods) for name, group in groups.items()}
 
 
 def markdown(study: dict[str, Any]) -> str:
@@ -222,8 +237,8 @@ def main() -> int:
     started = time.perf_counter()
     try:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for first in (True, False):  # noisy cells borrow draws, so they come after the plain ones
-                batch = [c for c in todo if (c.noise == 0) == first]
+            for plain in (True, False):  # the others borrow draws, so they come after the plain ones
+                batch = [c for c in todo if c.plain == plain]
                 for cell, seconds in zip(batch, pool.map(run, batch), strict=True):
                     print(f"{cell.out.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     except InputError as error:
