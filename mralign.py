@@ -10,8 +10,8 @@ Stages, each reading and writing files under --out:
   annotate    -> annotations.jsonl: one or two of 15 meta-reasoning labels for every step (3.1.2)
   fit         -> transitions.json, train.jsonl: P, P_pos, P_neg by EM and the weight w of every step (3.2.2, Eq. 10)
   train       -> <method>/adapter_model.safetensors: LoRA under DDP, Eq. 9-12; metrics.jsonl
-  eval        -> eval/<set>/<setting>.jsonl, results.json: Acc, Mis and their intervals (A.2)
-  report      -> figures and report.html
+  eval        -> eval/<set>/<setting>.jsonl, eval/scores.json: Acc, Mis and their intervals (A.2)
+  report      -> the tables on stdout, results.json, report.html, figures/
 
 A stage whose settings, inputs and code have not changed since it last finished is not run again. A stage that is named
 on the command line always runs. Left out here: downloading models, LLM annotators, LLM judges.
