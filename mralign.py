@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -477,11 +478,14 @@ def difference_lines(differences: dict[str, Any]) -> str:
 
 def receipt(run: Run) -> dict[str, Any]:
     """What was run, on what."""
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):  # a downloaded archive runs on machines without it
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name(run.ranks.device) if run.ranks.device.type == "cuda" else platform.machine()
     return {
         "command": " ".join(["mralign.py", *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "not a git checkout",
+        "commit": commit or "unknown, not a git checkout",
         "processes": run.ranks.world,
         "device": f"{run.ranks.device.type} {device}, {os.cpu_count()} cores",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, op {run.impl}",

@@ -121,10 +121,8 @@ class Trainer:
         self.z0_state = 0.0
         if method != "sft":
             self.partner = mismatched(len(rows), s.seed)
-            self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in self._pairs()]
-
-    def _pairs(self) -> list[tuple[data.Row, int]]:
-        return list(zip(self.rows, self.partner, strict=True))
+            pairs = zip(rows, self.partner, strict=True)
+            self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
 
     def batch(self, indices: list[int]) -> data.Batch:
         """Rows (x_i, y_i) with their weights, packed, on this rank's device."""

@@ -216,7 +216,7 @@ def step(segments, labels=(), confidence=(), source="agree"):
 def test_sound_records_pass():
     two = step([1, 2], ["framing", "analogy"], [0, 10.0])
     for steps in ([], [step([0])], [step([0], ["framing"], [7]), two, step([4])]):
-        annotate.validate({"id": "a", "steps": steps}, 5, "here")
+        assert annotate.validate({"id": "a", "steps": steps}, 5, "here") is None  # BAD_STEPS below are refused
 
 
 BAD_STEPS = [
