@@ -11,7 +11,10 @@ Left out on purpose: attention bias, sliding windows, rope scaling, mixture of e
 A config that asks for one of them is refused, never approximated.
 """
 
+import contextlib
 import dataclasses
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError, atomic_write, read_json, write_json
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
 
 # Fields of config.json that change the computation. Absent means the value here (transformers' own default for
 # Qwen3); any other value is an architecture this file does not compute.
@@ -44,12 +52,12 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-# Attention over the cache reads whole blocks of this many positions, the unused ones masked. The CPU kernel then sums
-# in the same order however long the longest row of the batch is: a row's result does not depend on its neighbours.
-BLOCK = 64
-# A decode step attends in groups of this many neighbouring slots, each only as wide as its own longest row: a caller
-# that keeps slots of similar length together saves the rest.
-GROUP = 32
+# Attention over the cache reads whole blocks of positions, the unused ones masked: so the CPU kernel sums in the same
+# order however long the longest row of the batch is, and a row's result does not depend on its neighbours; and a CUDA
+# graph is needed for each number of blocks only. A decode step attends in groups of neighbouring slots, each only as
+# wide as its own longest row: a caller that keeps slots of similar length together saves the rest.
+BLOCK = {"cpu": 64, "cuda": 512}  # positions
+GROUP = {"cpu": 32, "cuda": 1 << 30}  # slots
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -158,12 +166,27 @@ class KVCache:
 
     def __init__(self, config: Config, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
         assert slots > 0 and max_len > 0, (slots, max_len)
-        length = -(-max_len // BLOCK) * BLOCK
+        kind = torch.device(device).type
+        self.block, self.group = BLOCK[kind], GROUP[kind]
+        length = -(-max_len // self.block) * self.block
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
         # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lens = torch.zeros(slots, dtype=torch.int64)
+        # The rotation of every position the cache can hold.
+        self.cos, self.sin = angles(config, torch.arange(length, device=device), dtype)
+
+    def groups(self, rows: int) -> list[tuple[int, int]]:
+        """How the next token of slots 0..rows-1 attends: (number of slots, positions read) of each group in turn."""
+        widths = [(int(part.max()) // self.block + 1) * self.block for part in self.lens[:rows].split(self.group)]
+        merged: list[tuple[int, int]] = []
+        for i, width in enumerate(widths):
+            size = min(self.group, rows - i * self.group)
+            if merged and merged[-1][1] == width:
+                size += merged.pop()[0]
+            merged.append((size, width))
+        return merged
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Overwrite the target slots with what the source slots hold (each list: distinct slots, equal lengths)."""
@@ -179,57 +202,77 @@ class KVCache:
 
 @dataclasses.dataclass
 class Rows:
-    """What every layer needs to know about the packed rows of one forward pass."""
+    """What every layer needs to know about the rows of one forward pass."""
 
-    bounds: list[tuple[int, int]]  # (start, stop) of each row among the N tokens
-    positions: Tensor  # (N,) position of each token in its row, on the model's device
     cos: Tensor  # (N, 1, D)
-    sin: Tensor  # (N, 1, D)
-    cache: KVCache | None
-    slots: Tensor | None  # (N,) cache slot of each token
-    groups: list[tuple[slice, Tensor]] | None  # decoding: rows and what they see, (rows, 1, 1, width) bool
+    sin: Tensor  # (N, 1, D), negative in its first half
+    lengths: list[int]  # tokens of each packed row
+    cu_seqlens: Tensor | None = None  # (B + 1,) int32 on the device, where one kernel attends to all packed rows
+    cache: KVCache | None = None
+    slots: Tensor | None = None  # (N,) cache slot of each token
+    positions: Tensor | None = None  # (N,) position of each token in its slot
+    seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
+
+
+def angles(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/D), each (N, 1, D); computed in fp32 whatever the dtype.
+
+    The first half of the sine is negative: the minus sign of the rotation, see `rotate`.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
+    turn = (positions[:, None].float() * (1.0 / config.rope_theta**exponents)).unsqueeze(1)  # (N, 1, D/2)
+    cos, sin = turn.cos(), turn.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn each pair (x_i, x_{i+D/2}) by its angle. x: (N, heads, D); cos, sin: (N, 1, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """RoPE: turn each pair (x_i, x_{i+D/2}) by its angle. x: (N, heads, D); cos, sin: (N, 1, D) of `angles`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
+    if rows.cu_seqlens is not None:
+        return _attend_varlen(q, k, v, rows.cu_seqlens, max(rows.lengths))
     fewer_keys = q.shape[1] != k.shape[1]
     # split and not slices: the gradient of a slice is a tensor of all N tokens, once a row; that of split is one `cat`.
-    lengths = [stop - start for start, stop in bounds]
-    split = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v))  # B times (1, heads, T, D)
+    split = (x.transpose(0, 1).unsqueeze(0).split(rows.lengths, dim=2) for x in (q, k, v))  # B times (1, heads, T, D)
     out = []
     for row in zip(*split, strict=True):
         out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=fewer_keys)[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def attend_cache(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[slice, Tensor]]) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """The same by one flash attention kernel over all rows."""
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # nothing to the right: causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch before 2.12
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor]]) -> Tensor:
     """One new token a row against its slot. q: (B, H, D); k, v: (slots, G, max_len, D). Returns (B, H, D)."""
     # The query heads that share a key head stand where SDPA expects positions, so no key is ever repeated.
     q = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # (B, G, H/G, D)
     out = []
-    for rows, mask in groups:
-        seen = (rows, slice(None), slice(mask.shape[-1]))
-        out.append(F.scaled_dot_product_attention(q[rows], k[seen], v[seen], attn_mask=mask))
-    return torch.cat(out).flatten(1, 2)
+    for rows, mask in seen:
+        read = (rows, slice(None), slice(mask.shape[-1]))
+        out.append(F.scaled_dot_product_attention(q[rows], k[read], v[read], attn_mask=mask))
+    return (torch.cat(out) if len(out) > 1 else out[0]).flatten(1, 2)
 
 
-def _groups(positions: Tensor, device: torch.device) -> list[tuple[slice, Tensor]]:
-    """Groups of decoding rows and their masks, neighbours of equal width as one. positions: (B,) on the CPU."""
-    widths = [(int(part.max()) // BLOCK + 1) * BLOCK for part in positions.split(GROUP)]
-    groups, start = [], 0
-    for i, width in enumerate(widths):
-        if i + 1 == len(widths) or widths[i + 1] != width:
-            rows = slice(start, min((i + 1) * GROUP, len(positions)))
-            visible = torch.arange(width) <= positions[rows, None]
-            groups.append((rows, visible[:, None, None, :].to(device)))
-            start = rows.stop
-    return groups
+def _stack(linears: list[nn.Module]) -> Tensor | None:
+    """The weights of several linear layers as one tensor, of which they become views; None if one has an adapter."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight.data = part
+    return whole
 
 
 class Attention(nn.Module):
@@ -245,20 +288,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.stacked: Tensor | None = None  # q, k and v weights as one, see `Qwen3.stacked`
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N, H, D)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N, G, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, G, D)
-        q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
+        H, G = self.heads
+        if self.stacked is None:
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        else:
+            qkv = F.linear(x, self.stacked)
+        qk, v = qkv.view(len(x), H + 2 * G, self.head_dim).split((H + G, G), dim=1)
+        scale = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))  # (H + G, D)
+        qk = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps) * scale
+        q, k = rotate(qk, rows.cos, rows.sin).split((H, G), dim=1)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
             cache_v[rows.slots, :, rows.positions] = v
-        if rows.groups is None:
-            out = attend_rows(q, k, v, rows.bounds)
+        if rows.seen is None:
+            out = attend_rows(q, k, v, rows)
         else:
-            out = attend_cache(q, cache_k, cache_v, rows.groups)
+            out = attend_cache(q, cache_k, cache_v, rows.seen)
         return self.o_proj(out.flatten(1))
 
 
@@ -270,9 +320,14 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.stacked: Tensor | None = None  # gate and up weights as one, see `Qwen3.stacked`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.stacked is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, self.stacked).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -329,55 +384,74 @@ class Qwen3(nn.Module):
         ids: (N,) int64 on the model's device. cu_seqlens: (B+1,) int64 on the CPU; row b is
         ids[cu_seqlens[b]:cu_seqlens[b+1]] and holds at least one token.
 
-        With a cache there are two kinds of call. Prefill: `slots`, (B,) int64 on the CPU, names an empty slot for each
-        row; other slots are untouched. Decode: `slots` is None and each row is one token, appended to slot b.
+        With a cache the rows' keys and values are left in it: `slots`, (B,) int64 on the CPU, names an empty slot for
+        each row; other slots are untouched. `decode` goes on from there.
         """
-        rows = self._rows(cu_seqlens, cache, slots)
-        assert ids.shape == rows.positions.shape, (ids.shape, cu_seqlens)
+        weight = self.model.embed_tokens.weight
+        lengths = cu_seqlens.diff()
+        assert (lengths > 0).all(), f"a packed row is empty: {cu_seqlens}"
+        assert ids.shape == (int(cu_seqlens[-1]),), (ids.shape, cu_seqlens)
+        longest = int(lengths.max())
+        assert longest <= self.config.max_position_embeddings, (longest, self.config.max_position_embeddings)
+        positions = torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
+        positions = positions.to(weight.device)
+        rows = Rows(*angles(self.config, positions, weight.dtype), lengths.tolist())
+        if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+            rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
+        if cache is not None:
+            assert (cache.lens[slots] == 0).all(), f"slots must be empty, their lengths are {cache.lens[slots]}"
+            assert longest <= cache.k.shape[3], (longest, cache.k.shape)
+            rows.cache, rows.positions = cache, positions
+            rows.slots = torch.repeat_interleave(slots, lengths).to(weight.device)
+            cache.lens[slots] = lengths
+        return self._layers(ids, rows)
+
+    def decode(self, ids: Tensor, positions: Tensor, cache: KVCache, groups: list[tuple[int, int]]) -> Tensor:
+        """One more token for each of the slots 0..B-1: hidden states after the final norm, (B, E).
+
+        ids, positions: (B,) int64 on the model's device; positions are what `cache.lens` holds, and the caller counts
+        them up afterwards. groups: `cache.groups(B)`. Reads nothing back from the device, so that a CUDA graph can
+        hold the whole step.
+        """
+        seen, start = [], 0
+        for size, width in groups:
+            part = slice(start, start + size)
+            hidden = torch.arange(width, device=ids.device) > positions[part, None]
+            seen.append((part, torch.zeros_like(hidden, dtype=cache.k.dtype).masked_fill_(hidden, -torch.inf)))
+            start += size
+        seen = [(part, mask[:, None, None]) for part, mask in seen]
+        slots = torch.arange(len(ids), device=ids.device)
+        cos, sin = cache.cos[positions], cache.sin[positions]
+        return self._layers(ids, Rows(cos, sin, [], cache=cache, slots=slots, positions=positions, seen=seen))
+
+    def _layers(self, ids: Tensor, rows: Rows) -> Tensor:
         x = self.model.embed_tokens(ids)
         remat = self.gradient_checkpointing and torch.is_grad_enabled()
-        assert not (remat and cache is not None), "a cache cannot be filled under gradient checkpointing"
+        assert not (remat and rows.cache is not None), "a cache cannot be filled under gradient checkpointing"
         for layer in self.model.layers:
             if remat:
                 x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rows)
-        if cache is not None:
-            row_slots = torch.arange(len(rows.bounds)) if slots is None else slots
-            cache.lens[row_slots] += cu_seqlens.diff()
         return self.model.norm(x)
 
-    def _rows(self, cu_seqlens: Tensor, cache: KVCache | None, slots: Tensor | None) -> Rows:
-        """Positions, rotations and, with a cache, where each token goes and what it may see."""
-        weight = self.model.embed_tokens.weight
-        lengths = cu_seqlens.diff()
-        assert (lengths > 0).all(), f"a packed row is empty: {cu_seqlens}"
-        positions = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-        token_slots = groups = None
-        if cache is not None and slots is not None:  # prefill
-            assert (cache.lens[slots] == 0).all(), f"prefill needs empty slots, lengths are {cache.lens[slots]}"
-            token_slots = torch.repeat_interleave(slots, lengths).to(weight.device)
-        elif cache is not None:  # decode
-            assert (lengths == 1).all(), f"decoding takes one token a row, got {lengths}; prefill names its slots"
-            positions = cache.lens[: len(lengths)].clone()
-            token_slots = torch.arange(len(lengths), device=weight.device)
-            groups = _groups(positions, weight.device)
-        longest = int(positions.max()) + 1
-        assert longest <= self.config.max_position_embeddings, (longest, self.config.max_position_embeddings)
-        assert cache is None or longest <= cache.k.shape[3], (longest, cache.k.shape)
-        positions = positions.to(weight.device)
-        cos, sin = self._angles(positions, weight.dtype)
-        edges = cu_seqlens.tolist()
-        bounds = list(zip(edges[:-1], edges[1:], strict=True))
-        return Rows(bounds, positions, cos, sin, cache, token_slots, groups)
+    @contextlib.contextmanager
+    def stacked(self) -> Iterator[None]:
+        """Inside, weights that read the same input are multiplied as one: fewer, larger products for few tokens.
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of position * theta^(-2i/D), each (N, 1, D); computed in fp32 whatever the dtype."""
-        D = self.config.head_dim
-        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
-        angles = positions[:, None].float() * (1.0 / self.config.rope_theta**exponents)  # (N, D/2)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        The parameters become views of the stacked tensors, so no memory is added but one layer's while it is stacked.
+        Layers with adapters stay as they are. Weights must not be replaced inside.
+        """
+        blocks = [(layer.self_attn, layer.mlp) for layer in self.model.layers]
+        with torch.inference_mode(False), torch.no_grad():  # the views must be usable in training later
+            for attn, mlp in blocks:
+                attn.stacked = _stack([attn.q_proj, attn.k_proj, attn.v_proj])
+                mlp.stacked = _stack([mlp.gate_proj, mlp.up_proj])
+        try:
+            yield
+        finally:
+            for attn, mlp in blocks:
+                attn.stacked = mlp.stacked = None
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen3:

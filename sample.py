@@ -6,6 +6,10 @@ size, the order of the prompts and the moment its neighbours finish (`ROWS` here
 sizes in whole vectors of 32, as all real models have). On a GPU the matrix library may round differently for another
 batch size; a token then changes when its random number falls that close to the border between two tokens.
 
+Prompts are read into free slots of a static cache, equal ones once; every step then extends all rows by one token, and
+a row that ends gives its slot to a waiting prompt. On a GPU a step is captured in a CUDA graph, one for each number of
+rows (a power of two) and of cache blocks, and replayed: its thousand small kernels cost one launch.
+
 Left out on purpose: beam search, repetition penalties, log-probabilities of the samples, paged caches.
 """
 
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files import InputError
-from model import GROUP, KVCache, Qwen3
+from model import KVCache, Qwen3
 
 # At least this many rows are decoded at a time, the spare ones unused: below it the CPU's matrix library picks other
 # kernels, which round differently.
@@ -65,7 +69,7 @@ def seed_of(run_seed: int, id: str, mode: str, draw: int) -> int:
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """(B,) float64 numbers in [0, 1), a pure function of (seed, position), both (B,) int64. Two rounds of splitmix64.
+    """Float64 numbers in [0, 1), a pure function of (seed, position), both int64, broadcast. Two rounds of splitmix64.
 
     Integer arithmetic only, so that every device draws the same number.
     """
@@ -169,12 +173,13 @@ def generate(
     _check_prompts(model, prompts, limits)
     if not prompts:
         return []
-    batch = _Batch(model, prompts, seeds, limits, stop_ids, min(batch_size, len(prompts)))
-    while batch.active or batch.waiting:
-        batch.refill()
-        new = batch.step(how)
-        if progress is not None:
-            progress(new)
+    with model.stacked():
+        batch = _Batch(model, prompts, seeds, limits, stop_ids, min(batch_size, len(prompts)))
+        while batch.active or batch.waiting:
+            batch.refill()
+            new = batch.step(how)
+            if progress is not None:
+                progress(new)
     return batch.completions
 
 
@@ -216,9 +221,13 @@ class _Batch:
         # One slot more than rows: prefill pads short batches of prompts with a row that ends there.
         self.cache = KVCache(model.config, slots + 1, longest, weight.dtype, weight.device)
         self.device, self.spare = weight.device, slots
-        # Per slot: which prompt, its seed, its limit, tokens sampled so far, the token to feed next.
-        self.row, self.seed, self.limit, self.count, self.token = torch.zeros(5, slots, dtype=torch.int64)
+        # Per slot: which prompt, its limit, tokens sampled so far, the token to feed next.
+        self.row, self.limit, self.count, self.token = torch.zeros(4, slots, dtype=torch.int64)
         self.out = torch.zeros(slots, max(limits), dtype=torch.int64)
+        self.uniform = torch.zeros(slots, max(limits), dtype=torch.float64)  # the random number of each token to come
+        # On CUDA: the captured steps by (rows, width), and what they read.
+        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.inputs = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
 
     def refill(self) -> None:
         """Move waiting prompts into free slots. A few at a time, not one by one: a forward pass has a fixed price."""
@@ -228,7 +237,8 @@ class _Batch:
         rows = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
         slots = list(range(self.active, self.active + len(rows)))
         self.row[slots] = torch.tensor(rows)
-        self.seed[slots] = torch.tensor([_signed(self.seeds[i]) for i in rows])
+        seeds = torch.tensor([_signed(self.seeds[i]) for i in rows])
+        self.uniform[slots] = uniform(seeds[:, None], torch.arange(self.uniform.shape[1]))
         self.limit[slots] = torch.tensor([self.limits[i] for i in rows])
         self.count[slots] = 0
         # The last prompt token is fed by the first decode step, so that all sampled tokens come from one kind of step.
@@ -259,11 +269,11 @@ class _Batch:
 
     def step(self, how: Sampling) -> int:
         """Sample one token for each active row and retire those that are done. Returns the number of tokens."""
-        n, rows = self.active, max(self.active, ROWS)
-        hidden = self.model(self.token[:rows].to(self.device), torch.arange(rows + 1), self.cache)  # (rows, E)
-        self.cache.clear(list(range(n, rows)))
-        u = uniform(self.seed[:n], self.count[:n]).to(self.device)
-        token = pick(self.model.logits(hidden)[:n], u, how).cpu()
+        n = self.active
+        logits = self._logits()[:n]
+        self.cache.lens[:n] += 1
+        u = self.uniform[torch.arange(n), self.count[:n]].to(self.device)
+        token = pick(logits, u, how).cpu()
         self.out[torch.arange(n), self.count[:n]] = token
         self.token[:n] = token
         self.count[:n] += 1
@@ -272,6 +282,40 @@ class _Batch:
         if done.any():
             self._retire(done, stopped)
         return n
+
+    def _logits(self) -> Tensor:
+        """(rows, V) logits of the next token of the active slots, and of the spare ones that round up their number."""
+        rows = max(self.active, ROWS)
+        if self.device.type != "cuda":
+            groups = self.cache.groups(rows)
+            return self._forward(self.token[:rows].to(self.device), self.cache.lens[:rows].to(self.device), groups)
+        rows = min(1 << (rows - 1).bit_length(), len(self.token))
+        groups = self.cache.groups(rows)
+        self.inputs.copy_(torch.stack((self.token, self.cache.lens[: len(self.token)])))
+        key = (rows, groups[0][1])
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(rows, groups)
+        graph, logits = self.graphs[key]
+        graph.replay()
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+        return self.model.logits(self.model.decode(ids, positions, self.cache, groups))
+
+    def _capture(self, rows: int, groups: list[tuple[int, int]]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step as a CUDA graph and the logits it leaves. All graphs share one pool: only one runs at a time."""
+        ids, positions = self.inputs[:, :rows]
+        # Once outside the graph, so that libraries set themselves up; it writes the keys and values that replay writes.
+        warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
+            self._forward(ids, positions, groups)
+        torch.cuda.current_stream().wait_stream(warm)
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._forward(ids, positions, groups)
+        return graph, logits
 
     def _retire(self, done: Tensor, stopped: Tensor) -> None:
         """Store finished completions and move the last rows into the holes, so that the active slots stay 0..n-1."""
@@ -289,11 +333,12 @@ class _Batch:
         together. A row that is in its group already stays where it is: few rows are copied.
         """
         left = len(alive)
+        group = self.cache.group
         ranked = alive[self.cache.lens[alive].argsort(descending=True, stable=True)]
-        stays = (ranked // GROUP == torch.arange(left) // GROUP) & (ranked < left)
+        stays = (ranked // group == torch.arange(left) // group) & (ranked < left)
         source = ranked[~stays].tolist()
         target = sorted(set(range(left)) - set(ranked[stays].tolist()))  # in each group as many as come into it
         self.cache.copy(source, target)
-        for values in (self.row, self.seed, self.limit, self.count, self.token, self.out):
+        for values in (self.row, self.limit, self.count, self.token, self.out, self.uniform):
             values[target] = values[source]
         self.cache.clear(list(range(left, self.active)))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import lora
 import model as qwen
 from files import InputError
 
@@ -51,6 +52,14 @@ def packed(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(rows), torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
 
 
+def decode(m: qwen.Qwen3, ids: torch.Tensor, cache: qwen.KVCache) -> torch.Tensor:
+    """One token more in each of the first slots."""
+    B = len(ids)
+    hidden = m.decode(ids, cache.lens[:B].clone(), cache, cache.groups(B))
+    cache.lens[:B] += 1
+    return hidden
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An untied checkpoint as transformers writes it, without its weights in memory."""
@@ -77,7 +86,11 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool, shape: tuple[int,
     rows = [rows[1], rows[2], rows[0], rows[3]]  # by slot
     for new in torch.randint(VOCAB, (4, 4), generator=torch.Generator().manual_seed(2)):
         rows = [torch.cat((row, token[None])) for row, token in zip(rows, new, strict=True)]
-        got = m.logits(m(new, torch.arange(5), cache))
+        if len(rows[0]) % 2:  # the weights stacked or one by one: both are the model
+            with m.stacked():
+                got = m.logits(decode(m, new, cache))
+        else:
+            got = m.logits(decode(m, new, cache))
         expected = torch.stack([hf(row[None]).logits[0, -1] for row in rows])
         assert (got - expected).abs().max() <= 1e-5
     assert cache.lens.tolist() == [5, 74, 9, 13, 0, 0]
@@ -89,14 +102,17 @@ def test_decoding_in_groups_of_different_width(tmp_path: Path) -> None:
     # Whole vectors of 32 in every layer: the CPU rounds silu otherwise in what is left over at the end of a tensor.
     peer(intermediate=64).save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
-    B = qwen.GROUP + 18
-    lengths = [200 - 3 * b for b in range(qwen.GROUP)] + [3 + b for b in range(18)]
+    group = qwen.GROUP["cpu"]
+    B = group + 18
+    lengths = [200 - 3 * b for b in range(group)] + [3 + b for b in range(18)]
     rows = tokens(*lengths)
     cache = qwen.KVCache(m.config, B, 256, torch.float32, "cpu")
     ids, cu_seqlens = packed(rows)
     m(ids, cu_seqlens, cache, torch.arange(B))
+    assert cache.groups(B) == [(group, 256), (18, 64)]
+    assert cache.groups(3) == [(3, 256)]
     (new,) = tokens(B, seed=5)
-    hidden = m(new, torch.arange(B + 1), cache)
+    hidden = decode(m, new, cache)
     assert hidden.shape == (B, m.config.hidden_size)
     alone = [m(*packed([torch.cat((row, t[None]))]))[-1] for row, t in zip(rows, new, strict=True)]
     assert (hidden - torch.stack(alone)).abs().max() <= 1e-5
@@ -105,7 +121,7 @@ def test_decoding_in_groups_of_different_width(tmp_path: Path) -> None:
     slots = torch.randperm(B, generator=torch.Generator().manual_seed(3))
     moved = qwen.KVCache(m.config, B, 256, torch.float32, "cpu")
     m(ids, cu_seqlens, moved, slots)
-    again = m(new[slots.argsort()], torch.arange(B + 1), moved)
+    again = decode(m, new[slots.argsort()], moved)
     assert torch.equal(again[slots], hidden)
 
 
@@ -132,11 +148,32 @@ def test_prefill_leaves_other_slots_alone(folder: Path) -> None:
     m(*packed([b]), cache, torch.tensor([2]))
     assert torch.equal(cache.k[:, 0], kept) and cache.lens.tolist() == [7, 0, 5]
     cache.copy([2], [1])
-    out = m(torch.tensor([9, 9, 9]), torch.arange(4), cache)
+    out = decode(m, torch.tensor([9, 9, 9]), cache)
     assert torch.equal(out[1], out[2]) and cache.lens.tolist() == [8, 6, 6]
     cache.clear([1])
-    with pytest.raises(AssertionError, match="empty slots"):
+    with pytest.raises(AssertionError, match="must be empty"):
         m(*packed([a]), cache, torch.tensor([0]))
+
+
+def test_stacked_weights_are_the_parameters(folder: Path) -> None:
+    """Outside as before and still trainable; inside each product is one; a layer with an adapter keeps its own."""
+    m = qwen.load(folder)
+    before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    ids, cu_seqlens = packed(tokens(6, 3))
+    expected = m(ids, cu_seqlens).detach()
+    lora.add(m, r=2, alpha=4.0, targets=("q_proj",))
+    with torch.inference_mode(), m.stacked():
+        attn, mlp = m.model.layers[0].self_attn, m.model.layers[0].mlp
+        assert attn.stacked is None and torch.equal(mlp.stacked[: len(mlp.gate_proj.weight)], mlp.gate_proj.weight)
+        assert mlp.stacked.data_ptr() == mlp.gate_proj.weight.data_ptr()  # no copy is kept
+        assert (m(ids, cu_seqlens) - expected).abs().max() <= 1e-5
+    lora.merge(m)
+    m.requires_grad_(True)
+    m(ids, cu_seqlens).sum().backward()
+    for name, tensor in m.named_parameters():
+        assert torch.equal(tensor, before[name]) and (tensor.grad is None) == (name == "lm_head.weight")
+    qwen.save(m, folder / "again")
+    assert torch.equal(qwen.load(folder / "again")(ids, cu_seqlens), expected)
 
 
 def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: Path) -> None:
