@@ -231,6 +231,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+@torch.compiler.disable  # row lengths differ from batch to batch: a compiled one would be compiled again for each
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
     if rows.cu_seqlens is not None:

@@ -5,6 +5,18 @@ whole step before the first gradient, each row's loss is divided by the rows of 
 loss and the gradient do not depend on how the rows are split. The reference policy is the same weights with the
 adapters off; its sums never change, so they are computed once. Left out: dropout, other optimisers, evaluation during
 training.
+
+What a row of T tokens, C of them completion, costs an optimiser step. F is one forward pass over T tokens, a LoRA
+backward pass about one more (frozen weights need no gradient), recomputation under checkpointing another:
+
+                          policy y   z0: y'   reference y, y'   backward   recompute   sum       head runs on
+    here                     1         1      2, once in all       1          (1)      3 (4)     completion tokens
+    TRL 1.16, defaults       1         1      2, every step        1          (1)      5 (6)     every token
+    TRL 1.16, at its best    1         1      2, once in all       1          (1)      3 (4)     completion tokens
+    LLaMA-Factory            1         1      2, every step        1          (1)      5 (6)     every token
+
+Rows are packed without padding; passes without a gradient take `NO_GRAD_PACK` times as many rows; `kl_rows` below 1
+takes z0 from a share of the rows, which saves up to one F.
 """
 
 import contextlib
@@ -30,6 +42,7 @@ from ranks import Progress, Ranks
 from settings import opt
 
 METHODS = ("sft", "kto", "mralign", "shuffled")
+NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 
 
 class NumericsError(RuntimeError):
@@ -49,12 +62,14 @@ class TrainSettings:
     beta: float = opt(0.1, "inverse temperature, Eq. 3 and 12")
     lambda_c: float = opt(1.0, "weight of chosen rows, Eq. 3 and 12")
     lambda_r: float = opt(1.5, "weight of rejected rows, Eq. 3 and 12 (lambda_d in Table 4)")
+    kl_rows: float = opt(1.0, "share of a step's rows whose mismatched pair enters z0, Eq. 2")
     z0_ema: float = opt(0.0, "share of the old z0 in a moving average over steps, Eq. 2; 0: each step on its own")
     max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
     lora_r: int = opt(32, "LoRA rank (section 4.1)")
     lora_alpha: float = opt(64.0, "LoRA scale is alpha / r")
     seed: int = opt(0, "seed of the LoRA initialisation, the row order, the mismatched pairs and every sample")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = opt(False, "torch.compile the layers around attention: for long runs on a GPU")
     save_every: int = opt(20, "optimiser steps between checkpoints")
     kernel: str = opt("", "segment log-probability op: torch or triton; none: triton where there is a GPU")
 
@@ -111,9 +126,14 @@ class Trainer:
     ) -> None:
         assert method in METHODS, method
         self.s, self.ranks, self.method, self.impl, self.rows = s, ranks, method, impl, rows
+        if not 0 < s.kl_rows <= 1:
+            raise InputError(f"kl_rows is {s.kl_rows}; give a share above 0 and at most 1")
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
         model.gradient_checkpointing = s.gradient_checkpointing
+        if s.compile:
+            for layer in model.model.layers:
+                layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         self.ddp = DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
@@ -140,15 +160,15 @@ class Trainer:
         Each rank does its share; the sum over ranks puts them together. Rows go longest first, so a row that does not
         fit in memory stops the run now.
         """
-        n, m = len(self.rows), self.s.micro_batch
+        n, size = len(self.rows), self.s.micro_batch * NO_GRAD_PACK
         table = torch.zeros(3, n, device=self.ranks.device)
         progress = Progress(self.ranks, 2 * n, "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
-            for indices, real in shares(list(range(n)), self.lengths, self.ranks, m):
+            for indices, real in shares(list(range(n)), self.lengths, self.ranks, size):
                 weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
                 table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
-            for indices, real in shares(list(range(n)), self.kl_lengths, self.ranks, m):
+            for indices, real in shares(list(range(n)), self.kl_lengths, self.ranks, size):
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
                 table[2, indices[:real]] = plain[:real]
                 progress(real * self.ranks.world)
@@ -157,10 +177,14 @@ class Trainer:
         return dict(zip(("weighted", "plain", "kl"), table, strict=True))
 
     def z0(self, indices: list[int], reference: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Eq. 2 over the whole optimiser step: (z0 (), the batch mean before clamping)."""
+        """Eq. 2 over the whole optimiser step: (z0 (), the batch mean before clamping).
+
+        With kl_rows below 1 the first rows of the step stand for all: their order is random.
+        """
+        indices = indices[: math.ceil(self.s.kl_rows * len(indices))]
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
-            for rows, real in shares(indices, self.kl_lengths, self.ranks, self.s.micro_batch):
+            for rows, real in shares(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
                 total[0] += (plain - reference["kl"][rows])[:real].double().sum()
                 total[1] += real
@@ -299,7 +323,7 @@ def train(
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
-    free = ("micro_batch", "gradient_checkpointing", "save_every", "kernel")  # speed and memory only
+    free = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "kernel")  # speed and memory only
     values = {k: v for k, v in asdict(s).items() if k not in free}
     return checkpoint.identity_of({"method": method, **origin, **values})
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,46 @@ def test_step_equals_transformers_and_peft_in_fp64(base, group, tmp_path, micro_
     for name, p in lora.state(model).items():
         error = (p.grad.double() - want[name]).norm() / want[name].norm()
         assert error < 1e-4, (name, error)  # fp32 rounding over two layers is some 1e-6
+
+
+def test_z0_from_a_share_of_the_rows_is_the_mean_over_the_first_of_them(base, group):
+    rows = make_rows(7)
+
+    def z0_of(indices, **settings):
+        s = train.TrainSettings(lora_r=3, lora_alpha=6.0, micro_batch=1, **settings)
+        trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(rows), "kto", s, group, "torch")
+        reference = trainer.reference_sums()
+        with torch.no_grad():
+            for p in trainer.parameters:
+                p.add_(0.02)
+        return trainer.z0(indices, reference)[1]
+
+    order = [4, 1, 6, 0, 2]
+    each = [z0_of([i]) for i in order]  # one row, one pair
+    assert max(each) - min(each) > 0.01
+    assert z0_of(order) == pytest.approx(sum(each) / 5, abs=1e-5)
+    assert z0_of(order, kl_rows=0.5) == pytest.approx(sum(each[:3]) / 3, abs=1e-5)  # ceil(2.5) rows
+    assert z0_of(order, kl_rows=0.01) == pytest.approx(each[0], abs=1e-5)
+    with pytest.raises(InputError, match="kl_rows is 0"):
+        z0_of(order, kl_rows=0.0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_gradients(base, group):
+    """Two batches of different lengths, the second without a new compilation error; checkpointing on top."""
+    gradients = []
+    for settings in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
+        s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=4, **settings)
+        trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(make_rows(8)), "kto", s, group, "torch")
+        reference = trainer.reference_sums()
+        with torch.no_grad():
+            for p in trainer.parameters:
+                p.add_(0.02)
+        trainer.backward(list(range(8)), reference, torch.tensor(0.1))
+        gradients.append([p.grad for p in trainer.parameters])
+    for eager, *compiled in zip(*gradients, strict=True):
+        for grad in compiled:
+            assert (grad - eager).norm() <= 1e-5 * eager.norm()
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):
