@@ -138,3 +138,39 @@ def sha256_file(path: str | Path) -> str:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path or run the stage that writes it") from None
+
+
+class Journal:
+    """An append-only JSONL file of finished pieces of work: what was added before a kill is there after it.
+
+    `rows` are those an earlier journal of the same key left, without a torn last line; another key starts the file
+    anew. A row is handed to the operating system at once; only a crash of the machine itself can lose it.
+    """
+
+    def __init__(self, path: str | Path, key: str) -> None:
+        self.rows: list[dict[str, Any]] = []
+        whole = b""
+        if Path(path).exists():
+            raw = Path(path).read_bytes()
+            whole = raw[: raw.rfind(b"\n") + 1]
+        first, *lines = whole.split(b"\n")[:-1] or [b"null"]
+        if json.loads(first) == {"key": key}:
+            self.rows = [json.loads(line) for line in lines]
+        else:
+            whole = b""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "r+b" if whole else "wb", buffering=0)
+        self.file.truncate(len(whole))
+        self.file.seek(len(whole))
+        if not whole:
+            self.add({"key": key}, keep=False)
+
+    def add(self, row: dict[str, Any], keep: bool = True) -> None:
+        """Append one row."""
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        if keep:
+            self.rows.append(row)
+
+    def close(self) -> None:
+        """Give the file back; it stays on disk."""
+        self.file.close()

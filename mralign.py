@@ -19,6 +19,7 @@ on the command line always runs. Left out here: downloading models, LLM annotato
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -41,15 +42,19 @@ import eval as evaluation
 import lora
 import model as qwen
 import page
+import remote
 import report
 import sample
 import train
-from files import InputError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from client import Client, Endpoint, Limits, ServiceError
+from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from kernels.segment_logprob import default_impl, segment_logprob
 from ranks import Progress, Ranks, process_group
 from settings import cli, opt
 
 ROOT = Path(__file__).resolve().parent
+# A server that samples is silent until a completion is finished.
+PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ class Config(train.TrainSettings):
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
     prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
     dtype: str = opt("bfloat16", "dtype of the frozen base weights: bfloat16 or float32; adapters are float32")
+    backend: str = opt("local", "who samples: local (this program) or openai (an OpenAI-compatible completions server)")
+    base_url: str = opt("", "the server of --backend openai, for example http://127.0.0.1:8000/v1")
+    served_model: str = opt("", "what that server calls the base model; none: --model. Adapters: the method's name")
+    key_env: str = opt("", "name of the environment variable that holds the server's key; none: no key")
+    concurrency: int = opt(64, "requests in flight at the server, over all ranks")
 
     draws: int = opt(3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)")
     draw_temperature: float = opt(0.2, "sampling temperature of the draws")
@@ -105,6 +115,7 @@ class Run:
         self.template = data.ChatTemplate(Path(cfg.model))
         self.user_turn = data.load_prompt(cfg.prompt)
         self.stop_ids = stop_ids(Path(cfg.model))
+        self.key = ""  # of the unit under way, see `perform`
 
     def base_model(self) -> qwen.Qwen3:
         """The base model, freshly loaded on this rank's device, frozen."""
@@ -127,38 +138,91 @@ def stop_ids(folder: Path) -> set[int]:
     return set(ids) if isinstance(ids, list) else {ids}
 
 
+def sampler(run: Run, setting: str) -> Callable[..., None]:
+    """What completes prompts as `setting` does ("base", "thinkoff" or a trained method), as --backend says.
+
+    Call it with (prompts, seeds, max_new, how: sample.Sampling, finished(index, completion)).
+    """
+    cfg = run.cfg
+    if cfg.backend == "openai":
+        name = setting if setting in run.methods else cfg.served_model or cfg.model
+        endpoint = Endpoint(name, cfg.base_url.rstrip("/"), cfg.key_env)
+        client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=PATIENCE)
+        end_id = qwen.Config.from_json(Path(cfg.model) / "config.json").eos_token_id
+
+        def by_server(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+            encode = functools.partial(data.encode, run.tokenizer)
+            stops = {"stop_ids": run.stop_ids, "end_id": end_id}
+            again = remote.generate(
+                client, encode, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
+            )
+            if again:
+                run.ranks.log(f"{again} of {len(prompts)} completions came without ids and were encoded again")
+
+        return by_server
+    model = run.base_model()
+    if setting in run.methods:
+        lora.load(model, run.out / setting)
+        if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
+            lora.merge(model)
+
+    def by_model(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+        common = {"stop_ids": run.stop_ids, "batch_size": cfg.sample_batch, "finished": finished}
+        sample.generate(model, prompts, seeds, max_new=max_new, **dataclasses.asdict(how), **common)
+
+    return by_model
+
+
 def draw(
-    run: Run, model: qwen.Qwen3, jobs: list[tuple[dict[str, Any], str, int]], path: Path, what: str, **sampling: Any
+    run: Run,
+    generate: Callable[..., None],
+    jobs: list[tuple[dict[str, Any], str, int]],
+    path: Path,
+    what: str,
+    max_new: int,
+    how: sample.Sampling,
 ) -> float:
     """Sample every (question, mode, draw) of `jobs` and write one JSONL row each to `path`. Returns tokens a second.
 
     The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
+    A completion is on disk as soon as it is finished: a run that is killed and started again does the others only.
     """
     ranks, cfg = run.ranks, run.cfg
     mine = jobs[ranks.rank :: ranks.world]
     prompts = [run.prompt(q["question"], mode) for q, mode, _ in mine]
     prompt_ids = [data.encode(run.tokenizer, text) for text in prompts]
     seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
+    part = path.with_suffix(f".rank{ranks.rank}.jsonl")
+    journal = Journal(part, digest([run.key, str(path), ranks.world]))
+    done = {row["row"]: sample.Completion(row["ids"], row["finish"]) for row in journal.rows}
+    if done:
+        ranks.log(f"{what}: {len(done)} of {len(mine)} were finished before")
+    left = [i for i in range(len(mine)) if i not in done]
     progress = Progress(ranks, None, what, "tokens")
-    completions = sample.generate(
-        model, prompt_ids, seeds, stop_ids=run.stop_ids, batch_size=cfg.sample_batch, progress=progress, **sampling
-    )
+
+    def finished(index: int, c: sample.Completion) -> None:
+        done[left[index]] = c
+        journal.add({"row": left[index], "ids": c.ids, "finish": c.finish})
+        progress(len(c.ids))
+
+    generate([prompt_ids[i] for i in left], [seeds[i] for i in left], max_new, how, finished)
     speed = progress.close()
+    journal.close()
     rows = []
-    for (q, mode, k), prompt, ids, c in zip(mine, prompts, prompt_ids, completions, strict=True):
+    for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
+        c = done[i]
         text, _ = data.token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
         row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
         rows.append(row | {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish})
-    part = path.with_suffix(f".rank{ranks.rank}.jsonl")
-    write_jsonl(part, rows)
+    share = path.with_suffix(f".share{ranks.rank}.jsonl")
+    write_jsonl(share, rows)
     ranks.wait()
     if ranks.rank == 0:
-        parts = [path.with_suffix(f".rank{r}.jsonl") for r in range(ranks.world)]
-        shares = [read_jsonl(p) for p in parts]
+        shares = [read_jsonl(path.with_suffix(f".share{r}.jsonl")) for r in range(ranks.world)]
         write_jsonl(path, (shares[i % ranks.world][i // ranks.world] for i in range(len(jobs))))
-        for p in parts:
-            p.unlink()
     ranks.wait()
+    share.unlink()
+    part.unlink()
     return speed
 
 
@@ -170,18 +234,8 @@ def stage_sample(run: Run) -> dict[str, Any]:
     run.ranks.log(f"prompt, thinking on:  {run.prompt(questions[0]['question'], 'on')!r}")
     run.ranks.log(f"prompt, thinking off: {run.prompt(questions[0]['question'], 'off')!r}")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
-    speed = draw(
-        run,
-        run.base_model(),
-        jobs,
-        run.out / "samples.jsonl",
-        "draws",
-        max_new=cfg.draw_max_new,
-        temperature=cfg.draw_temperature,
-        top_p=cfg.draw_top_p,
-        top_k=0,
-        min_p=0.0,
-    )
+    how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
+    speed = draw(run, sampler(run, "base"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
     return {"tokens_per_second_per_rank": round(speed)}
 
 
@@ -265,7 +319,7 @@ def stage_train(run: Run, method: str) -> dict[str, Any]:
         rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
     settings = train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
     base = run.base_model()
-    origin = {"rows": sha256_file(path), "model": digest([sha256_file(p) for p in model_files(Path(cfg.model))])}
+    origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(Path(cfg.model))])}
     return train.train(
         base,
         data.to_rows(rows, run.tokenizer),
@@ -287,26 +341,13 @@ def model_files(folder: Path) -> list[Path]:
 
 def stage_eval(run: Run, setting: str) -> None:
     """Samples of one setting ("thinkoff", "base" or a trained method) on every evaluation set."""
-    cfg, model = run.cfg, run.base_model()
-    if setting in run.methods:
-        lora.load(model, run.out / setting)
-        if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
-            lora.merge(model)
+    cfg, generate = run.cfg, sampler(run, setting)
     mode = "off" if setting == "thinkoff" else "on"
+    how = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
     for name, path in run.eval_sets.items():
         questions, _ = data.load_questions(path)
-        draw(
-            run,
-            model,
-            [(q, mode, 0) for q in questions],
-            run.samples_path(name, setting),
-            f"{setting} on {name}",
-            max_new=cfg.max_new,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            top_k=cfg.top_k,
-            min_p=cfg.min_p,
-        )
+        jobs = [(q, mode, 0) for q in questions]
+        draw(run, generate, jobs, run.samples_path(name, setting), f"{setting} on {name}", cfg.max_new, how)
 
 
 def stage_scores(run: Run) -> None:
@@ -344,7 +385,7 @@ def units(run: Run) -> list[Unit]:
     """The pipeline in order, with what each part reads, obeys and writes."""
     cfg, out = run.cfg, run.out
     model = model_files(Path(cfg.model))
-    decoding = ("model", "prompt", "dtype", "seed", "kernel")
+    decoding = ("model", "prompt", "dtype", "seed", "kernel", "backend", "base_url", "served_model")
     draws = ("draws", "draw_temperature", "draw_top_p", "draw_max_new")
     filters = ("draws", "keep", "min_segments", "max_segments", "min_think_tokens", "max_think_tokens", "matcher")
     fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
@@ -386,12 +427,17 @@ def units(run: Run) -> list[Unit]:
 def perform(run: Run, unit: Unit, forced: bool) -> None:
     """Do the unit's work unless its receipt says that nothing has changed since; leave a new receipt."""
     receipt = receipt_path(run, unit)
-    fresh = torch.zeros(1, device=run.ranks.device)
+    known = torch.zeros(
+        33, dtype=torch.int64, device=run.ranks.device
+    )  # rank 0 tells: reuse it?, the 32 bytes of its key
     if run.ranks.rank == 0:
         key = unit_key(run, unit)
         old = read_json(receipt) if receipt.exists() else {"key": None}
-        fresh += not forced and old["key"] == key and all(p.exists() for p in unit.outputs)
-    if run.ranks.sum(fresh).item():
+        known[0] = not forced and old["key"] == key and all(p.exists() for p in unit.outputs)
+        known[1:] = torch.tensor(list(bytes.fromhex(key)))
+    reuse, *key_bytes = run.ranks.sum(known).tolist()
+    run.key = bytes(key_bytes).hex()
+    if reuse:
         run.ranks.log(f"[{unit.name}] unchanged, reused (took {old['seconds']} s)" if run.ranks.rank == 0 else "")
         return
     run.ranks.log(f"[{unit.name}]")
@@ -400,7 +446,7 @@ def perform(run: Run, unit: Unit, forced: bool) -> None:
     run.ranks.wait()
     if run.ranks.rank == 0:
         seconds = round(time.perf_counter() - started, 1)
-        write_json(receipt, {"key": key, "seconds": seconds, "result": result})
+        write_json(receipt, {"key": run.key, "seconds": seconds, "result": result})
         run.ranks.log(f"[{unit.name}] {seconds} s {json.dumps(result)}")
 
 
@@ -412,9 +458,20 @@ def receipt_path(run: Run, unit: Unit) -> Path:
 def unit_key(run: Run, unit: Unit) -> str:
     """What the unit depends on: its settings, the bytes of its inputs, the program."""
     settings = {name: getattr(run.cfg, name) for name in unit.settings}
-    inputs = [[str(p), sha256_file(p)] for p in unit.inputs]
-    code = [[p.name, sha256_file(p)] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])]
+    inputs = [[str(p), checksum(p)] for p in unit.inputs]
+    code = [[p.name, checksum(p)] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])]
     return digest([unit.name, settings, inputs, code])
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read once as long as it does not change: the weights are an input of many units."""
+    stat = path.stat()
+    return _checksum_as_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _checksum_as_of(path: Path, mtime_ns: int, size: int) -> str:
+    return sha256_file(path)
 
 
 def digest(value: Any) -> str:
@@ -585,6 +642,7 @@ def check(cfg: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
     allowed = {
         "dtype": ("float32", "bfloat16"),
+        "backend": ("local", "openai"),
         "keep": ("first", "all"),
         "matcher": ("equal", "contains"),
         "transitions": ("em", "frequency"),
@@ -594,6 +652,8 @@ def check(cfg: Config) -> None:
     for name, values in allowed.items():
         if getattr(cfg, name) not in values:
             raise InputError(f"--{name} is {getattr(cfg, name)!r}, must be one of {', '.join(v for v in values if v)}")
+    if (cfg.backend == "openai") != bool(cfg.base_url):
+        raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
     for method in cfg.method.split(","):
         if method.strip() not in train.METHODS:
             raise InputError(f"--method {method!r} is not one of {', '.join(train.METHODS)}")
@@ -606,7 +666,7 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 3 bad input, 5 numbers that are not finite or not right."""
+    """The command line. Returns the exit code: 0 done, 3 bad input, 4 a server failed, 5 impossible numbers."""
 
     def stages(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="run these stages only; none: all that are due")
@@ -633,6 +693,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except ServiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     except train.NumericsError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr)
         return 5

@@ -156,12 +156,14 @@ def generate(
     min_p: float = 0.0,
     batch_size: int = 128,
     progress: Callable[[int], object] | None = None,
+    finished: Callable[[int, Completion], object] | None = None,
 ) -> list[Completion]:
     """Complete every prompt; the result has the prompts' order.
 
     seeds: one integer a prompt (see `seed_of`); the same prompt and seed give the same text. max_new: most new tokens,
     for all rows or one number a row. batch_size: rows decoded together; a row that finishes makes room for a waiting
     prompt. progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
+    finished: called with (index, completion) as soon as a row ends, in whatever order they do.
     Raises InputError for settings out of range and for prompts that are empty or too long for the model.
     """
     how = Sampling(temperature, top_p, top_k, min_p)
@@ -180,6 +182,9 @@ def generate(
             new = batch.step(how)
             if progress is not None:
                 progress(new)
+            if finished is not None:
+                for index in batch.finished:
+                    finished(index, batch.completions[index])
     return batch.completions
 
 
@@ -214,6 +219,7 @@ class _Batch:
         # Popped from the end: the prompts come in their order.
         self.waiting = list(range(len(prompts)))[::-1]
         self.completions: list[Completion] = [None] * len(prompts)  # type: ignore[list-item]
+        self.finished: list[int] = []  # prompts that the last step completed
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         weight = model.head
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
@@ -269,7 +275,7 @@ class _Batch:
 
     def step(self, how: Sampling) -> int:
         """Sample one token for each active row and retire those that are done. Returns the number of tokens."""
-        n = self.active
+        n, self.finished = self.active, []
         logits = self._logits()[:n]
         self.cache.lens[:n] += 1
         u = self.uniform[torch.arange(n), self.count[:n]].to(self.device)
@@ -319,12 +325,13 @@ class _Batch:
 
     def _retire(self, done: Tensor, stopped: Tensor) -> None:
         """Store finished completions and move the last rows into the holes, so that the active slots stay 0..n-1."""
-        finished = done.nonzero()[:, 0].tolist()
-        for slot in finished:
-            ids = self.out[slot, : self.count[slot]].tolist()
-            self.completions[int(self.row[slot])] = Completion(ids, "stop" if stopped[slot] else "length")
+        ended = done.nonzero()[:, 0].tolist()
+        for slot in ended:
+            ids, index = self.out[slot, : self.count[slot]].tolist(), int(self.row[slot])
+            self.completions[index] = Completion(ids, "stop" if stopped[slot] else "length")
+            self.finished.append(index)
         self._arrange((~done).nonzero()[:, 0])
-        self.active -= len(finished)
+        self.active -= len(ended)
 
     def _arrange(self, alive: Tensor) -> None:
         """Give the rows that go on the slots 0..left-1, the longest in the first group of slots and so on down.

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import files
-from files import InputError
+from files import InputError, Journal
 
 OLD, NEW = "old content\n", "new content, longer than the old one\n" * 50
 
@@ -252,3 +253,25 @@ def test_json_is_readable_text(tmp_path):
     files.write_json(tmp_path / "a.json", {"name": "é"})
     assert (tmp_path / "a.json").read_bytes() == '{\n "name": "é"\n}\n'.encode()
     assert json.loads((tmp_path / "a.json").read_text()) == {"name": "é"}
+
+
+def test_a_journal_keeps_what_was_added_before_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "journal.jsonl"
+    script = (
+        "import os, sys; from files import Journal\n"
+        f"j = Journal({str(path)!r}, 'k')\n"
+        "for i in range(5): j.add({'i': i, 'text': 'ö\\u2028'})\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -9
+    with open(path, "ab") as f:
+        f.write(b'{"i": 5, "te')  # torn
+    journal = Journal(path, "k")
+    assert journal.rows == [{"i": i, "text": "ö\u2028"} for i in range(5)]
+    journal.add({"i": 6})
+    journal.close()
+    assert Journal(path, "k").rows[-2:] == [{"i": 4, "text": "ö\u2028"}, {"i": 6}]
+    assert Journal(path, "another run").rows == [] == Journal(path, "another run").rows
+    assert Journal(path, "k").rows == []  # started anew by the other key
+    path.write_bytes(b'{"key": "k"')  # killed in its first line
+    assert Journal(path, "k").rows == []

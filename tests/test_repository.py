@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
     {"files", "kto", "ranks"},
-    {"settings", "kernels", "em", "data", "model"},
+    {"settings", "client", "kernels", "em", "data", "model"},
     {"lora", "sample", "annotate", "checkpoint"},
-    {"train", "eval", "report"},
+    {"remote", "train", "eval", "report"},
     {"page"},
     {"mralign"},
     {"mini"},

@@ -1,0 +1,280 @@
+"""client.py against a real server on loopback: attempts, waiting and outcome of every way to misbehave."""
+
+import threading
+import time
+import traceback
+
+import pytest
+from fake_server import FakeServer
+
+import client
+from client import Client, Endpoint, Limits, Refused, ServiceError, Stopped, Unanswered, in_threads, parse_endpoint
+from files import InputError
+
+CANARY = "sk-canary-7f3a9b2c"
+QUICK = Limits(backoff=0.01, backoff_cap=0.02, retry_after_cap=0.3, connect=1, read=0.3, exchange=0.6, body=1_000_000)
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as fake:
+        yield fake
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("CANARY_KEY", CANARY)
+
+
+def quick(server, **more):
+    return Client(Endpoint("m", server.url, "CANARY_KEY"), **({"limits": QUICK} | more))
+
+
+def ask(c, **more):
+    return c.post("/chat/completions", BODY, **more)["choices"][0]["message"]["content"]
+
+
+# ------------------------------------------------------------------------------------------------ one call
+
+PASSING = {  # behaviour: most seconds that a retry after it may wait
+    "429": 0.1, "429 after 1": 0.5, "429 after date": 0.5, "429 after huge": 0.5, "429 after nonsense": 0.1,
+    "408": 0.1, "409": 0.1, "500": 0.1, "502": 0.1, "503": 0.1, "504": 0.1, "503 page": 0.1, "error in 200": 0.1,
+    "reset": 0.1, "hang": 0.5, "drip body": 0.9, "drip header": 0.9, "cut body": 0.1, "not json": 0.1, "list": 0.1,
+    "empty body": 0.1, "deep json": 0.3, "huge": 0.5, "gzip bomb": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_tried_again(server, name):
+    server.script = [name]
+    started = time.monotonic()
+    assert ask(quick(server)) == "hello"
+    assert time.monotonic() - started < PASSING[name] + 0.5  # + what a busy machine adds
+    assert len(server.requests) == 2
+    if name.startswith("429 after") and "nonsense" not in name:
+        assert server.times[1] - server.times[0] > 0.28  # asked for 1 s or more, the cap is 0.3 s
+
+
+@pytest.mark.parametrize("name", ["429", "500", "reset", "not json"])
+def test_six_attempts_and_no_more(server, name):
+    server.script = lambda number, body: name
+    with pytest.raises(Unanswered, match="no usable answer in 6 attempts, the last: "):
+        ask(quick(server))
+    assert len(server.requests) == 6
+
+
+FINAL = {
+    "400": "status 400; the server cannot take",
+    "401": r"bad key Bearer \[key\]; check the key in CANARY_KEY",
+    "402": "add credit",
+    "403": "may not use this model",
+    "404": "ends in /v1",
+    "413": "status 413",
+    "422": "status 422",
+    "quota": "429 You exceeded your current quota; add credit",
+    "context": "maximum context length is 4096",
+    "redirect": "307 redirect to 'http://localhost:.*/elsewhere'",
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_what_cannot_pass_ends_at_once(server, name):
+    server.script = [name]
+    with pytest.raises(Refused, match=FINAL[name]) as error:
+        ask(quick(server))
+    assert len(server.requests) == 1
+    text = str(error.value)
+    assert text.startswith(f"m@{server.url}: ") and "\n" not in text and "\x1b" not in text and CANARY not in text
+
+
+def test_gzip_is_understood(server):
+    server.script = ["gzip"]
+    assert ask(quick(server)) == "hello" and len(server.requests) == 1
+
+
+def test_a_server_that_is_not_there():
+    with FakeServer() as fake:
+        pass
+    account = Counting()
+    with pytest.raises(Unanswered, match="6 attempts, the last: connecting failed"):
+        ask(quick(fake), account=account)
+    assert account.reserved == 6 and account.released == [False] * 6
+
+
+def test_backoff_is_random_doubles_and_is_capped(server, monkeypatch):
+    highs = []
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: highs.append((low, high)) or 0.0)
+    server.script = lambda number, body: "500"
+    with pytest.raises(Unanswered):
+        ask(quick(server, limits=Limits(backoff=1, backoff_cap=5)))
+    assert highs == [(0, 1), (0, 2), (0, 4), (0, 5), (0, 5), (0, 5)]
+
+
+def test_no_attempt_starts_after_the_total_time(server):
+    server.script = lambda number, body: "429 after 1"
+    with pytest.raises(Unanswered, match="in 2 attempts"):
+        ask(quick(server, limits=Limits(backoff=0.01, total=1.5)))
+    assert len(server.requests) == 2
+
+
+class Counting:
+    def __init__(self):
+        self.reserved, self.released = 0, []
+
+    def reserve(self):
+        self.reserved += 1
+
+    def release(self, maybe_billed):
+        self.released.append(maybe_billed)
+
+
+@pytest.mark.parametrize(
+    ("name", "maybe"),
+    [("429", False), ("500", False), ("hang", True), ("reset", True), ("not json", True), ("drip header", True)],
+)
+def test_an_account_hears_of_every_attempt(server, name, maybe):
+    server.script = [name, name]
+    account = Counting()
+    ask(quick(server), account=account)
+    assert account.reserved == 3 and account.released == [maybe, maybe]
+
+
+# ------------------------------------------------------------------------------------------------ keys and addresses
+
+
+def test_endpoints_by_hand():
+    assert parse_endpoint("a/b:7b@v2@http://localhost:8000/v1/") == Endpoint("a/b:7b@v2", "http://localhost:8000/v1")
+    assert parse_endpoint("m@https://x.org/v1#K") == Endpoint("m", "https://x.org/v1", "K")
+    assert parse_endpoint("m@http://[::1]:80/v1#K").key_env == "K"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpt-4o", "must look like MODEL@BASE_URL#KEY_VARIABLE"),
+        (f"m@ftp://x#{CANARY}", "must look like"),
+        (f"m@https://user:{CANARY}@x.org/v1", "plain https://host/path"),
+        (f"m@https://x.org/v1?key={CANARY}", "must look like"),
+        (f"m@https://x.org/v1#{CANARY}", "must look like"),  # a key instead of a name
+        ("m@http://192.168.1.5:8000/v1#K", "unencrypted"),
+    ],
+)
+def test_bad_endpoints_are_refused_without_repeating_them(text, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse_endpoint(text)
+    assert CANARY not in str(error.value)
+
+
+def test_the_key_goes_into_the_header_and_nowhere_else(server, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    ask(quick(server))
+    ask(Client(Endpoint("m", server.url), limits=QUICK))
+    assert [r["headers"].get("Authorization") for r in server.requests] == [f"Bearer {CANARY}", None]
+    assert all(CANARY not in str(r["body"]) + r["path"] for r in server.requests)
+
+
+@pytest.mark.parametrize(("value", "message"), [("", "is not set"), (f"{CANARY}\n", "export the key alone")])
+def test_a_key_that_cannot_be_sent(server, monkeypatch, value, message):
+    monkeypatch.setenv("CANARY_KEY", value)
+    with pytest.raises(InputError, match=f"CANARY_KEY .*{message}") as error:
+        quick(server)
+    assert CANARY not in str(error.value)
+
+
+def test_a_key_that_is_echoed_is_cut_out(server):
+    server.script = ["echo key"]
+    reply = quick(server).post("/chat/completions", BODY)
+    assert "Bearer [key]" in reply["choices"][0]["message"]["content"] and CANARY not in str(reply)
+
+
+@pytest.mark.parametrize("name", [*PASSING, *FINAL])
+def test_no_traceback_shows_the_key(server, name):
+    server.script = lambda number, body: name
+    with pytest.raises(ServiceError) as error:
+        ask(quick(server, limits=Limits(attempts=1, read=0.1, exchange=0.15, body=100_000)))
+    assert CANARY not in "".join(traceback.format_exception(error.value)) + repr(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ many calls
+
+
+def test_in_flight_is_bounded_and_halved_by_a_429(server):
+    server.seconds = 0.1
+    c = quick(server, concurrency=4)
+    stop = threading.Event()
+    assert len(list(in_threads(lambda i: ask(c), range(24), 12, stop))) == 24
+    assert 2 <= server.most_active <= 4 and not stop.is_set()
+    gate = client.Gate(16)
+    places = [gate.enter(stop) for _ in range(16)]
+    for place in places[:3]:
+        gate.leave(place, 429)
+    assert gate.limit == 8  # the three were in flight together
+    for place in places[3:]:
+        gate.leave(place, 200)
+    assert gate.limit == 9  # eight good replies; five of the next nine
+    gate.leave(gate.enter(stop), 429)
+    assert gate.limit == 4
+    for _ in range(300):
+        gate.leave(gate.enter(stop), 200)
+    assert gate.limit == 16 and gate.active == 0
+
+
+def test_requests_and_tokens_a_minute(server, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+    pace = client.Pace(120)  # one in half a second
+    assert [pace.wait(1), pace.wait(3), pace.wait(1)] == [0, 0.5, 2.0]
+    now[0] = 110.0  # idle time is not saved up for a burst
+    assert [pace.wait(1), pace.wait(1)] == [0, 0.5]
+    assert [client.Pace(0).wait(1e9) for _ in range(2)] == [0, 0]
+    monkeypatch.undo()
+    monkeypatch.setenv("CANARY_KEY", CANARY)
+    c = quick(server, rpm=600, tpm=60_000)  # one request in 0.1 s, a thousand tokens a second
+    started = time.monotonic()
+    for tokens in (10, 400, 10):
+        ask(c, tokens=tokens)
+    assert time.monotonic() - started > 0.1 + 0.4
+
+
+def test_a_final_error_ends_all_calls_soon(server):
+    server.script = lambda number, body: "401" if number == 5 else "429 after huge"
+    c = quick(server, limits=Limits())
+    started = time.monotonic()
+    with pytest.raises(Refused, match="401"):
+        list(in_threads(lambda i: ask(c), range(100), 16, c.stop))
+    assert time.monotonic() - started < 5 and len(server.requests) <= 16
+
+
+def test_finished_work_survives_a_final_error_and_calls_under_way_may_finish(server):
+    server.seconds = 0.3
+    server.script = lambda number, body: "403" if number == 3 else "ok"
+    c, saved = quick(server, limits=Limits()), []
+    with pytest.raises(Refused):
+        for _ in in_threads(lambda i: saved.append(ask(c)), range(100), 4, c.stop):
+            pass
+    assert len(saved) == 3  # they were in flight when the 403 came
+
+    with pytest.raises(Stopped):
+        ask(c)
+
+
+def test_a_hanging_call_does_not_hold_up_the_end(server):
+    server.script = lambda number, body: "403" if number == 3 else "hang"
+    c = quick(server, limits=Limits())
+    started = time.monotonic()
+    with pytest.raises(Refused):
+        list(in_threads(lambda i: ask(c), range(8), 4, c.stop, grace=0.5))
+    assert time.monotonic() - started < 3
+
+
+def test_in_threads_passes_on_results_and_the_first_error():
+    stop = threading.Event()
+    assert dict(in_threads(lambda x: x * x, [1, 2, 3], 2, stop)) == {1: 1, 2: 4, 3: 9}
+    assert list(in_threads(len, [], 2, stop)) == [] and not stop.is_set()
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda x: 1 // x, [1, 0, 1], 2, stop))
+    assert stop.is_set()

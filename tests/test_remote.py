@@ -1,0 +1,145 @@
+"""Sampling through a real HTTP server on loopback that runs the miniature: the same rows as without a server."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data
+import model as qwen
+import remote
+import sample
+from client import ServiceError
+from files import read_jsonl, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "mini" / "model"
+
+
+@contextlib.contextmanager
+def completions_server(style: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth."""
+    net, tokenizer, lock = qwen.load(MODEL), data.load_tokenizer(MODEL), threading.Lock()
+    seen: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                seen.append(body)
+                if style == "broken" and len(seen) == 4:
+                    return self.answer(404, {"error": {"message": "no such model"}})
+                how = {name: body[name] for name in ("temperature", "top_p", "min_p")} | {
+                    "top_k": max(0, body["top_k"])
+                }
+                stops = set(body["stop_token_ids"])
+                (c,) = sample.generate(
+                    net, [body["prompt"]], [body["seed"]], max_new=body["max_tokens"], stop_ids=stops, **how
+                )
+            shown = c.ids[:-1] if c.finish == "stop" else c.ids
+            choice = {"index": 0, "finish_reason": c.finish, "stop_reason": None}
+            choice["text"] = data.token_offsets(tokenizer, shown)[0]
+            if style != "text":
+                choice["token_ids"] = shown  # without the end token, as some versions have it
+            self.answer(200, {"choices": [choice]})
+
+        def answer(self, status: int, value: dict[str, Any]) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "few.jsonl"
+    write_jsonl(path, read_jsonl(ROOT / "mini/questions/train.jsonl")[:4])
+    return path
+
+
+def draw(questions: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "mralign.py", "--config", "configs/mini.json", "--questions", str(questions)]
+    command += ["--out", str(out), "--draws", "2", *flags, "sample"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("local")
+    done = draw(questions, out)
+    assert done.returncode == 0, done.stderr
+    assert not list(out.glob("*.rank*")) and not list(out.glob("*.share*"))
+    return read_jsonl(out / "samples.jsonl")
+
+
+@pytest.mark.parametrize("style", ["ids", "text"])
+def test_a_server_gives_the_rows_that_our_own_sampler_gives(style, questions, local, tmp_path):
+    with completions_server(style) as (url, seen):
+        done = draw(questions, tmp_path, "--backend", "openai", "--base-url", url, "--served-model", "mini")
+    assert done.returncode == 0, done.stderr
+    assert read_jsonl(tmp_path / "samples.jsonl") == local
+    assert len(seen) == 16 and {body["model"] for body in seen} == {"mini"}
+    assert {tuple(body["prompt"]) for body in seen} == {tuple(row["prompt_ids"]) for row in local}
+    assert ("16 of 16 completions came without ids" in done.stderr) is (style == "text")
+
+
+def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions, local, tmp_path):
+    with completions_server("broken") as (url, seen):
+        flags = ["--backend", "openai", "--base-url", url, "--served-model", "mini", "--concurrency", "1"]
+        done = draw(questions, tmp_path, *flags)
+        assert done.returncode == 4
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+        assert "404 no such model" in line and "mini@http://127.0.0.1" in line
+        assert not (tmp_path / "samples.jsonl").exists()
+        kept = (tmp_path / "samples.rank0.jsonl").read_bytes()
+        assert kept.count(b"\n") == 4  # the key and three rows
+        (tmp_path / "samples.rank0.jsonl").write_bytes(kept + b'{"row": 9, "ids": [1')  # killed while writing
+        done = draw(questions, tmp_path, *flags)
+        assert done.returncode == 0 and "draws: 3 of 16 were finished before" in done.stderr
+    assert len(seen) == 4 + 13 and read_jsonl(tmp_path / "samples.jsonl") == local
+
+
+def test_a_reply_becomes_a_completion_or_an_error():
+    def of(**choice: object) -> tuple[sample.Completion, bool]:
+        return remote.completion({"choices": [choice]}, lambda text: [len(text)], {7, 8}, 7, "there")
+
+    assert of(finish_reason="stop", token_ids=[1, 2, 8]) == (sample.Completion([1, 2, 8], "stop"), False)
+    assert of(finish_reason="stop", token_ids=[1, 2], stop_reason=8) == (sample.Completion([1, 2, 8], "stop"), False)
+    assert of(finish_reason="stop", token_ids=[1], stop_reason="\n") == (sample.Completion([1, 7], "stop"), False)
+    assert of(finish_reason="length", token_ids=[1, 2]) == (sample.Completion([1, 2], "length"), False)
+    assert of(finish_reason="stop", text="abc") == (sample.Completion([3, 7], "stop"), True)
+    assert of(finish_reason="stop", text="", token_ids=None) == (sample.Completion([0, 7], "stop"), True)
+    for bad in ({"finish_reason": "abort", "text": ""}, {"finish_reason": "stop"}, {"text": "x"}):
+        with pytest.raises(ServiceError, match="^there: a completion"):
+            of(**bad)
+    for reply in ({}, {"choices": []}, {"choices": None}, {"choices": ["x"]}):
+        with pytest.raises(ServiceError, match="^there: a completion"):
+            remote.completion(reply, str.split, {7}, 7, "there")
+
+
+def test_backend_and_address_go_together(questions, tmp_path):
+    done = draw(questions, tmp_path, "--backend", "openai")
+    assert done.returncode == 3 and "--base-url" in done.stderr
+    done = draw(questions, tmp_path, "--base-url", "http://127.0.0.1:1/v1")
+    assert done.returncode == 3 and "--backend" in done.stderr
