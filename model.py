@@ -188,6 +188,13 @@ class KVCache:
             merged.append((size, width))
         return merged
 
+    @staticmethod
+    def bytes(config: Config, max_len: int, dtype: torch.dtype, device: torch.device | str) -> int:
+        """Size of one slot."""
+        block = BLOCK[torch.device(device).type]
+        a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return -(-max_len // block) * block * a_token
+
     def copy(self, source: list[int], target: list[int]) -> None:
         """Overwrite the target slots with what the source slots hold (each list: distinct slots, equal lengths)."""
         width = max(self.lens[source].tolist(), default=0)
@@ -374,7 +381,9 @@ class Qwen3(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) hidden states to (..., V) logits, in the model's dtype."""
+        """(N, E) hidden states to (N, V) logits, in the model's dtype."""
+        if hidden.device.type == "cpu" and torch.get_num_threads() > 1:
+            return (self.head @ hidden.T).T  # with few rows, the product this way round is spread over the threads
         return F.linear(hidden, self.head)
 
     def forward(

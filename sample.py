@@ -29,6 +29,7 @@ from model import KVCache, Qwen3
 ROWS = 16
 # Candidates looked at when top_k does not bound them; only rows whose choice they do not settle are sorted in full.
 SHORTLIST = 128
+CACHE_SHARE = 0.8  # of the free GPU memory may become cache; the rest is for logits and activations
 PREFILL_TOKENS = 8192  # prompts read in one forward pass, so that a long queue of prompts does not set the peak memory
 MASK64 = 2**64 - 1
 
@@ -161,8 +162,8 @@ def generate(
     """Complete every prompt; the result has the prompts' order.
 
     seeds: one integer a prompt (see `seed_of`); the same prompt and seed give the same text. max_new: most new tokens,
-    for all rows or one number a row. batch_size: rows decoded together; a row that finishes makes room for a waiting
-    prompt. progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
+    for all rows or one number a row. batch_size: rows decoded together, fewer where a GPU has no room for their cache;
+    a row that finishes makes room for a waiting prompt. progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
     finished: called with (index, completion) as soon as a row ends, in whatever order they do.
     Raises InputError for settings out of range and for prompts that are empty or too long for the model.
     """
@@ -223,6 +224,15 @@ class _Batch:
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         weight = model.head
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        if weight.is_cuda:
+            slot = KVCache.bytes(model.config, longest, weight.dtype, weight.device)
+            room = int(CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0]) // slot - 1  # without the spare one
+            if room < ROWS:
+                need = f"{ROWS + 1} rows of {longest} tokens need {(ROWS + 1) * slot / 2**30:.1f} GiB of cache"
+                raise InputError(
+                    f"{need}, which this GPU has not free; lower max_new or use a server (--backend openai)"
+                )
+            self.size = size = min(size, room)
         slots = max(size, ROWS)
         # One slot more than rows: prefill pads short batches of prompts with a row that ends there.
         self.cache = KVCache(model.config, slots + 1, longest, weight.dtype, weight.device)

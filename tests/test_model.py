@@ -81,6 +81,7 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool, shape: tuple[int,
     assert (m.logits(m(ids, cu_seqlens)) - expected).abs().max() <= 1e-5
 
     cache = qwen.KVCache(m.config, 6, 80, torch.float32, "cpu")
+    assert 6 * cache.bytes(m.config, 80, torch.float32, "cpu") == cache.k.nbytes + cache.v.nbytes
     hidden = m(ids, cu_seqlens, cache, torch.tensor([2, 0, 1, 3]))
     assert (m.logits(hidden) - expected).abs().max() <= 1e-5
     rows = [rows[1], rows[2], rows[0], rows[3]]  # by slot
