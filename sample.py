@@ -163,7 +163,8 @@ def generate(
 
     seeds: one integer a prompt (see `seed_of`); the same prompt and seed give the same text. max_new: most new tokens,
     for all rows or one number a row. batch_size: rows decoded together, fewer where a GPU has no room for their cache;
-    a row that finishes makes room for a waiting prompt. progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
+    a row that finishes makes room for a waiting prompt. progress: called after each step with the number of new
+    tokens, for example a tqdm bar's `update`.
     finished: called with (index, completion) as soon as a row ends, in whatever order they do.
     Raises InputError for settings out of range and for prompts that are empty or too long for the model.
     """
