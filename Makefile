@@ -13,7 +13,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup train test lint mini-model study clean
+.PHONY: help setup train test lint bench gpu-check mini-model study clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -29,6 +29,10 @@ setup: .venv/ready  ## make .venv and install the pinned requirements
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch .venv/ready-test
 
+.venv/ready-bench: .venv/ready requirements-bench.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch .venv/ready-bench
+
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
 
@@ -38,6 +42,12 @@ test: .venv/ready-test  ## all tests
 lint: .venv/ready-test  ## style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: .venv/ready-bench  ## each part beside what one would run instead (six minutes; ARGS=--full: half an hour)
+	$(PY) bench.py $(ARGS)
+
+gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) gpu_check.py $(ARGS)
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
 	$(PY) -m mini.build --world 0 --out mini/model

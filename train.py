@@ -11,7 +11,7 @@ backward pass about one more (frozen weights need no gradient), recomputation un
 
                           policy y   z0: y'   reference y, y'   backward   recompute   sum       head runs on
     here                     1         1      2, once in all       1          (1)      3 (4)     completion tokens
-    TRL 1.16, defaults       1         1      2, every step        1          (1)      5 (6)     every token
+    TRL 1.16, defaults       1         1      2, every step        1          (1)      5 (6)     completion tokens
     TRL 1.16, at its best    1         1      2, once in all       1          (1)      3 (4)     completion tokens
     LLaMA-Factory            1         1      2, every step        1          (1)      5 (6)     every token
 

@@ -13,12 +13,12 @@ from files import read_json
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
-    {"files", "kto", "ranks"},
+    {"files", "kto", "ranks", "measure"},
     {"settings", "client", "kernels", "em", "data", "model"},
     {"lora", "sample", "annotate", "checkpoint"},
     {"remote", "train", "eval", "report"},
-    {"page"},
-    {"mralign"},
+    {"page", "bench"},
+    {"mralign", "gpu_check"},
     {"mini"},
 ]
 

@@ -1,0 +1,285 @@
+"""Measuring on known costs, the candidates against each other, the GPU check on a CPU, FLOPs against torch's count."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import gpu_check
+import kernels.segment_logprob as op
+import lora
+import measure
+import model as qwen
+import train
+from files import read_json
+from ranks import process_group
+
+CPU = torch.device("cpu")
+SIZE = dict(M=24, E=16, V=301, dtype="float32")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No peers and no other processes: quick, and what someone sees who did not install them."""
+    monkeypatch.setattr(bench, "installed", lambda package: False)
+    tasks = []
+
+    def fresh(script, task, threads, ranks=1):
+        tasks.append((task, threads, ranks))
+        seconds = {"seconds": task["size"]["longest"] / 64} if task.get("rounds") else {}
+        return {"extra MiB": 10.0 * ranks, "peak MiB": 99.0} | seconds
+
+    monkeypatch.setattr(bench, "in_fresh_process", fresh)
+    return tasks
+
+
+# ---------- measure
+
+
+def test_cases_take_turns_and_the_first_round_is_dropped():
+    calls = []
+
+    def case(name, *values):
+        left = iter(values)
+        return lambda: calls.append(name) or next(left)
+
+    seconds = measure.alternate({"a": case("a", 100.0, 1.0, 2.0, 6.0), "b": case("b", 100.0, 4.0, 4.0, 3.0)}, 3)
+    assert calls == ["a", "b"] * 4
+    assert seconds == {"a": [1.0, 2.0, 6.0], "b": [4.0, 4.0, 3.0]}
+    rows = measure.compared(seconds, "b")
+    assert rows["a"]["seconds"] == {"median": 2.0, "low": 1.0, "high": 6.0}
+    assert rows["a"]["time / b"] == {"median": 0.5, "low": 0.25, "high": 2.0}  # 1/4, 2/4, 6/3, within each round
+
+
+def test_extra_memory_finds_the_peak_of_a_known_allocation(tmp_path):
+    script = tmp_path / "holds.py"
+    script.write_text(
+        f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, measure
+task = json.loads(sys.argv[2])
+held = torch.ones(50, 2**18)
+def run():
+    for _ in range(3):  # one after the other: the peak is that of one
+        torch.ones(task["mib"], 2**18).sum()
+print(json.dumps(measure.extra_memory(run, torch.device("cpu"))))
+"""
+    )
+    for mib in (40, 80):
+        found = measure.in_fresh_process(str(script), {"mib": mib}, threads=1)
+        assert found["extra MiB"] == pytest.approx(mib, abs=3)
+        assert found["peak MiB"] > mib + 50
+
+
+def test_a_process_that_fails_is_an_error_with_its_words(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('no such thing')")
+    with pytest.raises(RuntimeError, match="no such thing"):
+        measure.in_fresh_process(str(script), {}, threads=1)
+
+
+def test_a_table_shows_three_digits_and_the_spread():
+    rows = [{"a": "x", "b": 1234.5}, {"a": None, "c": {"median": 0.01234, "low": 0.01, "high": 2.0}}]
+    assert measure.markdown(rows).splitlines() == [
+        "| a | b | c |",
+        "| --- | --- | --- |",
+        "| x | 1,234 |  |",
+        "| - |  | 0.0123 (0.01..2) |",
+    ]
+
+
+# ---------- op
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_candidate_here_computes_the_same(dtype):
+    x = bench.op_inputs(**SIZE | {"dtype": dtype}, device=CPU)
+    ready = {name: candidate for name, candidate in bench.op_candidates("torch").items() if candidate}
+    found = bench.agreement(ready, x)
+    assert set(found) >= {"full logits", "ours"}
+    assert found["ours"]["loss off by"] < 1e-6  # fp32 logits whatever the inputs
+
+
+def test_a_candidate_that_computes_something_else_is_refused():
+    x = bench.op_inputs(**SIZE, device=CPU)
+    with pytest.raises(bench.Disagreement, match="twice"):
+        bench.agreement({"twice": lambda x, hidden: 2 * bench._naive(x, hidden)}, x)
+    with pytest.raises(bench.Disagreement, match="no gradient"):
+        bench.agreement({"no gradient": lambda x, h: bench._naive(x, h.detach()) + 0 * h.sum()}, x)
+
+
+def test_op_rows_name_what_is_missing_and_start_from_full_logits(alone):
+    rows = bench.op_rows(SIZE, 1, CPU)
+    named = {(row["pass"], row["candidate"]): row for row in rows}
+    assert len(named) == len(rows) == 12
+    assert named["forward", "full logits"]["time / full logits"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert "not installed" in named["forward", "Liger fused linear KTO"]["note"]
+    assert {task["candidate"] for task, *_ in alone} == {r["candidate"] for r in rows if "note" not in r}
+
+
+# ---------- step, sample, em, growth
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_rows_in_trl_order_meet_the_same_wrong_completions(n):
+    order, partner = bench.trl_order(n), train.mismatched(n, seed=0)
+    assert sorted(order) == list(range(n))
+    assert all(partner[order[i]] == order[i - 1] for i in range(n))  # TRL: the completion before, the first the last
+
+
+def test_our_steps_have_trls_losses(alone, monkeypatch):
+    pytest.importorskip("trl", reason="trl is not installed; make bench installs it")
+    monkeypatch.setattr(bench, "installed", lambda package: True)
+    monkeypatch.setattr(bench, "TRL", {name: bench.TRL[name] for name in [*bench.TRL][:3]})
+    rows = bench.step_rows(bench.StepSize(64, 2, 300, 12, 30), 2, CPU)
+    assert [row["candidate"] for row in rows] == ["ours", *bench.TRL]
+    for row in rows:
+        assert row["first loss"] == pytest.approx(0.5 * (1.0 + 1.5) / 2, abs=1e-6)
+        assert row["later losses off by"] < 1e-5  # two updates later, so gradient and AdamW agree too
+    assert rows[1]["with the reference"] == rows[1]["seconds"]["median"]
+    assert rows[2]["with the reference"] > rows[2]["seconds"]["median"]
+
+
+def test_losses_that_differ_stop_the_comparison():
+    both = {"ours": [0.625, 0.5], "TRL, default": [0.625, 0.5]}
+    assert bench.same_losses(both)["TRL, default"]["later losses off by"] == 0.0
+    with pytest.raises(bench.Disagreement, match="TRL, default"):
+        bench.same_losses(both | {"TRL, default": [0.6252, 0.5]})
+    with pytest.raises(bench.Disagreement, match="TRL, default"):
+        bench.same_losses(both | {"TRL, default": [0.625, 0.502]})
+    other_pairs = "TRL, precomputed, no checkpointing, batch 4"
+    assert bench.same_losses(both | {other_pairs: [0.625, 0.502]})[other_pairs]["later losses off by"] == 0.502 - 0.5
+
+
+def test_rows_have_the_lengths_asked_for():
+    rows = bench.random_rows(5, 10, 30, 50)
+    assert sorted(len(row.prompt_ids) + len(row.completion_ids) for row in rows) == [10, 15, 20, 25, 30]
+    assert all(row.completion_ids[-1] == 0 and 0 not in row.prompt_ids + row.completion_ids[:-1] for row in rows)
+
+
+def test_both_samplers_are_greedy_alike_and_run_to_the_limit():
+    rows = bench.sample_rows("the miniature", ROOT / "mini/model", 4, 1, CPU)
+    assert [row["candidate"] for row in rows] == ["ours", "transformers"]
+    assert rows[0]["same greedy tokens"] == 1.0
+    assert rows[1]["tokens a second"] == pytest.approx(16 * 4 / rows[1]["seconds"]["median"])
+
+
+def test_em_cost_is_that_of_its_parts():
+    row = bench.em_row(50, CPU)
+    assert row["all"] == pytest.approx(row["count moves"] + row["fit"] + row["weights"])
+    assert row["per million steps"] == pytest.approx(row["all"] * 1e6 / row["steps"])
+    assert 50 <= row["steps"] <= 550
+
+
+def test_growth_is_relative_to_the_first_size_and_changes_one_thing(alone):
+    rows = bench.growth_rows(bench.SMALL, {"longest": (64, 256), "ranks": (1, 2)}, 1)
+    assert [row["times the size"] for row in rows] == [1, 4, 1, 2]
+    assert [row["times the time"] for row in rows] == [1, 4, 1, 1]
+    assert [row["times the memory"] for row in rows] == [1, 1, 1, 2]
+    sizes = [task["size"] for task, *_ in alone]
+    assert [(s["shortest"], s["longest"], s["V"]) for s in sizes][:2] == [(64, 64, 16384), (256, 256, 16384)]
+    assert [(threads, ranks) for _, threads, ranks in alone] == [(1, 1), (1, 1), (1, 1), (1, 2)]
+
+
+def test_a_wrong_section_is_a_usage_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    assert bench.main(["steps"]) == 3
+    assert "the sections are op, step" in capsys.readouterr().err
+
+
+# ---------- gpu_check
+
+
+def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = tmp_path / "check.json"
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--out", str(out)]) == 0
+    parts = read_json(out)["parts"]
+    assert list(parts) == ["correct", "model", "sweep", "op", "train", "sample"]
+    assert all(part["ok"] and part["error"] is None for part in parts.values())
+    assert len(parts["correct"]["rows"]) == 2 * 2 * 3  # sizes, vocabularies, dtypes
+    assert [(row["checkpointing"], row["micro-batch"]) for row in parts["train"]["rows"]] == [
+        (False, 1),
+        (False, 4),
+        (True, 1),
+        (True, 4),
+    ]
+    for row in parts["sample"]["rows"]:
+        assert row["tokens a second"] == pytest.approx(row["batch"] * 6 / row["seconds"])
+
+
+def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    right = op.segment_logprob
+
+    def wrong(hidden, weight, targets, w, cu_seqlens, impl, chunk):
+        weighted, plain = right(hidden, weight, targets, w, cu_seqlens, impl, chunk)
+        return weighted, plain + 1e-3 * hidden.requires_grad
+
+    def broken(device, sizes):
+        raise ValueError("the part broke")
+
+    monkeypatch.setattr(op, "segment_logprob", wrong)
+    monkeypatch.setitem(gpu_check.PARTS, "sweep", broken)
+    monkeypatch.setattr(qwen, "attend_cache", lambda q, *rest: torch.zeros_like(q))
+    out = tmp_path / "check.json"
+    assert gpu_check.main(["correct", "model", "sweep", "sample", "--device", "cpu", "--tiny", "--out", str(out)]) == 1
+    parts = json.loads(out.read_text())["parts"]
+    assert not any(row["ok"] for row in parts["correct"]["rows"])
+    assert [row["ok"] for row in parts["model"]["rows"]] == [True, False]
+    assert "the part broke" in parts["sweep"]["error"]
+    assert parts["sample"]["ok"]
+    assert "FAILED: correct, sweep" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_without_a_gpu_the_check_says_what_to_do(capsys):
+    assert gpu_check.main([]) == 3
+    assert "--device cpu --tiny" in capsys.readouterr().err
+
+
+def test_the_flops_of_a_forward_by_hand():
+    shape = dict(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=3, tie_word_embeddings=True)
+    # Products a token and layer: q 4*6, k and v 4*3 each, o 6*4, three of 4*6 = 144 multiply-adds. Rank 2 adapters:
+    # 2 * (10 + 7 + 7 + 10 + 10 + 10 + 10) = 128. Rows of 3 and 2 tokens: 6 + 3 causal pairs of 2 * 6 multiply-adds.
+    found = gpu_check.forward_flops(qwen.Config(**shape, **gpu_check.REST), 2, [3, 2], predicted=3)
+    assert found == {
+        "base": 2 * 5 * 2 * 144,
+        "lora": 2 * 5 * 2 * 128,
+        "attention": 2 * 2 * 9 * 12,
+        "head": 2 * 3 * 4 * 10,
+    }
+
+
+def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
+    """Without attention, which torch does not count on a CPU; the first layer's inputs want no gradient."""
+    shape = gpu_check.SMALL | dict(num_hidden_layers=6, tie_word_embeddings=True)
+    config = qwen.Config(**shape, **gpu_check.REST)
+    rows, r = bench.random_rows(4, 12, 20, config.vocab_size), 4
+    settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0)
+    torch.manual_seed(0)
+    with process_group() as ranks:
+        trainer = train.Trainer(qwen.Qwen3(config), rows, "kto", settings, ranks, "torch")
+        cached = trainer.reference_sums()
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(0, 10, [0, 1, 2, 3], cached)
+    counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    attention = [gpu_check.forward_flops(config, r, [length], 0)["attention"] for length in trainer.lengths]
+    attention_kl = [gpu_check.forward_flops(config, r, [length], 0)["attention"] for length in trainer.kl_lengths]
+    expected = gpu_check.step_flops(config, r, rows, trainer.partner) - 3 * sum(attention) - sum(attention_kl)
+    assert len(lora.state(trainer.model)) == 6 * 7 * 2
+    assert counted == pytest.approx(expected, rel=0.03)
+
+
+def test_the_peak_is_that_of_the_named_device(monkeypatch):
+    cuda = SimpleNamespace(type="cuda")
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "Some GPU": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert gpu_check.peak_tflops(cuda) == peak
+    assert gpu_check.peak_tflops(CPU) is None
