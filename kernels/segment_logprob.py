@@ -46,7 +46,7 @@ try:
 except ImportError:  # machines without a GPU come without it; impl="triton" then raises
     triton = None
 
-CPU_CHUNK = 256  # rows; fewer repack the weight too often, more only cost memory
+CPU_CHUNK = 320  # rows; fewer make slower products, more gain little and cost memory
 CUDA_CHUNK_BYTES = 2**30  # logits and onehot - p of one chunk
 BLOCK, SUM_BLOCK, SCALE_BLOCK = 4096, 1024, 1024  # elements a Triton program handles at once
 # fp_fusion is named because Triton's default differs between versions, and with it the last bit.
@@ -149,13 +149,16 @@ def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> No
     Rows with y < 0 hold anything: the caller clears them.
     """
     known = y.clamp(min=0)[:, None]
-    step = 8 if logits.device.type == "cpu" else 128  # few rows keep the temporary small and near the cache
+    step = 4 if logits.device.type == "cpu" else 128  # few rows keep the temporary small and near the cache
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
         x = logits[rows].log_softmax(1)
         logp[rows] = x.gather(1, known[rows])[:, 0]
         if G is not None:
-            G[rows] = x.exp_().neg_().scatter_add_(1, known[rows], torch.ones_like(x[:, :1]))
+            g = G[rows] if G.dtype == x.dtype else x
+            torch.exp(x, out=g).neg_().scatter_add_(1, known[rows], torch.ones_like(x[:, :1]))
+            if g is x:
+                G[rows] = x  # rounded now
 
 
 def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> None:
@@ -251,7 +254,7 @@ def default_impl(device: torch.device | str) -> str:
 
 
 def default_chunk(device: torch.device | str, V: int, dtype: torch.dtype) -> int:
-    """Rows of one pass: 256 on the CPU; on CUDA the power of two whose buffers take at most 1 GiB, 128 at least."""
+    """Rows of one pass: 320 on the CPU; on CUDA the power of two whose buffers take at most 1 GiB, 128 at least."""
     if torch.device(device).type == "cpu":
         return CPU_CHUNK
     a_logit = 4 if dtype == torch.float32 else 4 + dtype.itemsize  # fp32 turns its logits into onehot - p in place

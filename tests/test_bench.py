@@ -234,7 +234,7 @@ def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_p
     assert [row["ok"] for row in parts["model"]["rows"]] == [True, False]
     assert "the part broke" in parts["sweep"]["error"]
     assert parts["sample"]["ok"]
-    assert "FAILED: correct, sweep" in capsys.readouterr().out
+    assert "FAILED: correct, model, sweep" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")

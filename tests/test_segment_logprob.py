@@ -323,7 +323,7 @@ def test_backward_twice_and_no_second_derivative(impl, device):
 
 
 def test_default_chunk():
-    assert op.default_chunk("cpu", 151936, torch.float32) == 256
+    assert op.default_chunk("cpu", 151936, torch.float32) == 320
     assert op.default_chunk("cuda", 151936, torch.bfloat16) == 1024  # 1024 * 151936 * 6 bytes = 0.87 GiB
     assert op.default_chunk("cuda", 151936, torch.float32) == 1024
     assert op.default_chunk("cuda", 32000, torch.bfloat16) == 4096
