@@ -7,7 +7,7 @@ the 0-2 meta-reasoning labels they carry together, a confidence (0-10) for each 
 
 The only annotator here, `CueAnnotator`, looks for fixed phrases. It is a stand-in for the committee of language models
 in the paper (Section 3.1.2, Appendix B): right for the miniature, whose traces are built from such phrases, and no
-substitute for the committee on real traces. The committee comes separately, behind the same interface.
+substitute for the committee on real traces. The committee is in committee.py, behind the same interface.
 
   cues      {"framing": ["The question asks"], "self_verification": ["Let me check", "Wait"]}
   segments  ["The question asks for a river.\n\n", "Wait, let me check that.\n\n", "The Nile."]
@@ -42,6 +42,19 @@ class Step:
     labels: tuple[str, ...]
     confidence: tuple[float, ...]
     source: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The step as it stands in an annotation record."""
+        return {
+            "segments": list(self.segments),
+            "labels": list(self.labels),
+            "confidence": list(self.confidence),
+            "source": self.source,
+        }
+
+    def votes(self) -> dict[str, float]:
+        """Label -> confidence."""
+        return dict(zip(self.labels, self.confidence, strict=True))
 
 
 class Annotator(Protocol):
@@ -136,34 +149,30 @@ def annotate(
     An annotator that returns an invalid step is a programmer's mistake that ends in the same InputError as a bad file.
     """
     records: list[dict[str, Any]] = []
-    tally: Counter[str] = Counter(
-        dict.fromkeys(("rows", "segments", "steps", "no label", "one label", "two labels"), 0)
-    )
     seen: set[str] = set()
+    n_segments = 0
     for row in rows:
         if row["id"] in seen:
             raise InputError(f"candidate {row['id']}: this id occurs twice; give every candidate its own id")
         seen.add(row["id"])
         segments = [row["completion"][c0:c1] for c0, c1 in row["spans"]]
         steps = annotator.label(row["question"], segments)
-        record = {"id": row["id"], "steps": [_as_json(step) for step in steps]}
+        record = {"id": row["id"], "steps": [step.as_json() for step in steps]}
         validate(record, len(segments), f"annotator {annotator.name}, candidate {row['id']}")
         records.append(record)
-        tally.update({"rows": 1, "segments": len(segments), "steps": len(steps)})
-        tally.update(("no label", "one label", "two labels")[len(step.labels)] for step in steps)
-        tally.update(f"source {step.source}" for step in steps)
+        n_segments += len(segments)
         if progress is not None:
             progress(len(records))
-    return records, dict(tally)
+    return records, tally_of(records, n_segments)
 
 
-def _as_json(step: Step) -> dict[str, Any]:
-    return {
-        "segments": list(step.segments),
-        "labels": list(step.labels),
-        "confidence": list(step.confidence),
-        "source": step.source,
-    }
+def tally_of(records: list[dict[str, Any]], n_segments: int) -> dict[str, int]:
+    """rows, segments, steps, steps with 0, 1 and 2 labels, steps by source."""
+    steps = [step for record in records for step in record["steps"]]
+    tally = {"rows": len(records), "segments": n_segments, "steps": len(steps)}
+    for count, name in enumerate(("no label", "one label", "two labels")):
+        tally[name] = sum(len(step["labels"]) == count for step in steps)
+    return tally | Counter(f"source {step['source']}" for step in steps)
 
 
 def validate(record: dict[str, Any], n_segments: int, where: str) -> None:
@@ -175,8 +184,13 @@ def validate(record: dict[str, Any], n_segments: int, where: str) -> None:
     """
     if not isinstance(record.get("id"), str) or not isinstance(record.get("steps"), list):
         raise InputError(f'{where}: a record needs "id" (text) and "steps" (list); annotate this row again')
+    check_steps(record["steps"], n_segments, where)
+
+
+def check_steps(steps: list[Any], n_segments: int, where: str) -> None:
+    """`validate` for the steps of a record alone."""
     free = 0  # first segment that the next step may use
-    for number, step in enumerate(record["steps"]):
+    for number, step in enumerate(steps):
         place = f"{where}: step {number}"
         if not isinstance(step, dict):
             raise InputError(f"{place}: must be an object, got {type(step).__name__}; annotate this row again")

@@ -99,12 +99,13 @@ def parse_endpoint(text: str) -> Endpoint:
     >>> parse_endpoint("gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY")
     Endpoint(model='gpt-4o', base_url='https://api.openai.com/v1', key_env='OPENAI_API_KEY')
     """
-    match = re.fullmatch(r"(\S.*)@(https?://[^\s#?]+?)/*(?:#(\w+))?", text)
+    match = re.fullmatch(r"(\S.*)@(https?://[^\s#?]+?)/*(?:#([A-Z][A-Z0-9_]*))?", text)
     if not match:
-        # Not the text itself: somebody may have put a key there.
+        # Not the text itself: somebody may have put a key there. So a variable's name must look like one.
         raise InputError(
             "an endpoint must look like MODEL@BASE_URL#KEY_VARIABLE, for example "
-            "gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY, or without #... for a server that wants no key"
+            "gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY (the variable's name in capitals); without #... for a "
+            "server that wants no key"
         )
     endpoint = Endpoint(match[1], match[2], match[3] or "")
     url = urlsplit(endpoint.base_url)

@@ -7,14 +7,15 @@
 Stages, each reading and writing files under --out:
   sample      questions -> samples.jsonl: `draws` completions with thinking on and as many with it off (3.1.1)
   candidates  -> candidates.jsonl: thoughts that made the answer right (chosen) or wrong (rejected) (3.1.1)
-  annotate    -> annotations.jsonl: one or two of 15 meta-reasoning labels for every step (3.1.2)
+  annotate    -> annotations.jsonl: one or two of 15 meta-reasoning labels for every step, by cue phrases or by a
+              committee of language models (3.1.2; docs/annotating.md)
   fit         -> transitions.json, train.jsonl: P, P_pos, P_neg by EM and the weight w of every step (3.2.2, Eq. 10)
   train       -> <method>/adapter_model.safetensors: LoRA under DDP, Eq. 9-12; metrics.jsonl
   eval        -> eval/<set>/<setting>.jsonl, eval/scores.json: Acc, Mis and their intervals (A.2)
   report      -> the tables on stdout, results.json, report.html, figures/
 
 A stage whose settings, inputs and code have not changed since it last finished is not run again. A stage that is named
-on the command line always runs. Left out here: downloading models, LLM annotators, LLM judges.
+on the command line always runs. Left out here: downloading models, LLM judges.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ import annotate
 import data
 import em
 import eval as evaluation
+import labelling
 import lora
 import model as qwen
 import page
@@ -46,7 +48,7 @@ import remote
 import report
 import sample
 import train
-from client import Client, Endpoint, Limits, ServiceError
+from client import Client, Limits, ServiceError, parse_endpoint
 from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from kernels.segment_logprob import default_impl, segment_logprob
 from ranks import Progress, Ranks, process_group
@@ -58,7 +60,7 @@ PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 
 
 @dataclass(frozen=True)
-class Config(train.TrainSettings):
+class Config(train.TrainSettings, labelling.LabelSettings):
     """Every setting of a run. Defaults are the paper's; configs/mini.json holds the miniature's."""
 
     model: str = opt("", "directory of a Hugging Face checkpoint with its tokenizer", "what and where")
@@ -72,7 +74,7 @@ class Config(train.TrainSettings):
     backend: str = opt("local", "who samples: local (this program) or openai (an OpenAI-compatible completions server)")
     base_url: str = opt("", "the server of --backend openai, for example http://127.0.0.1:8000/v1")
     served_model: str = opt("", "what that server calls the base model; none: --model. Adapters: the method's name")
-    key_env: str = opt("", "name of the environment variable that holds the server's key; none: no key")
+    key_env: str = opt("", "NAME of the environment variable that holds the server's key; none: no key")
     concurrency: int = opt(64, "requests in flight at the server, over all ranks")
 
     draws: int = opt(3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)")
@@ -87,9 +89,7 @@ class Config(train.TrainSettings):
     max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
     matcher: str = opt("equal", "answer counts as right if it equals a gold, or contains one: equal or contains (A.2)")
 
-    cues: str = opt("mini/cues.json", "cue phrases of the offline annotator", "labels (3.1.2) and transitions (3.2.2)")
-    annotator_noise: float = opt(0.0, "share of labels the annotator replaces at random")
-    transitions: str = opt("em", "estimate of P: em or frequency (Table 3)")
+    transitions: str = opt("em", "estimate of P: em or frequency (Table 3)", "transitions (3.2.2)")
     labels: str = opt("two", "labels a step keeps: two or one, the most confident (Table 3)")
     em_iterations: int = opt(5, "EM iterations; P is defined by running this many (Algorithm 2)")
     em_damping: float = opt(0.6, "share of the new estimate in each iteration (Algorithm 2)")
@@ -146,7 +146,7 @@ def sampler(run: Run, setting: str) -> Callable[..., None]:
     cfg = run.cfg
     if cfg.backend == "openai":
         name = setting if setting in run.methods else cfg.served_model or cfg.model
-        endpoint = Endpoint(name, cfg.base_url.rstrip("/"), cfg.key_env)
+        endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
         client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=PATIENCE)
         end_id = qwen.Config.from_json(Path(cfg.model) / "config.json").eos_token_id
 
@@ -258,12 +258,21 @@ def stage_candidates(run: Run) -> dict[str, Any]:
 
 def stage_annotate(run: Run) -> dict[str, Any]:
     """Labels for every step of every candidate."""
-    rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "completion", "spans"))
-    cues = annotate.read_cues(run.cfg.cues)
-    annotator = annotate.CueAnnotator(cues, noise=run.cfg.annotator_noise, seed=run.cfg.seed)
-    annotations, tally = annotate.annotate(rows, annotator)
-    write_jsonl(run.out / "annotations.jsonl", annotations)
+    if run.cfg.annotator == "committee" and run.ranks.world > 1:
+        raise InputError(
+            "a committee may take hours, and other processes do not wait that long: label with one process first "
+            "(python mralign.py ... annotate); this command then reuses the labels"
+        )
+    progress = Progress(run.ranks, None, "annotation", "calls")
+    tally = labelling.label(candidates_to_label(run.cfg), run.cfg, run.out, run.cfg.seed, progress)
+    if run.cfg.annotator == "committee":
+        progress.close()
     return tally
+
+
+def candidates_to_label(cfg: Config) -> list[dict[str, Any]]:
+    """The rows of candidates.jsonl."""
+    return read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
 
 
 def stage_fit(run: Run) -> dict[str, Any]:
@@ -390,7 +399,7 @@ def units(run: Run) -> list[Unit]:
     filters = ("draws", "keep", "min_segments", "max_segments", "min_think_tokens", "max_think_tokens", "matcher")
     fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
     training = ("dtype", *(f.name for f in dataclasses.fields(train.TrainSettings)))
-    noise = ("annotator_noise", "seed")
+    labelling_settings = (*labelling.SHAPING, "seed")
     scoring = ("eval_sets", *decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
     sets = [Path(p) for p in run.eval_sets.values()]
     adapter = {s: [out / s / lora.WEIGHTS] if s in run.methods else [] for s in run.settings}
@@ -402,7 +411,14 @@ def units(run: Run) -> list[Unit]:
     return [
         Unit("sample", lambda: stage_sample(run), decoding + draws, model + questions, [sampled], True),
         Unit("candidates", lambda: stage_candidates(run), filters, [sampled], [rows], False),
-        Unit("annotate", lambda: stage_annotate(run), noise, [rows, Path(cfg.cues)], [labelled], False),
+        Unit(
+            "annotate",
+            lambda: stage_annotate(run),
+            labelling_settings,
+            [rows, *labelling.inputs(cfg)],
+            [labelled, labelling.manifest_path(labelled)],
+            False,
+        ),
         Unit("fit", lambda: stage_fit(run), fit, [rows, labelled], fitted, False),
         *(
             Unit(f"train {m}", lambda m=m: stage_train(run, m), training, [*model, fitted[1]], adapter[m], True)
@@ -660,21 +676,31 @@ def check(cfg: Config) -> None:
     for part in cfg.eval_sets.split(","):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
-    for path in (cfg.questions, cfg.cues, cfg.prompt, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
+    labelling.check(cfg)
+    for path in (cfg.questions, cfg.prompt, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file; paths are relative to the current directory")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 3 bad input, 4 a server failed, 5 impossible numbers."""
+    """The command line. Returns the exit code.
+
+    0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that are not finite or not right,
+    130 interrupted.
+    """
 
     def stages(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="run these stages only; none: all that are due")
+        what = "print what annotating the candidates would cost, and send nothing"
+        parser.add_argument("--dry-run", action="store_true", help=what)
 
     rank = int(os.environ.get("RANK", 0))
     try:
         cfg, rest = cli(Config, argv, __doc__, stages)
         check(cfg)
+        if rest.dry_run:
+            print(labelling.price_table(candidates_to_label(cfg), cfg, Path(cfg.out), cfg.seed))
+            return 0
     except InputError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -696,6 +722,9 @@ def main(argv: list[str] | None = None) -> int:
     except ServiceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except train.NumericsError as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr)
         return 5

@@ -7,20 +7,64 @@
 
 import email.utils
 import gzip
+import hashlib
 import json
 import socket
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import em
 
 
 def usage(body: dict[str, Any], text: str) -> dict[str, int]:
     """What a request is billed: a token for every four characters, both ways."""
     asked = sum(len(m["content"]) for m in body["messages"]) // 4 if "messages" in body else 1
     return {"prompt_tokens": asked, "completion_tokens": len(text) // 4, "total_tokens": asked + len(text) // 4}
+
+
+def material(body: dict[str, Any]) -> dict[str, Any]:
+    """What an annotation request is about: the JSON at the end of its first message."""
+    return json.loads(body["messages"][0]["content"].rpartition("is an instruction to you.\n")[2])
+
+
+def opinion(model: str, text: str) -> dict[str, float]:
+    """One or two labels of a segment, by what a hash of the model and the text says: models differ, now and then."""
+    common, own = (hashlib.sha256(key.encode()).digest() for key in (text, model + text))
+    first = em.LABELS[common[0] % 15] if own[0] % 4 else em.LABELS[own[1] % 15]
+    labels = {first: 5.0 + own[2] % 6}
+    if own[3] % 3 == 0:
+        labels[em.LABELS[(em.LABELS.index(first) + 1 + own[4] % 14) % 15]] = 4.0 + own[5] % 7
+    return labels
+
+
+def as_reply(steps: list[tuple[list[int], dict[str, float]]]) -> str:
+    """An annotation reply in the paper's schema, from (segments, label -> confidence) of every step."""
+    rows = [
+        {
+            "step_number": number,
+            "thinking_step": segments,
+            "meta_reasoning_strategies": list(labels),
+            "strategy_confidence_rating": [{"strategy": k, "confidence_rating": v} for k, v in labels.items()],
+        }
+        for number, (segments, labels) in enumerate(steps, 1)
+    ]
+    return json.dumps({"index_base": 0, "steps": rows, "final_confidence_rating": 7.0})
+
+
+def labeller(body: dict[str, Any]) -> str:
+    """A faultless annotator or adjudicator. Models called "...-merger" take segments in twos."""
+    asked = material(body)
+    texts = [s["text"] for s in asked["segments"]]
+    width = 2 if body["model"].endswith("merger") else 1
+    units = [list(range(i, min(i + width, len(texts)))) for i in range(0, len(texts), width)]
+    if "undecided" in asked:
+        units = [u["thinking_step"] for u in asked["undecided"]]
+    return as_reply([(unit, opinion(body["model"], texts[unit[0]])) for unit in units])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -67,12 +111,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, text: str | None, bill: bool = True, finish: str = "stop", **message: Any) -> bytes:
         """A chat completion, counted as billed."""
-        cost = usage(self.body, text or "")
+        cost, number = usage(self.body, text or ""), uuid.uuid4().hex
         if bill:
             with self.fake.lock:
-                self.fake.billed.append(cost | {"model": self.body["model"]})
+                self.fake.billed[number] = cost | {"model": self.body["model"]}
         choice = {"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": finish}
-        return json.dumps({"id": "x", "object": "chat.completion", "choices": [choice], "usage": cost}).encode()
+        return json.dumps({"id": number, "object": "chat.completion", "choices": [choice], "usage": cost}).encode()
 
     def answer(self) -> str:
         return self.fake.answer(self.body)
@@ -207,6 +251,8 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "fenced": said(lambda text: f"```json\n{text}\n```"),
     "thought first": said(lambda text: f"<think>\nI wonder {{}}.\n</think>\n\n{text}"),
     "reasoning field": said(lambda text: text, reasoning_content="Let me see."),
+    "answer in the thought": lambda h: h.send(200, h.reply(None, reasoning_content=h.answer())),
+    "no usage": lambda h: h.send(200, json.dumps(json.loads(h.reply(h.answer())) | {"usage": None}).encode()),
     "prose": said(lambda text: f"Sure! Here it is:\n{text}\nAnything else?"),
     "two objects": said(lambda text: text + text),
     "wrong schema": said(lambda text: '{"labels": ["framing"]}'),
@@ -216,8 +262,10 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "NaN": said(lambda text: text.replace('"confidence_rating": 9.0', '"confidence_rating": NaN', 1)),
     "index out of range": said(lambda text: text.replace('"thinking_step": [0]', '"thinking_step": [99]', 1)),
     "overlap": said(lambda text: text.replace('"thinking_step": [1]', '"thinking_step": [0]', 1)),
+    "broken character": said(lambda text: text.replace("framing", "fram\ud800ing", 2)),
     "half a surrogate": said(lambda text: text.replace('"framing"', '"\\ud800"', 2)),
     "echo key": echo_key_in_reply,
+    "crash on schema": no_parameter("response_format", 500),
     "no temperature": no_parameter("temperature"),
     "no max_tokens": no_parameter("max_tokens"),
     "no response_format": no_parameter("response_format"),
@@ -235,10 +283,11 @@ class FakeServer:
         self.lock, self.ending = threading.Lock(), threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
-        self.billed: list[dict[str, Any]] = []
+        self.billed: dict[str, dict[str, Any]] = {}  # by the reply's id
         self.active = self.most_active = 0
         handler = type("Bound", (Handler,), {"fake": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.handle_error = lambda *args: None  # a client that was killed is no news
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"

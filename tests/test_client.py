@@ -237,7 +237,7 @@ def test_requests_and_tokens_a_minute(server, monkeypatch):
     started = time.monotonic()
     for tokens in (10, 400, 10):
         ask(c, tokens=tokens)
-    assert time.monotonic() - started > 0.1 + 0.4
+    assert time.monotonic() - started > 0.01 + 0.4 - 0.001  # the third waits for the tokens of the first two
 
 
 def test_a_final_error_ends_all_calls_soon(server):

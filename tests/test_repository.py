@@ -15,10 +15,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
     {"files", "kto", "ranks", "measure"},
     {"settings", "client", "kernels", "em", "data", "model"},
-    {"lora", "sample", "annotate", "checkpoint"},
-    {"remote", "train", "eval", "report"},
-    {"page", "bench"},
-    {"mralign", "gpu_check"},
+    {"lora", "sample", "annotate", "checkpoint", "ledger"},
+    {"remote", "train", "eval", "report", "chat", "agreement"},
+    {"page", "bench", "committee"},
+    {"labelling"},
+    {"mralign", "gpu_check", "discover"},
     {"mini"},
 ]
 

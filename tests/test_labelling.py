@@ -1,0 +1,291 @@
+"""The annotate stage through the real command line, against a server that misbehaves: money, kills, keys, artefacts."""
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fake_server import FakeServer, labeller
+
+import discover
+import mralign
+from files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+CANARY = "sk-canary-7f3a9b2c"
+KEYS = ("ANNOTATOR_KEY", "OPENAI_API_KEY", "HF_TOKEN", "SERPER_KEY", "WANDB_API_KEY")
+WORDS = "river mountain was said to be called known as first then perhaps the of a because it".split()
+
+
+def candidates(n: int) -> list[dict]:
+    """Rows with made-up thoughts of four to eight segments."""
+    rows = []
+    for k in range(n):
+        rng = random.Random(k)
+        segments = [" ".join(rng.choices(WORDS, k=rng.randrange(4, 20))) + ".\n\n" for _ in range(rng.randrange(4, 9))]
+        text, spans = "<think>\n", []
+        for segment in segments:
+            spans.append([len(text), len(text) + len(segment)])
+            text += segment
+        row = {"id": f"q{k}", "question": f"Which river {k}?", "answers": ["Nile"], "chosen": k % 2 == 0}
+        rows.append(row | {"completion": text + "</think>\n\n<answer>Nile</answer>", "spans": spans})
+    return rows
+
+
+def command(server: FakeServer, out: Path, *flags: object, a="gpt-4o", b="deepseek-chat", judge="gpt-5") -> list[str]:
+    roles = [("--annotator-a", a), ("--annotator-b", b), ("--adjudicator", judge)]
+    named = [part for flag, model in roles if model for part in (flag, f"{model}@{server.url}#ANNOTATOR_KEY")]
+    mini = [sys.executable, "mralign.py", "--config", "configs/mini.json", "--out", str(out)]
+    return [*mini, "--annotator", "committee", *named, *map(str, flags)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: f"{CANARY}-{name}" for name in KEYS}, **more}
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line without the seconds that a new Python with torch takes: its main function."""
+    monkeypatch.chdir(ROOT)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+
+    def go(*line: str) -> Done:
+        capsys.readouterr()
+        code = mralign.main(list(line))
+        return Done(code, *capsys.readouterr())
+
+    return go
+
+
+@pytest.fixture
+def annotate(run, server, out):
+    """`run` with the committee at the fake server; looks for keys afterwards, everywhere."""
+
+    def go(*flags: object, **models: str) -> Done:
+        done = run(*command(server, out, *flags, **models)[2:])
+        no_keys(done.stdout, done.stderr, out)
+        return done
+
+    return go
+
+
+def no_keys(stdout: str, stderr: str, out: Path) -> None:
+    assert CANARY not in stdout + stderr
+    for path in out.rglob("*"):
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
+
+
+def failed(done: Done, code: int, *words: str) -> None:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == code and len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+@pytest.fixture
+def server():
+    with FakeServer(labeller) as fake:
+        yield fake
+
+
+@pytest.fixture
+def out(tmp_path):
+    write_jsonl(tmp_path / "run" / "candidates.jsonl", candidates(12))
+    return tmp_path / "run"
+
+
+def billed(out: Path) -> list[dict]:
+    return [r for r in read_jsonl(out / "annotation" / "calls.jsonl") if r["outcome"] == "billed"]
+
+
+def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, run, server, out, tmp_path):
+    done = annotate("--dry-run")
+    assert done.returncode == 0 and not server.requests
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows[1:4]] == ["a", "b", "judge"] and {tuple(r[2:4]) for r in rows[1:4]} == {("12", "0")}
+    prompt, reply = (int(rows[1][k].replace(",", "")) for k in (4, 5))
+    prices = read_json(ROOT / "prices.json")
+    of = prices["models"]["gpt-4o"]
+    assert float(rows[1][6]) == pytest.approx((prompt * of["input"] + reply * of["output"]) / 1e6, abs=1e-4)
+    assert f"prices of {prices['as_of']}" in done.stdout
+
+    done = annotate("annotate")
+    assert done.returncode == 0, done.stderr
+    assert "agreement by segment" in done.stdout and "to the adjudicator" in done.stdout
+    spent = sum(r["usd"] for r in billed(out))
+    actual = sum(row["prompt_tokens"] for row in server.billed.values() if row["model"] == "gpt-4o")
+    assert abs(actual - prompt) < 0.02 * prompt + 12  # the estimate of a server that counts a token in four letters
+    for model, of in prices["models"].items():
+        rows = [r for r in server.billed.values() if r["model"] == model]
+        spent -= sum(r["prompt_tokens"] * of["input"] + r["completion_tokens"] * of["output"] for r in rows) / 1e6
+    assert abs(spent) < 1e-9
+
+    sent = len(server.requests)
+    before = (out / "annotations.jsonl").read_bytes()
+    assert annotate("annotate").returncode == 0  # named, so it runs again: from the ledger alone
+    assert len(server.requests) == sent and (out / "annotations.jsonl").read_bytes() == before
+
+    manifest = read_json(out / "annotations.manifest.json")
+    assert manifest["sha256"] == sha256_file(out / "annotations.jsonl") and manifest["made"]["a"].startswith("gpt-4o@")
+    theirs = tmp_path / "theirs"
+    write_jsonl(theirs / "candidates.jsonl", candidates(12))
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("annotations.jsonl", "annotations.manifest.json"):
+        (given / name).write_bytes((out / name).read_bytes())
+    line = ["--config", "configs/mini.json", "--out", str(theirs)]
+    line += ["--annotator", str(given / "annotations.jsonl"), "annotate"]
+    done = run(*line)
+    assert done.returncode == 0 and (theirs / "annotations.jsonl").read_bytes() == before, done.stderr
+
+    with open(given / "annotations.jsonl", "a") as f:
+        f.write("\n")
+    failed(run(*line), 3, "checksum")
+    manifest["sha256"] = sha256_file(given / "annotations.jsonl")
+    write_json(given / "annotations.manifest.json", manifest)
+    write_jsonl(theirs / "candidates.jsonl", candidates(11))
+    failed(run(*line), 3, "other candidates")
+
+
+def test_a_wrong_key_ends_in_seconds(annotate, server, out):
+    server.script = lambda number, body: "401"
+    started = time.monotonic()
+    failed(annotate("annotate"), 4, "gpt-4o@", "401", "check the key in ANNOTATOR_KEY")
+    assert time.monotonic() - started < 5 and len(server.requests) == 1
+
+
+def test_one_model_alone(annotate, server, out):
+    done = annotate("annotate", b="", judge="")
+    assert done.returncode == 0 and "agreement" not in done.stdout, done.stderr
+    steps = [s for r in read_jsonl(out / "annotations.jsonl") for s in r["steps"]]
+    assert {s["source"] for s in steps} == {"single"} and len(server.requests) == 12
+
+
+def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, server, out):
+    failed(annotate("annotate", "--budget-tokens", 30_000, "--annotate-concurrency", 4), 4, "budget", "--budget-usd")
+    spent = sum(r["prompt_tokens"] + r["completion_tokens"] for r in server.billed.values())
+    one_call = max(r["prompt_tokens"] for r in server.billed.values()) * 4 + 4096 + 3000
+    assert 30_000 - one_call < spent <= 30_000
+    first = len(server.requests)
+    done = annotate("annotate", "--budget-usd", 5)
+    assert done.returncode == 0, done.stderr
+    assert len(server.requests) == len(billed(out)) == len({r["key"] for r in billed(out)}) and first < len(billed(out))
+    assert "already spent" in annotate("--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--annotator-a", "gpt-4o"], ["MODEL@BASE_URL#KEY_VARIABLE"]),
+        (["--annotator-a", "gpt-4o@http://10.0.0.1/v1#K"], ["unencrypted"]),
+        (["--adjudicator", ""], ["--adjudicator is not set"]),
+        (["--annotator-a", ""], ["--annotator-a MODEL"]),
+        (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "cues, committee"]),
+        (["--annotator-a", "gpt-9@https://x.org/v1#ANNOTATOR_KEY", "--budget-usd", "1"], ["no price for gpt-9"]),
+        (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["UNSET_KEY is not set"]),
+        (["--annotate-concurrency", "0"], ["--annotate-concurrency is 0"]),
+        (["--budget-usd", "-1"], ["--budget-usd is -1.0"]),
+        (["--budget-usd", "nan"], ["--budget-usd is nan"]),
+        (["--out", "absent", "--dry-run"], ["candidates.jsonl", "no such file"]),
+    ],
+)
+def test_bad_flags(annotate, server, flags, words):
+    failed(annotate(*flags), 3, *words)
+    assert not server.requests
+
+
+# ------------------------------------------------------------------------------------------------ soak
+
+FAULTS = ["429", "500", "503", "reset", "not json", "wrong label", "prose", "cut body", "null content", "echo key"]
+
+
+def test_soak(tmp_path):
+    """Many traces, a fifth of all requests faulty, killed again and again. MRALIGN_SOAK=1000 for the long run."""
+    n = int(os.environ.get("MRALIGN_SOAK", 40))
+    kills = 5 if n >= 1000 else 2
+    out = tmp_path / "run"
+    write_jsonl(out / "candidates.jsonl", candidates(n))
+    rng = random.Random(0)
+    with FakeServer(labeller, seconds=0.02) as server:
+        server.script = lambda number, body: rng.choice(FAULTS) if rng.random() < 0.2 else "ok"
+        line = command(server, out, "annotate", "--annotate-concurrency", 16)
+        calls = out / "annotation" / "calls.jsonl"
+        for kill in range(kills):
+            target = (kill + 1) * n // 4  # replies at which it is killed
+            with open(tmp_path / "log", "w") as log:
+                running = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, env=environment())
+                while running.poll() is None and not (calls.exists() and calls.read_bytes().count(b"\n") > target):
+                    time.sleep(0.02)
+                running.send_signal(signal.SIGINT if kill == 0 else signal.SIGKILL)
+                assert running.wait() == (130 if kill == 0 else -signal.SIGKILL)
+            no_keys((tmp_path / "log").read_text(), "", out)
+        while True:  # a call that fails six times in a row ends a run; the next one makes it
+            done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment())
+            no_keys(done.stdout, done.stderr, out)
+            if done.returncode == 0:
+                break
+            failed(done, 4, "without an answer")
+        assert server.most_active <= 16
+
+    records = read_jsonl(out / "annotations.jsonl")
+    assert [r["id"] for r in records] == [f"q{k}" for k in range(n)]
+    rows = billed(out)
+    assert len({r["key"] for r in rows}) == len(rows)  # nothing was paid for twice ...
+    lost = set(server.billed) - {r["id"] for r in rows}
+    assert len(lost) <= 16 * kills  # ... but what was in flight when the run was killed
+    for row in rows:
+        of = server.billed[row["id"]]
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (of["prompt_tokens"], of["completion_tokens"])
+    print(f"{n} traces: {len(server.requests)} requests, {len(rows)} replies, {len(lost)} lost in {kills} kills")
+
+
+def test_spend_is_the_servers_count_to_the_last_token(annotate, server, out):
+    """Faults but no kills: every reply that was billed is in the ledger, and nothing else."""
+    rng = random.Random(1)
+    server.script = lambda number, body: rng.choice(FAULTS) if rng.random() < 0.2 else "ok"
+    while annotate("annotate").returncode != 0:
+        pass
+    rows = billed(out)
+    assert {r["id"] for r in rows} == set(server.billed)
+    ours = sum(r["prompt_tokens"] + r["completion_tokens"] for r in rows)
+    assert ours == sum(r["prompt_tokens"] + r["completion_tokens"] for r in server.billed.values())
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_on_annotating_names_flags_that_exist_and_adds_up():
+    page = (ROOT / "docs/annotating.md").read_text()
+    flags = {f.name for cls in (mralign.Config, discover.Settings) for f in dataclasses.fields(cls)} | {
+        "dry_run",
+        "config",
+    }
+    assert {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", page)} <= flags
+    for link in re.findall(r"\]\(([\w./-]+)\)", page):
+        assert (ROOT / "docs" / link).exists(), link
+    prices, total = read_json(ROOT / "prices.json"), 0.0
+    assert f"prices of {prices['as_of']}" in page
+    for model, calls, prompt, reply, usd in re.findall(
+        r"^\w+ +(\S+) +(\d+) +0 +([\d,]+) +([\d,]+) +([\d.]+) ", page, re.M
+    ):
+        prompt, reply = int(prompt.replace(",", "")), int(reply.replace(",", ""))
+        of = prices["models"][model]
+        assert float(usd) == pytest.approx((prompt * of["input"] + reply * of["output"]) / 1e6, abs=1e-4)
+        assert calls == "422"
+        total += float(usd)
+    assert total == pytest.approx(float(re.search(r"^sum +([\d.]+) ", page, re.M)[1]), abs=1e-3)
