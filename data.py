@@ -2,8 +2,8 @@
 
 Everything is measured on the sampled ids. A completion is never rendered through a chat template again and its segments
 are never tokenised on their own: the characters of every token come from the token's own bytes (`token_offsets`), and a
-token takes the weight of the segment that holds its first character. Left out: few-shot prompts, system turns, tools,
-tokenizers that are not byte-level BPE.
+token takes the weight of the segment that holds its first character. Left out: few-shot prompts, tools, tokenizers that
+are not byte-level BPE.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
 from files import InputError, read_bytes, read_json, read_jsonl
+from hub import member
 
 Span = tuple[int, int]  # characters [c0, c1) of a completion
 
@@ -106,15 +107,25 @@ def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own would escape <, > and & for HTML
 
 
-class ChatTemplate:
-    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion."""
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SPECIAL = re.compile(r"<[|｜][^<>\s]+?[|｜]>")  # how Qwen, Llama and DeepSeek write special tokens
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none."""
-        folder = Path(folder)
-        config = read_json(folder / "tokenizer_config.json")
-        own = folder / "chat_template.jinja"
-        self.path = own if own.exists() else folder / "tokenizer_config.json"
+
+class ChatTemplate:
+    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion.
+
+    `strftime_now` is left undefined: Llama's templates then write a fixed date, and a prompt does not change overnight.
+    """
+
+    def __init__(self, folder: str | Path, system: str = "") -> None:
+        """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none.
+
+        system: a system turn for every prompt, "" for none; {thinking} in it becomes on or off.
+        """
+        config_path, own = member(folder, "tokenizer_config.json"), member(folder, "chat_template.jinja")
+        config = read_json(config_path)
+        self.system = system
+        self.path = own if own.exists() else config_path
         source = _read_text(own) if own.exists() else config.get("chat_template")
         if not isinstance(source, str):
             raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
@@ -135,13 +146,54 @@ class ChatTemplate:
         """`messages` [{role, content}] as one text. Raises InputError when the template refuses them."""
         try:
             return self.template.render(messages=messages, **self.special, **variables)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self.path}: the chat template fails ({error}); check the prompt") from None
+        except Exception as error:  # a template is a program from outside: it can fail in every way a program can
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: the chat template fails ({reason}); check the prompt") from None
 
     def prompt(self, text: str, thinking: bool) -> str:
-        """One user turn up to where the answer starts. thinking=False: Qwen3's closed empty think block comes after."""
-        user = [{"role": "user", "content": text}]
-        return self.render(user, add_generation_prompt=True, enable_thinking=thinking)
+        """One user turn up to where the completion starts.
+
+        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template that
+        always opens the thought (R1-Distill) has no switch: thinking=False closes the thought at once, which gives the
+        closed empty block of Qwen3. Raises InputError when none of the three is there to switch it off.
+        """
+        on, off = (self._turns(text, mode) for mode in (True, False))
+        if thinking:
+            return on
+        # PAPER: does not say how R1-Distill, which always thinks, answers with thinking off.
+        # HERE:  its thought is closed as soon as the template has opened it.
+        # WHY:   the usual way, and the very block that Qwen3's own template writes.
+        if opens_thought(off):
+            return off.rstrip() + "\n\n</think>\n\n"
+        if on == off:
+            raise InputError(
+                f"{self.path}: the chat template cannot switch thinking off; for a Nemotron model give --system "
+                "'detailed thinking {thinking}', else use a model that can"
+            )
+        return off
+
+    def _turns(self, text: str, thinking: bool) -> str:
+        turns = [{"role": "user", "content": text}]
+        if self.system:
+            system = self.system.replace("{thinking}", "on" if thinking else "off")
+            turns.insert(0, {"role": "system", "content": system})
+        return self.render(turns, add_generation_prompt=True, enable_thinking=thinking)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise InputError unless each special token of the prompts, and the end of a turn, is one token."""
+        marks = {*SPECIAL.findall(self.prompt("Hello", True))}
+        if "eos_token" in self.special:
+            marks.add(self.special["eos_token"])
+        odd = sorted(mark for mark in marks if len(encode(tokenizer, mark)) != 1)
+        if odd:
+            raise InputError(
+                f"{self.path}: {', '.join(odd)} is not one token of tokenizer.json; take both files from one checkpoint"
+            )
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a rendered prompt ends in <think>, so that the completion starts inside the thought."""
+    return prompt.rstrip().endswith(TAGS[0])
 
 
 # ---------- tokens and characters
@@ -149,7 +201,7 @@ class ChatTemplate:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer.json of a checkpoint directory. Raises InputError when it is missing, bad or not byte-level."""
-    path = Path(folder) / "tokenizer.json"
+    path = member(folder, "tokenizer.json")
     text = _read_text(path)
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -261,10 +313,13 @@ class Parsed:
     tagged: bool  # the answer stood in <answer>...</answer>; else it is all that follows </think>
 
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+def parse_sample(sample: Mapping[str, Any]) -> Parsed:
+    """`parse` for a sample record, whose prompt says where the thought starts."""
+    opened = sample["mode"] == "on" and opens_thought(sample["prompt"])
+    return parse(sample["text"], sample["mode"] == "on", sample["finish"] == "stop", opened)
 
 
-def parse(completion: str, thinking: bool = True, finished: bool = True) -> Parsed:
+def parse(completion: str, thinking: bool = True, finished: bool = True, opened: bool = False) -> Parsed:
     """Split a completion into thought and answer. The outcome is the first line of this table that holds:
 
     outcome    when                                                                   answer
@@ -281,10 +336,12 @@ def parse(completion: str, thinking: bool = True, finished: bool = True) -> Pars
     The thought runs from the first <think> to the last </think>; answer tags inside it are text. The answer is the
     content of the last <answer>...</answer> after it, else all that follows it: `tagged` says which. A thought that
     never ended is never read as an answer. thinking=False: the prompt holds a closed empty think block, the completion
-    is the answer alone. finished=False: the completion ran into its length limit.
+    is the answer alone. finished=False: the completion ran into its length limit. opened=True: the prompt ends in
+    <think> (`opens_thought`), which counts as the first one: the thought starts where the completion does.
     """
+    assert thinking or not opened, "a prompt that opens the thought has thinking on"
     close = completion.rfind(TAGS[1])
-    start = completion.find(TAGS[0]) + len(TAGS[0]) if TAGS[0] in completion else 0
+    start = completion.find(TAGS[0]) + len(TAGS[0]) if TAGS[0] in completion and not opened else 0
     if (thinking and close < 0) or completion.rfind(TAGS[0]) > close:
         span = (start, len(completion)) if thinking else None
         return Parsed("no_close", completion[start:] if thinking else "", "", span, False)
@@ -293,15 +350,17 @@ def parse(completion: str, thinking: bool = True, finished: bool = True) -> Pars
     thought = completion[start:close] if thinking else ""
     if not finished and (TAGS[3] not in rest or rest.rfind(TAGS[2]) > rest.rfind(TAGS[3])):
         outcome, answer, tagged = "cut", "", False
-    elif max(*map(completion.count, TAGS[:2]), *map(rest.count, TAGS[2:])) > 1 or (not thinking and close >= 0):
+    elif max(completion.count(TAGS[0]) + opened, completion.count(TAGS[1]), *map(rest.count, TAGS[2:])) > 1:
         outcome = "multiple"
-    elif thinking and TAGS[0] not in completion:
+    elif not thinking and close >= 0:
+        outcome = "multiple"
+    elif thinking and not opened and TAGS[0] not in completion:
         outcome = "no_open"
     elif not tagged and (TAGS[2] in rest or TAGS[3] in rest):
         outcome = "unclosed"
     elif not answer or (thinking and not thought.strip()):
         outcome = "empty"
-    elif thinking and completion[: start - len(TAGS[0])].strip():
+    elif thinking and not opened and completion[: start - len(TAGS[0])].strip():
         outcome = "leading"
     elif tagged and rest[rest.rfind(TAGS[3]) + len(TAGS[3]) :].strip():
         outcome = "trailing"
@@ -468,7 +527,7 @@ def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[st
 
 def _is_right(sample: dict[str, Any], matcher: str) -> bool:
     """z of one draw: its answer is a gold."""
-    parsed = parse(sample["text"], sample["mode"] == "on", sample["finish"] == "stop")
+    parsed = parse_sample(sample)
     return MATCHERS[matcher](parsed.answer, sample["answers"])
 
 
@@ -476,7 +535,7 @@ def _candidate(
     sample: dict[str, Any], tokenizer: Tokenizer, segments: tuple[int, int], think_tokens: tuple[int, int]
 ) -> tuple[dict[str, Any] | None, str]:
     """The candidate row of a draw with thinking on, without its class; or None and why there is none."""
-    parsed = parse(sample["text"], True, sample["finish"] == "stop")
+    parsed = parse_sample(sample)
     if parsed.outcome != "ok":
         return None, f"trace is {parsed.outcome}"
     if sample["finish"] != "stop":

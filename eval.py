@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import data
 from files import InputError
 
-SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "text", "finish")
+SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "text", "finish")
 Z95 = 1.959963984540054  # standard normal quantile at 0.975
 
 
@@ -30,7 +30,7 @@ def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict
     """
     if missing := [name for name in SAMPLE_FIELDS if name not in sample]:
         raise InputError(f"samples: field {missing[0]!r} is missing in a row of id {sample.get('id')!r}; sample again")
-    parsed = data.parse(sample["text"], sample["mode"] == "on", sample["finish"] == "stop")
+    parsed = data.parse_sample(sample)
     golds = sample["answers"]
     em_t, em_a_equal = data.exact_match(parsed.thought, parsed.answer, golds, "equal")
     truncated = sample["finish"] == "length" or parsed.outcome in ("no_close", "cut")

@@ -117,18 +117,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module) -> None:
     """Fold the adapters into the base weights (product and sum in fp32, one rounding) and leave plain linear layers."""
     for name, layer in _layers(model).items():
-        delta = layer.lora_B.float() @ layer.lora_A.float() * (layer.alpha / layer.r)
-        layer.weight.copy_(layer.weight.float() + delta)
+        layer.weight.copy_(folded(layer.weight, layer.lora_A, layer.lora_B, layer.alpha / layer.r))
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
 
 
-def save(model: nn.Module, path: str | Path, base_name: str) -> None:
+def folded(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + scale B A, (out, in) fp32. weight: (out, in) in any dtype; A: (r, in); B: (out, r)."""
+    return weight.float() + B.float() @ A.float() * scale
+
+
+def save(model: nn.Module, path: str | Path, base_name: str, revision: str = "") -> None:
     """Write adapter_config.json and then adapter_model.safetensors (fp32) into folder `path`, each atomically.
 
-    base_name: the base model's Hub name or path, for whoever loads the adapter.
+    base_name, revision: the base model's Hub id and commit, or its path and "", for whoever loads the adapter.
     """
     layers = _layers(model)
     assert layers, "the model has no adapters"
@@ -138,6 +142,7 @@ def save(model: nn.Module, path: str | Path, base_name: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision or None,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

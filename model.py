@@ -1,4 +1,8 @@
-"""Qwen3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
+"""Qwen3, Qwen2 and Llama 3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
+
+The three are one model with three explicit differences, fields of `Config`: queries and keys are normalised (Qwen3),
+the q, k and v projections have a bias (Qwen2), RoPE's slow rotations are slowed further (`rope_scaling`, Llama 3.1).
+The class keeps the name of the first of them.
 
 Letters: B rows, T tokens of one row, N tokens of all rows of a packed batch, E hidden size, V vocabulary, L layers,
 H query heads, G key/value heads, D head size.
@@ -7,13 +11,18 @@ Parameters carry Hugging Face's names, so a checkpoint loads without a rename ta
 other without padding; each row sees only itself. The head is not part of `forward`: training and sampling apply it to
 the few positions they need, and the (N, V) logits never exist.
 
-Left out on purpose: attention bias, sliding windows, rope scaling, mixture of experts, dropout, quantised weights.
-A config that asks for one of them is refused, never approximated.
+Weights are read from memory-mapped files one tensor at a time, straight into their place and dtype on the device: the
+host never holds more than about one shard besides what it computes with.
+
+Left out on purpose: sliding windows, other RoPE scalings, mixture of experts, biases elsewhere, dropout, quantised
+weights, models that bring their own code. A config that asks for one of them is refused, never approximated.
 """
 
 import contextlib
 import dataclasses
 import inspect
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,21 +35,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from files import InputError, atomic_write, read_json, write_json
+from hub import member
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-# Fields of config.json that change the computation. Absent means the value here (transformers' own default for
-# Qwen3); any other value is an architecture this file does not compute.
+# model_type -> (the class that transformers calls it, qk_norm, qkv_bias)
+ARCHITECTURES = {
+    "qwen3": ("Qwen3ForCausalLM", True, False),
+    "qwen2": ("Qwen2ForCausalLM", False, True),
+    "llama": ("LlamaForCausalLM", False, False),
+}
+# Other fields of config.json that change the computation. Absent means the value here, transformers' own default for
+# all three; any other value is an architecture this file does not compute.
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "rope_scaling": None,
+    "mlp_bias": False,
     "use_sliding_window": False,
+    "use_mrope": False,
+    "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "auto_map": None,  # names Python files of the checkpoint, which are never run
 }
 SIZES = (
     "vocab_size",
@@ -62,8 +81,18 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's "llama3" scaling, under Hugging Face's names; see `frequencies`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int  # positions
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of a Qwen3 model, under the field names of Hugging Face's config.json."""
+    """The shape of a model, under the field names of Hugging Face's config.json where it has them."""
 
     vocab_size: int
     hidden_size: int
@@ -76,25 +105,39 @@ class Config:
     rope_theta: float
     tie_word_embeddings: bool
     max_position_embeddings: int
-    eos_token_id: int
+    eos_token_id: int | tuple[int, ...]
+    model_type: str = "qwen3"
+    qk_norm: bool = True  # RMS norm of each query and key head
+    qkv_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        """Read a Hugging Face config.json. Raises InputError naming the field, its value and what is supported."""
+        """Read a Hugging Face config.json. Raises InputError naming the field, its value and what is supported.
+
+        Shapes must be written out, with one exception: Qwen2 and Llama configs may lack head_dim, which is then
+        hidden_size // num_attention_heads, as in transformers.
+        """
         raw = read_json(path)
-        if not isinstance(raw, dict) or raw.get("model_type") != "qwen3":
-            found = raw.get("model_type") if isinstance(raw, dict) else raw
-            raise InputError(f"{path}: model_type is {found!r}; supported: 'qwen3'")
-        if raw.get("architectures") not in (None, ["Qwen3ForCausalLM"]):
-            raise InputError(f"{path}: architectures is {raw['architectures']!r}; supported: ['Qwen3ForCausalLM']")
-        for name, value in ONLY.items():
-            if raw.get(name, value) != value:
-                raise InputError(f"{path}: {name} is {raw[name]!r}; supported: {value!r}")
+        kind = raw.get("model_type") if isinstance(raw, dict) else raw
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
+            raise InputError(f"{path}: model_type is {kind!r}; supported: {', '.join(map(repr, ARCHITECTURES))}")
+        name, qk_norm, qkv_bias = ARCHITECTURES[kind]
+        if raw.get("architectures") not in (None, [name]):
+            raise InputError(f"{path}: architectures is {raw['architectures']!r}; supported: {[name]!r}")
+        for field, value in ONLY.items():
+            if raw.get(field, value) != value:
+                raise InputError(f"{path}: {field} is {raw[field]!r}; supported: {value!r}")
         if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
             raise InputError(
                 f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' in each layer"
             )
-        fields = {**raw, "rope_theta": _rope_theta(path, raw)}
+        theta, scaling = _rope(path, raw)
+        fields = {**raw, "rope_theta": theta, "rope_scaling": scaling, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
+        if fields.get("head_dim") is None and kind != "qwen3":
+            fields["head_dim"] = _head_dim(path, raw)
+        if isinstance(fields.get("eos_token_id"), list):
+            fields["eos_token_id"] = tuple(fields["eos_token_id"])
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in fields]
         if missing:
@@ -106,15 +149,17 @@ class Config:
     def check(self, where: str | Path) -> None:
         """Raise InputError, its message starting with `where`, unless the values make a computable model."""
         for name in SIZES:
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+            if not _is_size(getattr(self, name)):
                 raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
-            if type(getattr(self, name)) not in (int, float) or not getattr(self, name) > 0:
+            if not _is_positive(getattr(self, name)):
                 raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive number")
         if type(self.tie_word_embeddings) is not bool:
             raise InputError(f"{where}: tie_word_embeddings is {self.tie_word_embeddings!r}; supported: true, false")
-        if type(self.eos_token_id) is not int or not 0 <= self.eos_token_id < self.vocab_size:
-            raise InputError(f"{where}: eos_token_id is {self.eos_token_id!r}; supported: one id below vocab_size")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        if not ends or not all(type(i) is int and 0 <= i < self.vocab_size for i in ends):
+            shown = list(ends) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+            raise InputError(f"{where}: eos_token_id is {shown!r}; supported: an id below vocab_size, or several")
         if self.num_attention_heads % self.num_key_value_heads:
             heads = f"{self.num_attention_heads} over {self.num_key_value_heads}"
             raise InputError(f"{where}: num_attention_heads over num_key_value_heads is {heads}; supported: a multiple")
@@ -123,38 +168,86 @@ class Config:
 
     def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
         """The config.json from which transformers builds the same model."""
+        name, *implied = ARCHITECTURES[self.model_type]
+        assert implied == [self.qk_norm, self.qkv_bias], (self, "model_type says which of the two there are")
         fields = dataclasses.asdict(self)
-        theta = fields.pop("rope_theta")
+        del fields["qk_norm"], fields["qkv_bias"]
+        theta, scaling = fields.pop("rope_theta"), fields.pop("rope_scaling")
+        rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling}
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [name],
             **fields,
             "rope_theta": theta,  # transformers 4
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},  # transformers 5
+            "rope_scaling": None if scaling is None else rope,  # transformers 4
+            "rope_parameters": {**rope, "rope_theta": theta},  # transformers 5
             "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4
             "dtype": str(dtype).removeprefix("torch."),  # transformers 5
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "rope_scaling": None,
+            "mlp_bias": False,
             "use_sliding_window": False,
         }
 
 
-def _rope_theta(path: str | Path, raw: dict[str, Any]) -> Any:
-    """The one RoPE base: transformers 4 writes it at the top level, transformers 5 inside rope_parameters."""
-    rope = raw.get("rope_parameters")
-    if rope is None:
-        rope = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
-    if "rope_theta" not in rope:
-        raise InputError(f"{path}: field rope_theta is missing; every shape must be written out")
-    if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
-        raise InputError(f"{path}: rope_parameters is {rope!r}; supported: rope_type 'default' with a rope_theta")
-    if raw.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _head_dim(path: str | Path, raw: dict[str, Any]) -> int:
+    """hidden_size over num_attention_heads, for a config without head_dim."""
+    size, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    if not _is_size(size) or not _is_size(heads) or size % heads:
         raise InputError(
-            f"{path}: rope_theta is {raw['rope_theta']!r} but rope_parameters is {rope!r}; make them equal"
+            f"{path}: head_dim is missing and hidden_size {size!r} over num_attention_heads {heads!r} is no size; "
+            "supported: a multiple, or head_dim written out"
         )
-    return rope["rope_theta"]
+    return size // heads
+
+
+def _rope(path: str | Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """RoPE's base and scaling: transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: {name} is {rope!r}; supported: an object")
+        theta = rope.get("rope_theta", raw.get("rope_theta"))
+        if raw.get("rope_theta", theta) != theta:
+            raise InputError(f"{path}: rope_theta is {raw['rope_theta']!r} but {name} is {rope!r}; make them equal")
+        found.append((theta, _rope_scaling(path, name, rope)))
+    if not found:
+        found.append((raw.get("rope_theta"), None))
+    if found[0] != found[-1]:
+        raise InputError(f"{path}: rope_parameters and rope_scaling differ; make them equal or delete one")
+    if found[0][0] is None:
+        raise InputError(f"{path}: field rope_theta is missing; every shape must be written out")
+    return found[0]
+
+
+def _rope_scaling(path: str | Path, name: str, rope: dict[str, Any]) -> RopeScaling | None:
+    """The scaling that one of the two objects asks for; None for the default RoPE."""
+    values = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
+    if values.get("partial_rotary_factor") == 1:
+        del values["partial_rotary_factor"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    if kind == "default" and not values:
+        return None
+    if kind != "llama3" or set(values) != set(names):
+        supported = f"rope_type 'default', or 'llama3' with {', '.join(names)}"
+        raise InputError(f"{path}: {name} is {rope!r}; supported: {supported}")
+    scaling = RopeScaling(**values)
+    good = all(map(_is_positive, values.values())) and scaling.low_freq_factor < scaling.high_freq_factor
+    if not good or not _is_size(scaling.original_max_position_embeddings):
+        raise InputError(f"{path}: {name} is {rope!r}; supported: positive numbers, the low factor below the high one")
+    return scaling
 
 
 class KVCache:
@@ -221,14 +314,31 @@ class Rows:
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
 
 
+def frequencies(config: Config, device: torch.device) -> Tensor:
+    """(D/2,) fp32: the angle each pair of dimensions turns from one position to the next, theta^(-2i/D).
+
+    With "llama3" scaling (the Llama 3.1 models, after 8,192 positions) a pair that turns fewer than low_freq_factor
+    times over the original context is slowed by `factor`, one that turns more than high_freq_factor times is left
+    alone, and between the two the share that is left alone rises linearly.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
+    turn = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return turn
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / turn)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * turn / scaling.factor + kept * turn
+
+
 def angles(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * theta^(-2i/D), each (N, 1, D); computed in fp32 whatever the dtype.
+    """Cosine and sine of position * frequency, each (N, 1, D); computed in fp32 whatever the dtype.
 
     The first half of the sine is negative: the minus sign of the rotation, see `rotate`.
     """
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
-    turn = (positions[:, None].float() * (1.0 / config.rope_theta**exponents)).unsqueeze(1)  # (N, 1, D/2)
+    turn = (positions[:, None].float() * frequencies(config, positions.device)).unsqueeze(1)  # (N, 1, D/2)
     cos, sin = turn.cos(), turn.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
@@ -273,41 +383,45 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor
     return (torch.cat(out) if len(out) > 1 else out[0]).flatten(1, 2)
 
 
-def _stack(linears: list[nn.Module]) -> Tensor | None:
-    """The weights of several linear layers as one tensor, of which they become views; None if one has an adapter."""
+Stack = tuple[Tensor, Tensor | None]  # weight and bias of several linear layers as one
+
+
+def _stack(linears: list[nn.Module]) -> Stack | None:
+    """Several linear layers as one; their weights become views of it. None if one has an adapter."""
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
     whole = torch.cat([linear.weight.detach() for linear in linears])
     for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
         linear.weight.data = part
-    return whole
+    return whole, None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalised queries and keys."""
+    """Grouped-query attention."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
-        self.stacked: Tensor | None = None  # q, k and v weights as one, see `Qwen3.stacked`
+        self.stacked: Stack | None = None  # q, k and v as one, see `Qwen3.stacked`
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         H, G = self.heads
         if self.stacked is None:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
         else:
-            qkv = F.linear(x, self.stacked)
+            qkv = F.linear(x, *self.stacked)
         qk, v = qkv.view(len(x), H + 2 * G, self.head_dim).split((H + G, G), dim=1)
-        scale = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))  # (H + G, D)
-        qk = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps) * scale
+        if self.q_norm is not None:
+            scale = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))  # (H + G, D)
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps) * scale
         q, k = rotate(qk, rows.cos, rows.sin).split((H, G), dim=1)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
@@ -328,13 +442,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.stacked: Tensor | None = None  # gate and up weights as one, see `Qwen3.stacked`
+        self.stacked: Stack | None = None  # gate and up as one, see `Qwen3.stacked`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stacked is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
-            gate, up = F.linear(x, self.stacked).chunk(2, dim=-1)
+            gate, up = F.linear(x, *self.stacked).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -362,7 +476,7 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The model. A new one has Hugging Face's initial weights: normal with deviation 0.02, norms at one."""
+    """The model. A new one has Hugging Face's initial weights: normal, deviation 0.02; norms at one, biases at zero."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -374,6 +488,8 @@ class Qwen3(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def head(self) -> Tensor:
@@ -467,16 +583,17 @@ class Qwen3(nn.Module):
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen3:
     """Read a Hugging Face folder: config.json and model.safetensors, or the shards of model.safetensors.index.json.
 
-    Raises InputError when a file is missing or torn, and one that names every missing, extra and misshapen tensor.
+    Raises InputError when a file is missing, torn or outside the folder, and one that names every missing, extra and
+    misshapen tensor before any weight is read.
     """
     path = Path(path)
-    config = Config.from_json(path / "config.json")
+    config = Config.from_json(member(path, "config.json"))
     with torch.device("meta"):
         model = Qwen3(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Some tied checkpoints hold the head a second time; it must then be the embedding.
     again = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
-    tensors = read_tensors(_weight_files(path), shapes, again, dtype, device)
+    tensors = read_tensors(weight_files(path), shapes, again, dtype, device)
     for name in again:
         head = tensors.pop(name, None)
         if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
@@ -485,9 +602,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     return model
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """model.safetensors if it is there, otherwise the shards that the index names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+def weight_files(path: Path) -> list[Path]:
+    """model.safetensors if it is there, otherwise the shards that the index names.
+
+    Raises InputError at a shard that is missing or whose name leads out of the folder, before any is opened.
+    """
+    single, index = member(path, "model.safetensors"), member(path, "model.safetensors.index.json")
     if single.exists():
         return [single]
     if not index.exists():
@@ -499,9 +619,9 @@ def _weight_files(path: Path) -> list[Path]:
         raise InputError(f"{index}: weight_map is missing or empty; fetch the file again")
     shards = sorted({str(shard) for shard in listing["weight_map"].values()})
     for shard in shards:
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise InputError(f"{index}: shard {shard!r} is not a plain *.safetensors name; fetch the file again")
-        if not (path / shard).is_file():
+        if not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {shard!r} is not a *.safetensors name; fetch the file again")
+        if not member(path, shard).is_file():
             raise InputError(f"{path / shard}: no such file, but {index.name} names it; fetch the shard")
     return [path / shard for shard in shards]
 
@@ -513,35 +633,66 @@ def read_tensors(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """The tensors of safetensors files, cast to `dtype`: exactly those of `shapes`, and of `optional` what is there.
+    """Tensors of safetensors files in `dtype` on `device`: exactly those of `shapes`, and of `optional` what is there.
 
-    Raises InputError when a file cannot be read, and one InputError that names every tensor that does not fit.
+    The files are mapped, not read: a tensor is copied from the mapping to where it will live, and a file's mapping is
+    given up before the next. Raises InputError when a file cannot be read, and, before the first copy, one InputError
+    that names every tensor that does not fit.
     """
     expected = shapes | optional
-    tensors, problems = {}, {}
+    where, problems = {}, {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as f:
-                for name in f.keys():  # safe_open is no mapping
-                    entry = f.get_slice(name)
-                    shape, stored = tuple(entry.get_shape()), entry.get_dtype()
-                    if name not in expected:
-                        problems[name] = "extra"
-                    elif name in tensors:
-                        problems[name] = "in two files"
-                    elif shape != expected[name]:
-                        problems[name] = f"of shape {shape}, not {expected[name]}"
-                    elif stored not in DTYPES:
-                        problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
-                    else:
-                        tensors[name] = f.get_tensor(name).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error}); fetch or write it again") from None
-    problems |= {name: "missing" for name in shapes if name not in tensors and name not in problems}
+        with _opened(file) as f:
+            for name in f.keys():  # safe_open is no mapping
+                entry = f.get_slice(name)
+                shape, stored = tuple(entry.get_shape()), entry.get_dtype()
+                if name not in expected:
+                    problems[name] = "extra"
+                elif name in where:
+                    problems[name] = "in two files"
+                elif shape != expected[name]:
+                    problems[name] = f"of shape {shape}, not {expected[name]}"
+                elif stored not in DTYPES:
+                    problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
+                else:
+                    where[name] = file
+    problems |= {name: "missing" for name in shapes if name not in where and name not in problems}
     if problems:
         listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
         raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
+    tensors = {}
+    for file in files:
+        with _opened(file) as f:
+            for name in f.keys():
+                tensors[name] = torch.empty(expected[name], dtype=dtype, device=device).copy_(f.get_tensor(name))
     return tensors
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped on the host. Raises InputError, with both sizes when it is cut short."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as f:
+            yield f
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: not a readable safetensors file ({error}{_sizes(file)}); fetch or write it again"
+        ) from None
+
+
+def _sizes(file: Path) -> str:
+    """Of a file that cannot be read: how long it is and how long its header says it should be, "" if neither is known.
+
+    The format: eight bytes, the length of the header; the header, JSON with the offsets of each tensor; the tensors.
+    """
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(length, 100_000_000)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return f"; {file.stat().st_size} bytes of {8 + length + max(ends)}"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return ""
 
 
 def save(model: Qwen3, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -15,7 +15,7 @@ Stages, each reading and writing files under --out:
   report      -> the tables on stdout, results.json, report.html, figures/
 
 A stage whose settings, inputs and code have not changed since it last finished is not run again. A stage that is named
-on the command line always runs. Left out here: downloading models, LLM judges.
+on the command line always runs. Left out here: LLM judges.
 """
 
 import contextlib
@@ -29,17 +29,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 import annotate
 import data
 import em
 import eval as evaluation
+import export
+import hub
 import labelling
 import lora
 import model as qwen
@@ -63,13 +67,17 @@ PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 class Config(train.TrainSettings, labelling.LabelSettings):
     """Every setting of a run. Defaults are the paper's; configs/mini.json holds the miniature's."""
 
-    model: str = opt("", "directory of a Hugging Face checkpoint with its tokenizer", "what and where")
+    model: str = opt("", "Hugging Face checkpoint: a directory, or an id of the Hub", "what and where")
+    revision: str = opt("", "branch, tag or commit of a model of the Hub; pin it to repeat a run")
     questions: str = opt("", "training questions, JSONL {id, dataset, question, answers}")
     eval_sets: str = opt("", "evaluation questions, comma-separated name=path")
     out: str = opt("runs/default", "directory for everything the run writes")
     method: str = opt("mralign", "sft, kto, mralign, shuffled (weights permuted: a placebo), or several with commas")
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
     prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
+    system: str = opt(
+        "", "system turn, {thinking} in it becomes on or off; Nemotron-Nano: 'detailed thinking {thinking}'"
+    )
     dtype: str = opt("bfloat16", "dtype of the frozen base weights: bfloat16 or float32; adapters are float32")
     backend: str = opt("local", "who samples: local (this program) or openai (an OpenAI-compatible completions server)")
     base_url: str = opt("", "the server of --backend openai, for example http://127.0.0.1:8000/v1")
@@ -105,22 +113,23 @@ class Config(train.TrainSettings, labelling.LabelSettings):
 class Run:
     """One run: its settings, this process among the ranks, and where its files are."""
 
-    def __init__(self, cfg: Config, ranks: Ranks) -> None:
-        self.cfg, self.ranks, self.out = cfg, ranks, Path(cfg.out)
+    def __init__(self, cfg: Config, source: hub.Source, ranks: Ranks) -> None:
+        self.cfg, self.source, self.ranks, self.out = cfg, source, ranks, Path(cfg.out)
         self.methods = [m.strip() for m in cfg.method.split(",")]
         self.eval_sets = dict(part.split("=", 1) for part in cfg.eval_sets.split(",") if part)
         self.settings = ["thinkoff", "base", *self.methods]  # what is evaluated
         self.impl = cfg.kernel or default_impl(ranks.device)
-        self.tokenizer = data.load_tokenizer(Path(cfg.model))
-        self.template = data.ChatTemplate(Path(cfg.model))
+        self.tokenizer = data.load_tokenizer(source.folder)
+        self.template = data.ChatTemplate(source.folder, cfg.system)
+        self.template.check(self.tokenizer)
         self.user_turn = data.load_prompt(cfg.prompt)
-        self.stop_ids = stop_ids(Path(cfg.model))
+        self.stop_ids = stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the unit under way, see `perform`
 
     def base_model(self) -> qwen.Qwen3:
         """The base model, freshly loaded on this rank's device, frozen."""
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
-        return qwen.load(Path(self.cfg.model), dtype, self.ranks.device).requires_grad_(False)
+        return qwen.load(self.source.folder, dtype, self.ranks.device).requires_grad_(False)
 
     def samples_path(self, name: str, setting: str) -> Path:
         """The samples of one setting on one evaluation set."""
@@ -131,11 +140,18 @@ class Run:
         return self.template.prompt(data.fill(self.user_turn, question=question), thinking=mode == "on")
 
 
-def stop_ids(folder: Path) -> set[int]:
-    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json."""
-    path = folder / "generation_config.json"
-    ids = read_json(path if path.exists() else folder / "config.json")["eos_token_id"]
-    return set(ids) if isinstance(ids, list) else {ids}
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json.
+
+    Raises InputError when there is none, or one the tokenizer does not have.
+    """
+    paths = [hub.member(folder, name) for name in ("generation_config.json", "config.json")]
+    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
+    path, ids = next(((path, ids) for path, ids in found if ids is not None), (paths[-1], []))
+    ids = ids if isinstance(ids, list) else [ids]
+    if not ids or not all(type(i) is int and i >= 0 and tokenizer.id_to_token(i) is not None for i in ids):
+        raise InputError(f"{path}: eos_token_id is {ids}; it must name tokens of tokenizer.json, restore both files")
+    return set(ids)
 
 
 def sampler(run: Run, setting: str) -> Callable[..., None]:
@@ -145,10 +161,11 @@ def sampler(run: Run, setting: str) -> Callable[..., None]:
     """
     cfg = run.cfg
     if cfg.backend == "openai":
-        name = setting if setting in run.methods else cfg.served_model or cfg.model
+        name = setting if setting in run.methods else cfg.served_model or run.source.name
         endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
         client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=PATIENCE)
-        end_id = qwen.Config.from_json(Path(cfg.model) / "config.json").eos_token_id
+        eos = qwen.Config.from_json(run.source.folder / "config.json").eos_token_id
+        end_id = eos if isinstance(eos, int) else eos[0]
 
         def by_server(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
             encode = functools.partial(data.encode, run.tokenizer)
@@ -231,8 +248,6 @@ def stage_sample(run: Run) -> dict[str, Any]:
     cfg = run.cfg
     questions, tally = data.load_questions(cfg.questions, drop_repeated=True)
     run.ranks.log(f"{cfg.questions}: {tally}")
-    run.ranks.log(f"prompt, thinking on:  {run.prompt(questions[0]['question'], 'on')!r}")
-    run.ranks.log(f"prompt, thinking off: {run.prompt(questions[0]['question'], 'off')!r}")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = draw(run, sampler(run, "base"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
@@ -328,8 +343,8 @@ def stage_train(run: Run, method: str) -> dict[str, Any]:
         rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
     settings = train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
     base = run.base_model()
-    origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(Path(cfg.model))])}
-    return train.train(
+    origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(run.source.folder)])}
+    metrics = train.train(
         base,
         data.to_rows(rows, run.tokenizer),
         method,
@@ -337,10 +352,27 @@ def stage_train(run: Run, method: str) -> dict[str, Any]:
         run.ranks,
         run.out / method,
         run.impl,
-        cfg.model,
+        run.source.name,
         origin,
         cfg.resume,
+        run.source.commit,
     )
+    if run.ranks.rank == 0:
+        write_card(run, method, {})
+        print(export.serve_commands(run.source, run.out / method, cfg.lora_r))
+    return metrics
+
+
+def write_card(run: Run, method: str, scores: dict[str, Any]) -> None:
+    """README.md beside an adapter, from the files of the run. scores: eval/scores.json, {} before there is one."""
+    path, folder = run.out / "train.jsonl", run.out / method
+    labels = Counter(row["label"] for row in read_jsonl(path, ("label",)))
+    datasets = Counter(str(row.get("dataset", "unnamed")) for row in read_jsonl(run.cfg.questions))
+    rows = {"sha256": sha256_file(path), "chosen": labels[True], "rejected": labels[False], "datasets": datasets}
+    settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if v != ""}
+    tables = {name: evaluation.table(of["metrics"]) for name, of in scores.items()}
+    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    export.write_card(folder, run.source, method, settings, rows, last, tables)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -393,8 +425,8 @@ class Unit:
 def units(run: Run) -> list[Unit]:
     """The pipeline in order, with what each part reads, obeys and writes."""
     cfg, out = run.cfg, run.out
-    model = model_files(Path(cfg.model))
-    decoding = ("model", "prompt", "dtype", "seed", "kernel", "backend", "base_url", "served_model")
+    model = model_files(run.source.folder)
+    decoding = ("model", "prompt", "system", "dtype", "seed", "kernel", "backend", "base_url", "served_model")
     draws = ("draws", "draw_temperature", "draw_top_p", "draw_max_new")
     filters = ("draws", "keep", "min_segments", "max_segments", "min_think_tokens", "max_think_tokens", "matcher")
     fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
@@ -480,7 +512,9 @@ def unit_key(run: Run, unit: Unit) -> str:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, read once as long as it does not change: the weights are an input of many units."""
+    """SHA-256 of a file, read once as long as its size and time stay: the weights are an input of many units."""
+    if not path.exists():
+        return sha256_file(path)  # which says so
     stat = path.stat()
     return _checksum_as_of(path, stat.st_mtime_ns, stat.st_size)
 
@@ -535,6 +569,8 @@ def stage_report(run: Run) -> dict[str, Any]:
         },
         facts={"Receipt": results["receipt"], "Settings": settings},
     )
+    for method in run.methods:
+        write_card(run, method, scores)
     write_json(out / "results.json", results)
     print(f"\n{out}/results.json, {out}/report.html, {out}/figures/, adapters in {out}/<method>/")
     return {}
@@ -559,6 +595,8 @@ def receipt(run: Run) -> dict[str, Any]:
     return {
         "command": " ".join(["mralign.py", *sys.argv[1:]]),
         "commit": commit or "unknown, not a git checkout",
+        "model": run.source.name,
+        "model commit": run.source.commit or "none, a directory",
         "processes": run.ranks.world,
         "device": f"{run.ranks.device.type} {device}, {os.cpu_count()} cores",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, op {run.impl}",
@@ -575,7 +613,7 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
     records = {r["id"]: r for r in read_jsonl(run.out / "annotations.jsonl")}
 
     def dropped(r: dict[str, Any]) -> bool:
-        return data.exact_match(data.parse(r["completion"]).thought, "", candidates[r["id"]]["answers"])[0]
+        return data.exact_match(parsed(r).thought, "", candidates[r["id"]]["answers"])[0]
 
     telling = sorted(rows, key=lambda r: not dropped(r))
     picked = [r for label in (False, True) for r in [r for r in telling if r["label"] is label][: n // 2]]
@@ -588,7 +626,7 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
         for s, (tokens, logratio) in zip(steps, per_step, strict=True):
             s |= {"tokens": tokens, "logratio": logratio}
         candidate = candidates[r["id"]]
-        answer = data.parse(r["completion"]).answer
+        answer = parsed(r).answer
         shown.append(
             {
                 "id": r["id"],
@@ -602,6 +640,11 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
             }
         )
     return shown
+
+
+def parsed(row: dict[str, Any]) -> data.Parsed:
+    """The completion of a training row."""
+    return data.parse(row["completion"], opened=data.opens_thought(row["prompt"]))
 
 
 def weighted_method(run: Run) -> str:
@@ -701,17 +744,22 @@ def main(argv: list[str] | None = None) -> int:
         if rest.dry_run:
             print(labelling.price_table(candidates_to_label(cfg), cfg, Path(cfg.out), cfg.seed))
             return 0
+        # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
+        source = hub.locate(cfg.model, cfg.revision)
     except InputError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 3
     try:
         with process_group() as ranks:
-            run = Run(cfg, ranks)
+            run = Run(cfg, source, ranks)
             work = units(run)
             known = [u.name.split()[0] for u in work]
             if unknown := [s for s in rest.stages if s not in known]:
                 raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(dict.fromkeys(known))}")
+            ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+            for mode in ("on", "off"):
+                ranks.log(f"prompt, thinking {mode}: {run.prompt('QUESTION', mode)!r}")
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
             for unit in work:
                 if not rest.stages or unit.name.split()[0] in rest.stages:

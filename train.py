@@ -273,10 +273,12 @@ def train(
     base_name: str,
     origin: dict[str, str],
     resume: bool,
+    revision: str = "",
 ) -> dict[str, float]:
     """Train `method` on `rows` and leave a PEFT adapter, metrics.jsonl and the last two checkpoints in `out`.
 
     rows: for sft the chosen ones only. origin: checksums of the base model and of the data, part of the run's identity.
+    base_name, revision: what the adapter's config names as its base model, and the commit if it came from the Hub.
     resume: continue an interrupted run from its last checkpoint; one that has left its adapter is started anew.
     Returns the last step's metrics and the run's speed. Raises NumericsError, InputError.
     """
@@ -315,7 +317,7 @@ def train(
         ranks.log(step_line(log[-1], len(plan)))
     progress.close()
     if ranks.rank == 0:
-        lora.save(model, out, base_name)
+        lora.save(model, out, base_name, revision)
     ranks.wait()
     seconds = time.perf_counter() - started
     return log[-1] | {"tokens_per_second": round(tokens / seconds), "steps": len(plan)}

@@ -121,7 +121,7 @@ def label_shares(rows: list[dict[str, Any]], annotator: annotate.CueAnnotator) -
     """Share of each label among all labels of the thoughts."""
     counts: dict[str, int] = defaultdict(int)
     for row in rows:
-        parsed = data.parse(row["text"], True, row["finish"] == "stop")
+        parsed = data.parse_sample(row)
         if parsed.span:
             segments = [row["text"][a:b] for a, b in data.split_segments(row["text"], *parsed.span)]
             for step in annotator.label(row["question"], segments):

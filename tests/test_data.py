@@ -82,6 +82,32 @@ def test_golden_table_of_parses(text, thinking, finished, outcome, thought, answ
         assert got.span is None
 
 
+OPENED = [  # the prompt ends in <think>
+    ("\nHm.\n</think>\n\nParis", True, "ok", "\nHm.\n", "Paris", False),
+    ("Hm.</think><answer>Paris</answer>", True, "ok", "Hm.", "Paris", True),
+    ("Hm. Paris", False, "no_close", "Hm. Paris", "", False),
+    ("Hm.</think>Par", False, "cut", "Hm.", "", False),
+    ("<think>Hm.</think>Paris", True, "multiple", "<think>Hm.", "Paris", False),
+    ("a</think>b</think>c", True, "multiple", "a</think>b", "c", False),
+    ("a</think>b<think>c", True, "no_close", "a</think>b<think>c", "", False),
+    ("</think>Paris", True, "empty", "", "Paris", False),
+    ("Hm.</think>", True, "empty", "Hm.", "", False),
+    ("Hm.</think><answer>Paris", True, "unclosed", "Hm.", "Paris", False),
+    ("Hm.</think><answer>Paris</answer>!", True, "trailing", "Hm.", "Paris", True),
+]
+
+
+@pytest.mark.parametrize(("text", "finished", "outcome", "thought", "answer", "tagged"), OPENED)
+def test_a_thought_the_prompt_has_opened(text, finished, outcome, thought, answer, tagged):
+    got = data.parse(text, True, finished, opened=True)
+    assert (got.outcome, got.thought, got.answer, got.tagged) == (outcome, thought, answer, tagged)
+    assert text[slice(*got.span)] == thought and got.span[0] == 0
+    sample = {"text": text, "mode": "on", "finish": "stop" if finished else "length"}
+    assert data.parse_sample(sample | {"prompt": "<|Assistant|><think>\n"}) == got
+    # The same text under a prompt that speaks of the tag without ending in it is read as before.
+    assert data.parse_sample(sample | {"prompt": "Use <think></think>.\n"}) == data.parse(text, True, finished)
+
+
 def test_every_outcome_is_in_the_documented_table_and_in_the_golden_one():
     table = data.parse.__doc__.split("answer\n", 1)[1].split("\n\n")[0]
     documented = {line.split()[0] for line in table.splitlines()}
@@ -535,6 +561,9 @@ def test_chat_template_equals_transformers(tiny_tokenizer, tmp_path, where):
         ("{% if %}", "does not parse"),
         ("{{ messages.__class__.__mro__ }}", "fails"),
         ("{{ messages.append(1) }}", "fails"),
+        ("{{ 1 / 0 }}", "fails"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "fails"),
         (None, "no chat template"),
         ([{"name": "default", "template": "x"}], "no chat template"),
     ],
@@ -543,6 +572,66 @@ def test_bad_or_hostile_templates(tmp_path, source, reason):
     files.write_json(tmp_path / "tokenizer_config.json", {"chat_template": source} if source else {})
     with pytest.raises(InputError, match=f"tokenizer_config.json: .*{reason}"):
         data.ChatTemplate(tmp_path).prompt("x", True)
+
+
+# Small templates with the prompts of two public models. R1-Distill: no system turn, always <think> and a line end.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}<｜{{ m.role | capitalize }}｜>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+NEMOTRON = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content }}"
+    "<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+)
+
+
+def template(folder, source, system="", **special):
+    files.write_json(folder / "tokenizer_config.json", {"chat_template": source} | special)
+    return data.ChatTemplate(folder, system)
+
+
+def test_golden_prompts_of_r1_distill(tmp_path):
+    """The strings its published template renders; off, which it has not, is the closed empty block."""
+    r1 = template(tmp_path, R1, bos_token={"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"})
+    head = "<｜begin▁of▁sentence｜><｜User｜>who wrote it<｜Assistant｜><think>\n"
+    assert r1.prompt("who wrote it", True) == head and data.opens_thought(head)
+    off = r1.prompt("who wrote it", False)
+    assert off == head + "\n</think>\n\n" and not data.opens_thought(off)
+
+
+def test_golden_prompts_of_nemotron(tmp_path):
+    """Thinking is switched by the system turn; without one there is nothing to switch it off with."""
+    head = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ndetailed thinking {}<|eot_id|>"
+    tail = "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    nemotron = template(tmp_path, NEMOTRON, "detailed thinking {thinking}", bos_token="<|begin_of_text|>")
+    for mode in ("on", "off"):
+        assert nemotron.prompt("hi", mode == "on") == head.format(mode) + tail
+    plain = template(tmp_path, NEMOTRON, bos_token="<|begin_of_text|>")
+    assert plain.prompt("hi", True) == "<|begin_of_text|>" + tail
+    with pytest.raises(InputError, match="cannot switch thinking off; .*--system 'detailed thinking {thinking}'"):
+        plain.prompt("hi", False)
+
+
+def test_tokenizer_without_the_special_tokens(tiny_tokenizer, tmp_path):
+    qwen3 = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+    template(tmp_path, qwen3, eos_token="<|im_end|>").check(tiny_tokenizer)
+    cases = ((R1, "<｜Assistant｜>, <｜User｜>", {}), (qwen3, "</s>", {"eos_token": "</s>"}))
+    for source, named, special in cases:
+        with pytest.raises(InputError, match=f"tokenizer_config.json: {named} is not one token of tokenizer.json"):
+            template(tmp_path, source, **special).check(tiny_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "tokenizer.json"])
+def test_tokenizer_files_may_not_lead_out_of_the_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    template(tmp_path, "{{ messages }}")
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "tokenizer_config.json")
+    with pytest.raises(InputError, match=f"{name}: a link out of the folder"):
+        data.ChatTemplate(folder)
+        data.load_tokenizer(folder)
 
 
 def test_golden_prompts_of_qwen3(qwen3_tokenizer):
@@ -556,6 +645,7 @@ def test_golden_prompts_of_qwen3(qwen3_tokenizer):
         if len(case["messages"]) == 1:
             assert template.prompt(case["messages"][0]["content"], case["enable_thinking"]) == text
     assert len(cases) == 6
+    template.check(qwen3_tokenizer)
 
 
 # ---------- candidates

@@ -15,7 +15,7 @@ from files import InputError
 
 
 def sample(text, golds=("Paris",), mode="on", finish="stop", name="q", draw=0, question="capital of France?"):
-    row = {"id": name, "mode": mode, "draw": draw, "question": question, "answers": list(golds)}
+    row = {"id": name, "mode": mode, "draw": draw, "question": question, "answers": list(golds), "prompt": ""}
     return row | {"text": text, "finish": finish, "ids": []}
 
 

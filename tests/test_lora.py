@@ -4,12 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import peers
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import lora
 import model as qwen
@@ -68,16 +69,25 @@ def test_peft_computes_the_same_from_our_files(tmp_path: Path, dtype: torch.dtyp
     assert (expected - logits(peer(dtype))).abs().max() > 0.1  # the adapter is no ornament
 
 
-def test_our_model_with_an_adapter_equals_theirs(tmp_path: Path) -> None:
-    m = ours(tmp_path)
+@pytest.mark.parametrize("kind", peers.KINDS)
+def test_our_model_with_an_adapter_equals_theirs(tmp_path: Path, kind: str) -> None:
+    """transformers with PEFT has our logits from our adapter, and transformers alone from our merged model."""
+    peers.peer(kind, initializer_range=0.15).save_pretrained(tmp_path / "base")
+    m = qwen.load(tmp_path / "base")
+    plain = logits(m)
     fill(lora.add(m, r=4, alpha=8))
     lora.save(m, tmp_path / "adapter", str(tmp_path / "base"))
-    base = Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert (logits(m) - logits(theirs)).abs().max() <= 1e-5
+    before = logits(m)
+    assert (before - logits(theirs)).abs().max() <= 1e-5 and (before - plain).abs().max() > 0.1
     back = qwen.load(tmp_path / "base")
     lora.load(back, tmp_path / "adapter")
-    assert torch.equal(logits(back), logits(m))
+    assert torch.equal(logits(back), before)
+    lora.merge(m)
+    qwen.save(m, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - before).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -99,8 +109,9 @@ def test_saved_config_holds_what_readers_need(tmp_path: Path) -> None:
     """vLLM requires r, lora_alpha, an explicit target list and bias none; a missing key makes PEFT guess silently."""
     m = peer()
     lora.add(m, r=4, alpha=8)
-    lora.save(m, tmp_path, "some/base")
+    lora.save(m, tmp_path, "some/base", "0123abcd")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["revision"] == "0123abcd"
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["peft_type"] == "LORA"
     assert sorted(config["target_modules"]) == sorted(lora.TARGETS)
     assert config["bias"] == "none" and config["modules_to_save"] is None and config["use_dora"] is False

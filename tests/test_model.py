@@ -1,46 +1,23 @@
-"""model.py against transformers' Qwen3ForCausalLM, and what it says about files that do not fit."""
+"""model.py against transformers, architecture by architecture, and what it says about files that do not fit."""
 
 import dataclasses
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from peers import KINDS, LLAMA3, SHAPES, VOCAB, peer
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lora
 import model as qwen
 from files import InputError
 
-VOCAB = 101
-# query heads, key heads, head size, hidden size: GQA ratios 1, 2 and 4; head size * heads != hidden size
-SHAPES = {"ratio 1": (4, 4, 16, 32), "ratio 2": (4, 2, 16, 48), "ratio 4": (8, 2, 12, 40)}
-
-
-def peer(tied: bool = False, shape: tuple[int, ...] = SHAPES["ratio 2"], intermediate: int = 56) -> Qwen3ForCausalLM:
-    """A random transformers model whose norms are not ones and whose logits are of order 1 to 10."""
-    torch.manual_seed(0)
-    heads, kv_heads, head_dim, hidden = shape
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=3,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        tie_word_embeddings=tied,
-        eos_token_id=3,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    hf = Qwen3ForCausalLM(config).eval()
-    for p in hf.parameters():
-        if p.ndim == 1:
-            p.data.uniform_(0.5, 1.5)
-    return hf
+# What is compared: every shape for one architecture, one shape for the others.
+CASES = [("qwen3", shape) for shape in SHAPES.values()] + [("qwen2", SHAPES["ratio 2"]), ("llama", SHAPES["ratio 4"])]
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -68,11 +45,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("kind", "shape"), CASES)
 @torch.no_grad()
-def test_logits_equal_transformers(tmp_path: Path, tied: bool, shape: tuple[int, ...]) -> None:
+def test_logits_equal_transformers(tmp_path: Path, kind: str, tied: bool, shape: tuple[int, ...]) -> None:
     """Packed, prefilled and decoded with a cache: each row as transformers computes it alone, uncached."""
-    hf = peer(tied, shape)
+    hf = peer(kind, tied, shape)
     hf.save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
     rows = tokens(5, 1, 70, 9)
@@ -97,11 +74,48 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool, shape: tuple[int,
     assert cache.lens.tolist() == [5, 74, 9, 13, 0, 0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_bf16_is_as_exact_as_transformers_in_bf16(tmp_path: Path, kind: str) -> None:
+    """Packed, prefilled and decoded: at most twice the error that transformers' own eager bf16 has against fp32."""
+    hf = peer(kind)
+    hf.save_pretrained(tmp_path)
+    rough = type(hf).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    m = qwen.load(tmp_path, torch.bfloat16)
+    rows = tokens(5, 70, 9)
+    ids, cu_seqlens = packed(rows)
+    exact, theirs = (torch.cat([x(row[None]).logits[0].float() for row in rows]) for x in (hf, rough))
+    allowed = 2 * (theirs - exact).abs()
+    cache = qwen.KVCache(m.config, 3, 80, torch.bfloat16, "cpu")
+    for hidden in (m(ids, cu_seqlens), m(ids, cu_seqlens, cache, torch.arange(3))):
+        error = (m.logits(hidden).float() - exact).abs()
+        assert error.max() <= allowed.max() and error.mean() <= allowed.mean()
+    new = torch.tensor([7, 8, 9])
+    with m.stacked():
+        got = m.logits(decode(m, new, cache)).float()
+    rows = [torch.cat((row, token[None])) for row, token in zip(rows, new, strict=True)]
+    exact, theirs = (torch.stack([x(row[None]).logits[0, -1].float() for row in rows]) for x in (hf, rough))
+    assert (got - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+def test_llama3_frequencies_by_hand() -> None:
+    """8 positions, low 1, high 4: 2 pi turns once a position; 0.5 x 2 pi / 8 is below low; 2.5 x is the middle."""
+    scaling = qwen.RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
+    )
+    for turns, slowed in ((0.5, 1 / 8), (1.0, 1 / 8), (2.5, (1 + 1 / 8) / 2), (4.0, 1.0), (8.0, 1.0)):
+        frequency = turns * 2 * math.pi / 8
+        # Heads of size 4: the second pair turns theta^(-1/2) a position.
+        config = qwen.Config(9, 8, 8, 1, 2, 1, 4, 1e-6, frequency**-2, True, 64, 1, rope_scaling=scaling)
+        got = qwen.frequencies(config, torch.device("cpu"))[1]
+        assert got.item() == pytest.approx(frequency * slowed, rel=1e-6)
+
+
 @torch.no_grad()
 def test_decoding_in_groups_of_different_width(tmp_path: Path) -> None:
     """More rows than one group, lengths over several cache blocks: the full forward, row by row; bits do not move."""
     # Whole vectors of 32 in every layer: the CPU rounds silu otherwise in what is left over at the end of a tensor.
-    peer(intermediate=64).save_pretrained(tmp_path)
+    peer(intermediate_size=64).save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
     group = qwen.GROUP["cpu"]
     B = group + 18
@@ -156,29 +170,32 @@ def test_prefill_leaves_other_slots_alone(folder: Path) -> None:
         m(*packed([a]), cache, torch.tensor([0]))
 
 
-def test_stacked_weights_are_the_parameters(folder: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_weights_are_the_parameters(tmp_path: Path, kind: str) -> None:
     """Outside as before and still trainable; inside each product is one; a layer with an adapter keeps its own."""
-    m = qwen.load(folder)
+    peer(kind).save_pretrained(tmp_path)
+    m = qwen.load(tmp_path)
     before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
     ids, cu_seqlens = packed(tokens(6, 3))
     expected = m(ids, cu_seqlens).detach()
     lora.add(m, r=2, alpha=4.0, targets=("q_proj",))
     with torch.inference_mode(), m.stacked():
         attn, mlp = m.model.layers[0].self_attn, m.model.layers[0].mlp
-        assert attn.stacked is None and torch.equal(mlp.stacked[: len(mlp.gate_proj.weight)], mlp.gate_proj.weight)
-        assert mlp.stacked.data_ptr() == mlp.gate_proj.weight.data_ptr()  # no copy is kept
+        assert attn.stacked is None and torch.equal(mlp.stacked[0][: len(mlp.gate_proj.weight)], mlp.gate_proj.weight)
+        assert mlp.stacked[0].data_ptr() == mlp.gate_proj.weight.data_ptr()  # no copy is kept
         assert (m(ids, cu_seqlens) - expected).abs().max() <= 1e-5
     lora.merge(m)
     m.requires_grad_(True)
     m(ids, cu_seqlens).sum().backward()
     for name, tensor in m.named_parameters():
         assert torch.equal(tensor, before[name]) and (tensor.grad is None) == (name == "lm_head.weight")
-    qwen.save(m, folder / "again")
-    assert torch.equal(qwen.load(folder / "again")(ids, cu_seqlens), expected)
+    qwen.save(m, tmp_path / "again")
+    assert torch.equal(qwen.load(tmp_path / "again")(ids, cu_seqlens), expected)
 
 
-def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: Path) -> None:
-    hf = peer(tied=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: Path, kind: str) -> None:
+    hf = peer(kind, tied=True)
     hf.save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
     rows = tokens(6, 11)
@@ -197,17 +214,23 @@ def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: P
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_saved_model_loads_in_transformers(tmp_path: Path, tied: bool, dtype: torch.dtype | None) -> None:
-    peer(tied).save_pretrained(tmp_path / "hf")
+def test_saved_model_loads_in_transformers(tmp_path: Path, kind: str, tied: bool, dtype: torch.dtype | None) -> None:
+    peer(kind, tied).save_pretrained(tmp_path / "hf")
     m = qwen.load(tmp_path / "hf")
     qwen.save(m, tmp_path / "ours", dtype)
-    back, info = Qwen3ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(back) is KINDS[kind][1]
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert back.dtype == (dtype or torch.float32) and back.config.rope_parameters["rope_theta"] == 5e4
     for name, p in m.named_parameters():
         assert torch.equal(back.state_dict()[name], p.to(back.dtype)), name
     assert qwen.load(tmp_path / "ours").config == m.config
+    ids, cu_seqlens = packed(tokens(60))
+    expected = back.to(m.head.dtype)(ids[None]).logits[0]  # also RoPE survives
+    if dtype is None:
+        assert (m.logits(m(ids, cu_seqlens)) - expected).abs().max() <= 1e-5
 
 
 def test_dtype_of_the_loaded_model(folder: Path) -> None:
@@ -217,12 +240,12 @@ def test_dtype_of_the_loaded_model(folder: Path) -> None:
 
 
 def test_new_model_has_the_initial_weights_of_transformers() -> None:
-    config = qwen.Config(400, 64, 96, 2, 4, 2, 16, 1e-6, 1e4, True, 128, 1)
+    config = qwen.Config(400, 64, 96, 2, 4, 2, 16, 1e-6, 1e4, True, 128, 1, qkv_bias=True)
     torch.manual_seed(0)
     m = qwen.Qwen3(config)
     for name, p in m.named_parameters():
         if p.ndim == 1:
-            assert (p == 1).all(), name
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
             assert abs(p.std().item() - 0.02) < 0.002 and abs(p.mean().item()) < 0.002, name
 
@@ -240,12 +263,21 @@ def edit(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, ["model_type", "'llama'", "'qwen3'"]),
+        ({"model_type": "mistral"}, ["model_type", "'mistral'", "'qwen3'", "'qwen2'", "'llama'"]),
+        ({"model_type": ["qwen3"]}, ["model_type", "['qwen3']"]),
+        ({"model_type": "llama"}, ["architectures", "Qwen3ForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, ["architectures", "Qwen3MoeForCausalLM", "Qwen3ForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"attention_bias": True}, ["attention_bias", "True", "False"]),
         ({"attention_dropout": 0.1}, ["attention_dropout", "0.1", "0.0"]),
-        ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn", "None"]),
+        ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn", "'llama3'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear", "'llama3'"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling", "low_freq_factor"]),
+        ({"rope_scaling": LLAMA3}, ["rope_parameters and rope_scaling differ"]),
+        ({"rope_parameters": LLAMA3 | {"factor": 0.0}}, ["rope_parameters", "0.0", "positive"]),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, ["rope_parameters", "below the high one"]),
+        ({"rope_parameters": LLAMA3 | {"attention_factor": 2.0}}, ["rope_parameters", "attention_factor"]),
+        ({"rope_parameters": "llama3"}, ["rope_parameters", "an object"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, ["rope_parameters", "yarn", "default"]),
         ({"rope_parameters": {"rope_theta": 1e6, "factor": 2.0}}, ["rope_parameters", "factor"]),
         ({"rope_parameters": ..., "rope_theta": ...}, ["rope_theta", "missing"]),
@@ -253,13 +285,16 @@ def edit(folder: Path, **changes: object) -> Path:
         ({"use_sliding_window": True}, ["use_sliding_window", "True"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
+        ({"auto_map": {"AutoModel": "modeling_own.py"}}, ["auto_map", "modeling_own.py"]),
+        ({"mlp_bias": True}, ["mlp_bias", "True"]),
         ({"head_dim": ...}, ["head_dim", "missing"]),
         ({"head_dim": 15}, ["head_dim", "15", "even"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "4 over 3"]),
         ({"hidden_size": "48"}, ["hidden_size", "'48'", "integer"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps", "positive"]),
         ({"tie_word_embeddings": None}, ["tie_word_embeddings", "None"]),
-        ({"eos_token_id": [1, 2]}, ["eos_token_id", "[1, 2]", "one id"]),
+        ({"eos_token_id": [1, VOCAB]}, ["eos_token_id", f"[1, {VOCAB}]", "below vocab_size"]),
+        ({"eos_token_id": []}, ["eos_token_id", "[]"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -277,7 +312,89 @@ def test_config_of_transformers_4(folder: Path) -> None:
     config = qwen.Config.from_json(folder / "config.json")
     edit(folder, rope_parameters=..., rope_theta=5e4, rope_scaling=None)
     assert qwen.Config.from_json(folder / "config.json") == config
-    assert dataclasses.astuple(config) == (VOCAB, 48, 56, 3, 4, 2, 16, 1e-6, 5e4, False, 512, 3)
+    values = (VOCAB, 48, 56, 3, 4, 2, 16, 1e-6, 5e4, False, 512, 3, "qwen3", True, False, None)
+    assert dataclasses.astuple(config) == values
+
+
+# The public configurations: sizes and RoPE as their config.json has them, in transformers 4's form.
+R1_DISTILL_QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+
+
+@pytest.mark.parametrize(
+    ("public", "parameters"), [(R1_DISTILL_QWEN_7B, 7_615_616_512), (LLAMA_31_8B, 8_030_261_248)], ids=["r1", "llama"]
+)
+def test_public_configs_without_head_dim(tmp_path: Path, public: dict, parameters: int) -> None:
+    """The parameter counts are those on the models' Hub pages."""
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    config = qwen.Config.from_json(tmp_path / "config.json")
+    assert config.head_dim == 128 and config.qkv_bias == (config.model_type == "qwen2") and not config.qk_norm
+    with torch.device("meta"):
+        assert sum(p.numel() for p in qwen.Qwen3(config).parameters()) == parameters
+    edit(tmp_path, num_attention_heads=27)
+    with pytest.raises(InputError, match="head_dim is missing and hidden_size .* over num_attention_heads 27"):
+        qwen.Config.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@torch.no_grad()
+def test_config_without_head_dim_computes_the_same(tmp_path: Path, kind: str) -> None:
+    """hidden_size over num_attention_heads, as transformers has it."""
+    hf = peer(kind, shape=(4, 2, 12, 48), rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    hf.save_pretrained(tmp_path)
+    edit(tmp_path, head_dim=..., rope_parameters=..., rope_theta=5e4)
+    ids, cu_seqlens = packed(tokens(9))
+    m = qwen.load(tmp_path)
+    assert (m.logits(m(ids, cu_seqlens)) - hf(ids[None]).logits[0]).abs().max() <= 1e-5
 
 
 # -- weights that do not fit -----------------------------------------------------------------------------------------
@@ -309,6 +426,14 @@ def test_every_wrong_tensor_is_named(folder: Path) -> None:
 def test_torn_and_missing_files(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    size = weights.stat().st_size
+    found = f"model.safetensors: not a readable safetensors file .*; {size} bytes of {size + 100}"
+    with pytest.raises(InputError, match=found):
+        qwen.load(folder)
+    weights.write_bytes(b"\xff" * 64)  # a header of 2^64 bytes
+    with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
+        qwen.load(folder)
+    weights.write_bytes(b"")
     with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
         qwen.load(folder)
     weights.unlink()
@@ -337,12 +462,69 @@ def test_shards(tmp_path: Path) -> None:
         qwen.load(tmp_path)
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "weights.bin", "a/b.safetensors"])
-def test_shard_names_stay_in_the_folder(folder: Path, shard: str) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
-    with pytest.raises(InputError, match="is not a plain"):
+SHARDS = {
+    "upwards": ("../outside.safetensors", "not a plain file name"),
+    "absolute": ("/outside.safetensors", "not a plain file name"),
+    "in a folder": ("a/b.safetensors", "not a plain file name"),
+    "windows": ("..\\outside.safetensors", "not a plain file name"),
+    "nul": ("a\0.safetensors", "not a plain file name"),
+    "pickle": ("weights.bin", "not a [*].safetensors name"),
+    "nothing": (".safetensors", "no such file"),
+    "number": (7, "not a [*].safetensors name"),
+    "link": ("link.safetensors", "a link out of the folder"),
+    "chain": ("chain.safetensors", "a link out of the folder"),
+    "folder": ("folder.safetensors", "no such file"),
+    "pipe": ("pipe.safetensors", "no such file"),
+}
+
+
+@pytest.mark.parametrize(("shard", "words"), SHARDS.values(), ids=SHARDS.keys())
+def test_malicious_shards_are_refused_before_they_are_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shard: object, words: str
+) -> None:
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "chain.safetensors").symlink_to(folder / "link.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened = []
+    monkeypatch.setattr(qwen, "safe_open", lambda file, **how: opened.append(file))
+    with pytest.raises(InputError, match=words) as error:
         qwen.load(folder)
+    assert not opened and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_other_files_may_not_lead_out_of_the_folder(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to("../elsewhere")
+    with pytest.raises(InputError, match="a link out of the folder"):
+        qwen.load(folder)
+
+
+def test_the_links_of_the_hub_cache_are_good(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(blobs / f"hash of {name}")
+        (snapshot / name).symlink_to(f"../../blobs/hash of {name}")
+    assert qwen.load(snapshot).config.vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_do_not_stay_on_the_file(folder: Path, dtype: torch.dtype) -> None:
+    """Once loaded, the folder may be changed or deleted: nothing of the model is a view of the mapping."""
+    m = qwen.load(folder, dtype)
+    before = {name: p.clone() for name, p in m.named_parameters()}
+    with open(folder / "model.safetensors", "r+b") as f:  # in place, not another file under the name
+        f.seek(f.seek(0, 2) // 2)
+        f.write(b"\0" * 10_000)
+        f.truncate()
+    assert all(torch.equal(p, before[name]) for name, p in m.named_parameters())
 
 
 def test_tied_checkpoint_that_repeats_its_head(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """The command line from questions to results on a slice of the miniature: files, reuse, ranks, bad input."""
 
+import hashlib
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import em
-from files import read_json, read_jsonl, write_jsonl
+import mralign as pipeline
+from files import InputError, read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]
@@ -22,7 +27,8 @@ FAST = ["--epochs", "1", "--method", "kto,mralign"]
 def mralign(*flags: object, world: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     command = [sys.executable, *launch, "mralign.py", "--config", "configs/mini.json", *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,42 @@ def test_results_add_up_and_the_report_stands_alone(run):
     first = read_jsonl(run / "mralign" / "metrics.jsonl")[0]
     chosen, rejected = first["count/chosen"], first["count/rejected"]
     assert first["loss"] == pytest.approx(0.5 * (chosen + 1.5 * rejected) / (chosen + rejected), abs=1e-5)
+
+
+def test_an_adapter_travels_with_its_card_and_the_commands_that_serve_it(run):
+    said = (run / "stdout.txt").read_text()
+    k = read_json(run / "results.json")["scores"]["test"]["metrics"]["mralign"]["acc"]["k"]
+    for method in ("kto", "mralign"):
+        card = (run / method / "README.md").read_text()
+        last = read_jsonl(run / method / "metrics.jsonl")[-1]
+        digest = hashlib.sha256((run / "train.jsonl").read_bytes()).hexdigest()
+        for part in (f"| loss | {last['loss']:.6g} |", digest, f"{k}/40", "mini/LICENSES-data.md"):
+            assert part in card, part
+        modules = shlex.quote(f"{method}={run / method}")
+        command = f"vllm serve {ROOT / 'mini/model'} --enable-lora --max-lora-rank 8 --lora-modules {modules}"
+        assert command in card and command in said
+
+
+def test_the_prompt_is_shown_once_a_run(run, slices):
+    done = mralign(*flags(slices, run), "candidates")
+    shown = [line for line in done.stderr.splitlines() if line.startswith("prompt, thinking")]
+    assert shown == [
+        r"prompt, thinking on: '<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n'",
+        r"prompt, thinking off: '<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'",
+    ]
+
+
+def test_tokens_that_end_a_completion(tmp_path):
+    tokenizer = data.load_tokenizer(ROOT / "mini/model")
+    cases = [({"eos_token_id": 7}, {"eos_token_id": [3, 5]}, {3, 5}), ({"eos_token_id": 7}, {"top_k": 20}, {7})]
+    for config, generation, expected in cases:
+        write_json(tmp_path / "config.json", config)
+        write_json(tmp_path / "generation_config.json", generation)
+        assert pipeline.stop_ids(tmp_path, tokenizer) == expected
+    for config in ({}, {"eos_token_id": 10**6}, {"eos_token_id": "</s>"}, {"eos_token_id": [3, -1]}):
+        write_json(tmp_path / "config.json", config)
+        with pytest.raises(InputError, match="config.json: eos_token_id is .* must name tokens of tokenizer.json"):
+            pipeline.stop_ids(tmp_path, tokenizer)
 
 
 def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):

@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
     {"files", "kto", "ranks", "measure"},
-    {"settings", "client", "kernels", "em", "data", "model"},
+    {"client", "hub"},
+    {"settings", "kernels", "em", "data", "model"},
     {"lora", "sample", "annotate", "checkpoint", "ledger"},
-    {"remote", "train", "eval", "report", "chat", "agreement"},
+    {"remote", "train", "eval", "report", "chat", "agreement", "export"},
     {"page", "bench", "committee"},
     {"labelling"},
     {"mralign", "gpu_check", "discover"},
