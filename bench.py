@@ -492,6 +492,35 @@ TASKS = {"op": op_task, "step": step_task}
 # ---------- the command
 
 
+def readme(result: dict[str, Any], full_step: dict[str, Any]) -> str:
+    """The README's tables from the JSON of a default run and of `bench.py step --full`."""
+    env = result["environment"]
+    op_size, step_size = "M = 1,024, E = 256, V = 151,936, fp32", "hidden 512, 8 layers, V = 151,936, 8 rows of 150-400"
+    rows = [row for row in result["op"] if row["pass"] == "forward + backward" and "seconds" in row]
+    ratio, extra = "time / full logits", "extra MiB"
+    op_table = [{"the op, " + op_size: row["candidate"], ratio: row[ratio], extra: row[extra]} for row in rows]
+    step = "one KTO step, " + step_size
+    names = {"seconds": "seconds", "time / ours": "time / ours", extra: extra}
+    step_table = [{step: row["candidate"]} | {new: row[old] for new, old in names.items()} for row in full_step["step"]]
+    sampled = [
+        {
+            f"sampling, batch {row['batch']}": row["model"],
+            "by": row["candidate"],
+            "tokens a second": row["tokens a second"],
+        }
+        | {"time / ours": row["time / ours"]}
+        for row in result["sample"]
+    ]
+    labels = [
+        {"EM, traces": f"{row['traces']:,}", "steps": f"{row['steps']:,}", "count moves, s": row["count moves"]}
+        | {"five iterations, s": row["fit"], "weights, s": row["weights"]}
+        for row in result["em"]
+    ]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "transformers", "peft", "trl", "liger-kernel"))
+    receipt = f"`make bench` on {env['machine']}, {env['threads']} threads, {versions}; median (lowest..highest)."
+    return "\n\n".join([receipt, *(markdown(table) for table in (op_table, step_table, sampled, labels))])
+
+
 def sections(full: bool, rounds: int, device: torch.device) -> dict[str, Callable[[], Table]]:
     """Each section as a function that measures it, at sizes for six minutes or for half an hour."""
     dtypes, E = (("float32", "bfloat16"), 1024) if full else (("float32",), 256)

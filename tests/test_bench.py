@@ -283,3 +283,10 @@ def test_the_peak_is_that_of_the_named_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert gpu_check.peak_tflops(cuda) == peak
     assert gpu_check.peak_tflops(CPU) is None
+
+
+def test_the_readme_shows_the_recorded_tables():
+    text = (ROOT / "README.md").read_text()
+    shown = text[text.index("<!-- bench:begin -->\n") : text.index("<!-- bench:end -->")]
+    results = [read_json(ROOT / "docs" / "results" / name) for name in ("bench.json", "bench-step-full.json")]
+    assert shown == f"<!-- bench:begin -->\n{bench.readme(*results)}\n"
