@@ -72,11 +72,15 @@ class Stopped(ServiceError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model at a server. key_env: name of the environment variable that holds the key, "" to send none."""
+    """A model at a server. key_env: name of the environment variable that holds the key, "" to send none.
+
+    key_header: the header it goes into; in Authorization it stands after the word Bearer, in any other alone.
+    """
 
     model: str
     base_url: str
     key_env: str = ""
+    key_header: str = "Authorization"
 
     def __str__(self) -> str:
         return f"{self.model}@{self.base_url}"
@@ -207,12 +211,12 @@ class _Reply:
 class _Bearer(requests.auth.AuthBase):
     """Sets our own header; also keeps requests from sending what a ~/.netrc says about the host."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, header: str) -> None:
+        self.key, self.header = key, header
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self.key:
-            request.headers["Authorization"] = f"Bearer {self.key}"
+            request.headers[self.header] = f"Bearer {self.key}" if self.header == "Authorization" else self.key
         return request
 
 
@@ -338,7 +342,7 @@ class Client:
             self.endpoint.base_url + path,
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json", "Accept": "application/json"},
-            auth=_Bearer(self.endpoint.key()),
+            auth=_Bearer(self.endpoint.key(), self.endpoint.key_header),
             timeout=(self.limits.connect, self.limits.read),
             stream=True,
             allow_redirects=False,

@@ -1,23 +1,31 @@
 """Scores of completions that lie on disk: Acc, Mis, their intervals, and differences between two runs.
 
+  python eval.py runs/mine/eval/nq_open/mralign.jsonl                        the table of one file of samples
+  python eval.py .../mralign.jsonl .../base.jsonl                            and the paired difference of two
+  python eval.py .../mralign.jsonl --export-lm-eval samples_nq_open.jsonl    in the format of lm-evaluation-harness
+
 Needs no GPU and no model, so it can be redone at any time from the saved samples. Every share comes with its count and
 a 95 % interval, and how many completions were cut short or malformed stands beside it: a token budget that is too small
 looks like a bad model. Left out: judges, retrieval, generation.
 """
 
+import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 import data
-from files import InputError
+from files import InputError, read_jsonl, write_jsonl
 
 SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "text", "finish")
 Z95 = 1.959963984540054  # standard normal quantile at 0.975
+WARN = 0.01  # a share of truncated or empty completions above this is said aloud
 
 
 def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -48,6 +56,7 @@ def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict
         "em_a_equal": em_a_equal,
         "em_a_contains": data.contains_gold(parsed.answer, golds),
         "gold_in_question": data.contains_gold(sample["question"], golds),
+        "n_empty_golds": sum(not data.normalise(gold) for gold in golds),
         "n_think_tokens": n_think_tokens,
     }
 
@@ -81,7 +90,10 @@ def metrics(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict
 
     acc, mis and the 2x2 table of (EM_t, EM_a) under `matcher`; em_thought_contains, em_thought_word, em_answer_exact,
     em_answer_contains; ok, truncated, empty and malformed, which add up to n; the outcomes of `data.parse`; mean and
-    median thinking tokens (None where they were not counted). With thinking off what is about a thought is None.
+    median thinking tokens (None where they were not counted); empty_golds: golds that normalise to nothing and never
+    match. With thinking off what is about a thought is None.
+    Several draws of a question are pooled: k and n count all of them, but an interval counts each question once, as its
+    draws are not independent. draws: Acc and Mis of every draw alone, with mean and standard deviation (`over_draws`).
     Raises InputError when `scored` is empty, mixes modes or holds a completion twice.
     """
     mode, n = _mode(scored), len(scored)
@@ -99,35 +111,72 @@ def metrics(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict
         "neither": pairs[False, False],
     }
 
+    first = {row["id"]: row for row in scored}
+    repeats = n / len(first)
+
+    def part(k: int) -> dict[str, float]:
+        return share(k, n, repeats)
+
     def share_of(field: str) -> dict[str, float]:
-        return _share(sum(row[field] for row in scored), n)
+        return part(sum(row[field] for row in scored))
 
     on = mode == "on"
     return {
         "mode": mode,
         "matcher": matcher,
         "n": n,
-        "acc": _share(int(indicator(scored, "acc", matcher).sum()), n),
-        "mis": _share(int(indicator(scored, "mis", matcher).sum()), n) if on else None,
+        "questions": len(first),
+        "acc": part(int(indicator(scored, "acc", matcher).sum())),
+        "mis": part(int(indicator(scored, "mis", matcher).sum())) if on else None,
+        "draws": over_draws(scored, matcher),
         "table": quadrants if on else None,
         "em_thought_contains": share_of("em_t") if on else None,
         "em_thought_word": share_of("em_t_word") if on else None,
         "em_answer_exact": share_of("em_a_equal"),
         "em_answer_contains": share_of("em_a_contains"),
         "gold_in_question": share_of("gold_in_question"),
-        **{form: _share(forms[form], n) for form in ("ok", "truncated", "empty", "malformed")},
+        "empty_golds": sum(row["n_empty_golds"] for row in first.values()),
+        **{form: part(forms[form]) for form in ("ok", "truncated", "empty", "malformed")},
         "outcomes": dict(sorted(Counter(row["outcome"] for row in scored).items())),
         "think_tokens_mean": float(np.mean(tokens)) if on and counted else None,
         "think_tokens_median": float(np.median(tokens)) if on and counted else None,
     }
 
 
-def _share(k: int, n: int) -> dict[str, float]:
-    low, high = wilson(k, n)
+def share(k: int, n: int, repeats: float = 1.0) -> dict[str, float]:
+    """{k, n, share, low, high}: a count with its Wilson interval, for which only every `repeats`-th row is new."""
+    low, high = wilson(k / repeats, n / repeats)
     return {"k": k, "n": n, "share": k / n, "low": low, "high": high}
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
+def over_draws(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict[str, Any]:
+    """{"acc": {mean, sd, all}, "mis": ...} over the draws, each a run of its own with other seeds.
+
+    sd: standard deviation with n - 1, None for a single draw; mis is None with thinking off.
+    """
+    out: dict[str, Any] = {"mis": None}
+    for metric in ("acc", "mis") if _mode(scored) == "on" else ("acc",):
+        values: dict[int, list[bool]] = {}
+        for row, value in zip(scored, indicator(scored, metric, matcher).tolist(), strict=True):
+            values.setdefault(row["draw"], []).append(value)
+        each = [float(np.mean(values[draw])) for draw in sorted(values)]
+        sd = float(np.std(each, ddof=1)) if len(each) > 1 else None
+        out[metric] = {"mean": float(np.mean(each)), "sd": sd, "all": each}
+    return out
+
+
+def warnings(figures: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the headline of a `metrics`: the token budget or the format decided the score."""
+    lines = []
+    for form, why in (("truncated", "the token limit decides part of the score"), ("empty", "nothing to score")):
+        if figures[form]["share"] > WARN:
+            lines.append(f"{100 * figures[form]['share']:.1f} % of the completions are {form}: {why}")
+    if figures["empty_golds"]:
+        lines.append(f"{figures['empty_golds']} gold answers normalise to nothing and can never match")
+    return lines
+
+
+def wilson(k: float, n: float) -> tuple[float, float]:
     """95 % Wilson score interval of a share k/n."""
     assert 0 <= k <= n and n > 0, (k, n)
     centre = (k + Z95**2 / 2) / (n + Z95**2)
@@ -223,11 +272,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     assert len({m["matcher"] for m in results.values()}) == 1, "a table holds one matcher"
     matcher = next(iter(results.values()))["matcher"]
     head = ["", f"Acc {matcher} (95 %)", "Acc k/n", f"Mis {matcher} (95 %)", "Mis k/n"]
-    head += ["EM_a equal", "EM_a contains", "EM_t", "truncated", "thinking tokens"]
+    head += ["EM_a equal", "EM_a contains", "EM_t", "EM_t words", "ok", "truncated", "empty", "thinking tokens"]
     rows = [head]
     for name, m in results.items():
         mis = [_interval(m["mis"]), f"{m['mis']['k']}/{m['n']}"] if m["mis"] else ["-", "-"]
-        fields = ("em_answer_exact", "em_answer_contains", "em_thought_contains", "truncated")
+        fields = ("em_answer_exact", "em_answer_contains", "em_thought_contains", "em_thought_word")
+        fields += ("ok", "truncated", "empty")
         shares = [f"{100 * m[f]['share']:.1f}" if m[f] else "-" for f in fields]
         tokens = "-" if m["think_tokens_median"] is None else f"{m['think_tokens_median']:.0f}"
         rows.append([name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens])
@@ -239,3 +289,81 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _interval(share: Mapping[str, float]) -> str:
     return f"{100 * share['share']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+
+
+def draws_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Acc and Mis of several `metrics` as mean and standard deviation over the draws, as a Markdown table; "" for one.
+
+    Each draw is a run with other seeds; the spread says how far the figures move when nothing but chance changes.
+    """
+    if max(len(m["draws"]["acc"]["all"]) for m in results.values()) < 2:
+        return ""
+    lines = ["| | draws | Acc, mean ± sd | Mis, mean ± sd |", "| --- | ---: | ---: | ---: |"]
+    for name, m in results.items():
+        cells = [
+            "-" if d is None else f"{100 * d['mean']:.2f} ± " + ("-" if d["sd"] is None else f"{100 * d['sd']:.2f}")
+            for d in (m["draws"]["acc"], m["draws"]["mis"])
+        ]
+        lines.append(f"| {name} | {len(m['draws']['acc']['all'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Samples as lm-evaluation-harness logs its own (--log_samples), with our scores under our names.
+
+    resps: the whole completion; filtered_resps: the answer we scored. What the harness itself would score differs.
+    """
+    rows = []
+    for number, sample in enumerate(samples):
+        scored = score(sample)
+        row = {"doc_id": number, "doc": {"id": sample["id"], "question": sample["question"]}}
+        row["doc"]["answer"] = sample["answers"]
+        row |= {"target": sample["answers"], "arguments": [[sample.get("prompt", sample["question"]), {}]]}
+        row |= {"resps": [[sample["text"]]], "filtered_resps": [scored["answer"]], "filter": "none"}
+        row |= {"metrics": ["exact_match"], "exact_match": float(scored["em_a_equal"])}
+        row |= {name: scored[name] for name in ("em_t", "em_t_word", "em_a_contains", "outcome", "draw")}
+        rows.append(row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 3 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES.jsonl", help="saved samples; two: also their difference")
+    parser.add_argument(
+        "--matcher", default="equal", choices=data.MATCHERS, help="answer matcher of Acc and Mis [equal]"
+    )
+    parser.add_argument(
+        "--export-lm-eval", metavar="FILE", help="write the first file in lm-evaluation-harness's format"
+    )
+    given = parser.parse_args(argv)
+    try:
+        rows = {path: read_jsonl(path, SAMPLE_FIELDS) for path in given.samples}
+        scored = {path: [score(row) for row in of] for path, of in rows.items()}
+        results = {
+            f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()
+        }
+        print(table(results))
+        for name, figures in results.items():
+            for line in warnings(figures):
+                print(f"{name}: {line}", file=sys.stderr)
+        if len(scored) == 2:
+            cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
+            clustered = len(set(cluster.values())) < len(cluster)
+            pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
+            for metric, d in pair.items():
+                p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
+                print(
+                    f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}"
+                )
+        if given.export_lm_eval:
+            count = write_jsonl(given.export_lm_eval, lm_eval_rows(rows[given.samples[0]]))
+            print(f"{given.export_lm_eval}: {count} samples")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

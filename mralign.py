@@ -11,11 +11,19 @@ Stages, each reading and writing files under --out:
               committee of language models (3.1.2; docs/annotating.md)
   fit         -> transitions.json, train.jsonl: P, P_pos, P_neg by EM and the weight w of every step (3.2.2, Eq. 10)
   train       -> <method>/adapter_model.safetensors: LoRA under DDP, Eq. 9-12; metrics.jsonl
-  eval        -> eval/<set>/<setting>.jsonl, eval/scores.json: Acc, Mis and their intervals (A.2)
+  search      -> eval/<set>/snippets.jsonl: search results, for settings that end in +ret
+  eval        -> eval/<set>/<setting>.jsonl: samples of every setting on every evaluation set
+  labels      -> eval/<set>/<setting>.labels.jsonl: meta-reasoning labels of evaluated thoughts (--label-eval)
+  judge       -> eval/<set>/<setting>.judged.jsonl, .claims.jsonl, eval/judge.json: TruthfulQA, VeriScore (--judge)
+  scores      -> eval/scores.json: Acc, Mis, their intervals and paired differences (A.2)
+  analysis    -> eval/analysis.json: hit gap, strata, labels and outcomes, transitions before and after (4.4)
   report      -> the tables on stdout, results.json, report.html, figures/
 
+`labels`, `judge`, `scores` and `analysis` need no model: they work on saved samples. `report` loads it, to show the
+log-ratios of a few training rows.
+
 A stage whose settings, inputs and code have not changed since it last finished is not run again. A stage that is named
-on the command line always runs. Left out here: LLM judges.
+on the command line always runs.
 """
 
 import contextlib
@@ -28,6 +36,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,33 +47,42 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+import analysis
 import annotate
+import benchmarks
+import charts
 import data
 import em
 import eval as evaluation
 import export
 import hub
+import judge
 import labelling
 import lora
 import model as qwen
 import page
 import remote
 import report
+import retrieve
 import sample
+import tables
 import train
+import veriscore
 from client import Client, Limits, ServiceError, parse_endpoint
 from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from kernels.segment_logprob import default_impl, segment_logprob
+from ledger import Ledger
 from ranks import Progress, Ranks, process_group
 from settings import cli, opt
 
 ROOT = Path(__file__).resolve().parent
 # A server that samples is silent until a completion is finished.
 PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
+REFINE, RET = "refine", "+ret"  # settings beside thinkoff, base and the methods
 
 
 @dataclass(frozen=True)
-class Config(train.TrainSettings, labelling.LabelSettings):
+class Config(train.TrainSettings, labelling.LabelSettings, judge.JudgeSettings):
     """Every setting of a run. Defaults are the paper's; configs/mini.json holds the miniature's."""
 
     model: str = opt("", "Hugging Face checkpoint: a directory, or an id of the Hub", "what and where")
@@ -108,6 +126,13 @@ class Config(train.TrainSettings, labelling.LabelSettings):
     top_k: int = opt(20, "most probable tokens kept; 0: all")
     min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped")
     max_new: int = opt(8192, "longest completion, tokens")
+    eval_draws: int = opt(1, "completions a question; with several, tables show mean and spread over them")
+    also: str = opt("", "more settings: refine (Self-Refine of the base), a setting with +ret (search results first)")
+    search: str = opt("", "who searches: serper (key in $SERPER_KEY), serper#VARIABLE, or a file of documents")
+    search_cache: str = opt("", "file of search results to reuse and to add to; none: search.jsonl under --out")
+    search_results: int = opt(5, "search results before a question (4.1)")
+    label_eval: int = opt(0, "evaluated thoughts to label, a setting and set, for Fig. 4 (paper: 977); 0: none")
+    judge_sets: str = opt("", "sets of short answers to judge too, comma-separated (SimpleQA's three grades)")
 
 
 class Run:
@@ -117,7 +142,8 @@ class Run:
         self.cfg, self.source, self.ranks, self.out = cfg, source, ranks, Path(cfg.out)
         self.methods = [m.strip() for m in cfg.method.split(",")]
         self.eval_sets = dict(part.split("=", 1) for part in cfg.eval_sets.split(",") if part)
-        self.settings = ["thinkoff", "base", *self.methods]  # what is evaluated
+        self.also = [part.strip() for part in cfg.also.split(",") if part.strip()]
+        self.settings = ["thinkoff", "base", *self.methods, *self.also]  # what is evaluated
         self.impl = cfg.kernel or default_impl(ranks.device)
         self.tokenizer = data.load_tokenizer(source.folder)
         self.template = data.ChatTemplate(source.folder, cfg.system)
@@ -135,9 +161,17 @@ class Run:
         """The samples of one setting on one evaluation set."""
         return self.out / "eval" / name / f"{setting}.jsonl"
 
-    def prompt(self, question: str, mode: str) -> str:
-        """The rendered prompt of a question, thinking "on" or "off"."""
-        return self.template.prompt(data.fill(self.user_turn, question=question), thinking=mode == "on")
+    def turn(self, question: str) -> str:
+        """What the user says: the question in its template."""
+        return data.fill(self.user_turn, question=question)
+
+    def prompt(self, turn: str, mode: str) -> str:
+        """The rendered prompt of a user turn, thinking "on" or "off"."""
+        return self.template.prompt(turn, thinking=mode == "on")
+
+    def file(self, name: str, setting: str, kind: str) -> Path:
+        """A file about one setting on one evaluation set: kind "labels", "judged", "claims" or "feedback"."""
+        return self.samples_path(name, setting).with_suffix(f".{kind}.jsonl")
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
@@ -154,14 +188,20 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     return set(ids)
 
 
+def adapter_of(run: Run, setting: str) -> str:
+    """The method whose adapter a setting uses, "" for the base model."""
+    bare = setting.removesuffix(RET)
+    return bare if bare in run.methods else ""
+
+
 def sampler(run: Run, setting: str) -> Callable[..., None]:
-    """What completes prompts as `setting` does ("base", "thinkoff" or a trained method), as --backend says.
+    """What completes prompts as `setting` does (the base model or a trained method), as --backend says.
 
     Call it with (prompts, seeds, max_new, how: sample.Sampling, finished(index, completion)).
     """
-    cfg = run.cfg
+    cfg, method = run.cfg, adapter_of(run, setting)
     if cfg.backend == "openai":
-        name = setting if setting in run.methods else cfg.served_model or run.source.name
+        name = method or cfg.served_model or run.source.name
         endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
         client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=PATIENCE)
         eos = qwen.Config.from_json(run.source.folder / "config.json").eos_token_id
@@ -178,8 +218,8 @@ def sampler(run: Run, setting: str) -> Callable[..., None]:
 
         return by_server
     model = run.base_model()
-    if setting in run.methods:
-        lora.load(model, run.out / setting)
+    if method:
+        lora.load(model, run.out / method)
         if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
             lora.merge(model)
 
@@ -198,15 +238,17 @@ def draw(
     what: str,
     max_new: int,
     how: sample.Sampling,
+    turn: Callable[[dict[str, Any], int], str] | None = None,
 ) -> float:
     """Sample every (question, mode, draw) of `jobs` and write one JSONL row each to `path`. Returns tokens a second.
 
+    turn: (question, draw) -> what the user says; None: the question in its template.
     The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
     A completion is on disk as soon as it is finished: a run that is killed and started again does the others only.
     """
     ranks, cfg = run.ranks, run.cfg
     mine = jobs[ranks.rank :: ranks.world]
-    prompts = [run.prompt(q["question"], mode) for q, mode, _ in mine]
+    prompts = [run.prompt(turn(q, k) if turn else run.turn(q["question"]), mode) for q, mode, k in mine]
     prompt_ids = [data.encode(run.tokenizer, text) for text in prompts]
     seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
     part = path.with_suffix(f".rank{ranks.rank}.jsonl")
@@ -248,6 +290,8 @@ def stage_sample(run: Run) -> dict[str, Any]:
     cfg = run.cfg
     questions, tally = data.load_questions(cfg.questions, drop_repeated=True)
     run.ranks.log(f"{cfg.questions}: {tally}")
+    if odd := [q for q in questions if q.get("dataset") in benchmarks.NEVER_TRAIN]:
+        raise InputError(f"{cfg.questions}: {odd[0]['dataset']} is for evaluation only; train on other questions")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = draw(run, sampler(run, "base"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
@@ -290,6 +334,13 @@ def candidates_to_label(cfg: Config) -> list[dict[str, Any]]:
     return read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
 
 
+def fitter(cfg: Config) -> Callable[..., em.Transitions]:
+    """How observations become P: EM or the frequency baseline, as set."""
+    if cfg.transitions == "frequency":
+        return functools.partial(em.frequency, prior=cfg.em_prior)
+    return functools.partial(em.fit, max_iter=cfg.em_iterations, damping=cfg.em_damping, prior=cfg.em_prior)
+
+
 def stage_fit(run: Run) -> dict[str, Any]:
     """Transition matrices and step weights."""
     cfg = run.cfg
@@ -307,10 +358,7 @@ def stage_fit(run: Run) -> dict[str, Any]:
             labels[c["id"]] = em.one_label(labels[c["id"]], [s.confidence for s in steps[c["id"]]])
 
     def fit(rows: list[dict[str, Any]]) -> em.Transitions:
-        obs = [o for c in rows for o in em.observations(labels[c["id"]])]
-        if cfg.transitions == "frequency":
-            return em.frequency(obs, prior=cfg.em_prior)
-        return em.fit(obs, max_iter=cfg.em_iterations, damping=cfg.em_damping, prior=cfg.em_prior)
+        return fitter(cfg)([o for c in rows for o in em.observations(labels[c["id"]])])
 
     positive, negative = ([c for c in candidates if c["chosen"] is side] for side in (True, False))
     everything, pos, neg = fit(candidates), fit(positive), fit(negative)
@@ -380,34 +428,230 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
 
 
+def stage_search(run: Run) -> dict[str, Any]:
+    """eval/<set>/snippets.jsonl: {id, results} for every question."""
+    searched = {}
+    for name, path in run.eval_sets.items():
+        questions, _ = data.load_questions(path)
+        found = open_search(run).search([q["question"] for q in questions], run.cfg.search_results)
+        rows = ({"id": q["id"], "results": found[q["question"]]} for q in questions)
+        searched[name] = write_jsonl(run.out / "eval" / name / "snippets.jsonl", rows)
+    return searched
+
+
+def open_search(run: Run) -> retrieve.Serper | retrieve.Documents:
+    """The engine of --search."""
+    return retrieve.engine(run.cfg.search, Path(run.cfg.search_cache or run.out / "search.jsonl"))
+
+
 def stage_eval(run: Run, setting: str) -> None:
-    """Samples of one setting ("thinkoff", "base" or a trained method) on every evaluation set."""
+    """Samples of one setting on every evaluation set."""
     cfg, generate = run.cfg, sampler(run, setting)
-    mode = "off" if setting == "thinkoff" else "on"
+    bare = setting.removesuffix(RET)
+    mode = "off" if bare == "thinkoff" else "on"
     how = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
     for name, path in run.eval_sets.items():
         questions, _ = data.load_questions(path)
-        jobs = [(q, mode, 0) for q in questions]
-        draw(run, generate, jobs, run.samples_path(name, setting), f"{setting} on {name}", cfg.max_new, how)
+        jobs = [(q, mode, k) for q in questions for k in range(cfg.eval_draws)]
+        turn = plain = with_results(run, name) if setting.endswith(RET) else lambda q, k: run.turn(q["question"])
+        if bare == REFINE:
+            source = run.samples_path(name, "base" + setting.removeprefix(REFINE))
+            first, what = answers_of(source), f"{setting} on {name}: feedback"
+            feedback = data.load_prompt(ROOT / "prompts" / "refine_feedback.txt")
+            told = run.file(name, setting, "feedback")
+
+            def criticise(q: dict[str, Any], k: int, text: str = feedback, first: dict = first) -> str:
+                return data.fill(text, question=q["question"], answer=first[q["id"], k])
+
+            draw(run, generate, jobs, told, what, cfg.max_new, how, criticise)
+            turn = refined(plain, first, answers_of(told))
+        draw(run, generate, jobs, run.samples_path(name, setting), f"{setting} on {name}", cfg.max_new, how, turn)
+
+
+def with_results(run: Run, name: str) -> Callable[[dict[str, Any], int], str]:
+    """User turns with the search results of each question in front (4.1)."""
+    template = data.load_prompt(ROOT / "prompts" / "retrieval.txt")
+    found = {r["id"]: r["results"] for r in read_jsonl(run.out / "eval" / name / "snippets.jsonl", ("id", "results"))}
+
+    def turn(q: dict[str, Any], k: int) -> str:
+        return data.fill(template, snippets=retrieve.as_text(found[q["id"]]), prompt=run.turn(q["question"]))
+
+    return turn
+
+
+def answers_of(path: Path) -> dict[tuple[str, int], str]:
+    """(id, draw) -> answer of saved samples, "(none)" where there is none."""
+    return {(r["id"], r["draw"]): data.parse_sample(r).answer or "(none)" for r in read_jsonl(path)}
+
+
+def refined(
+    plain: Callable[[dict[str, Any], int], str], first: dict[tuple[str, int], str], told: dict[tuple[str, int], str]
+) -> Callable[[dict[str, Any], int], str]:
+    """User turns of Self-Refine: the question, the first answer, what the model itself said about it.
+
+    PAPER: Self-Refine, no prompts, no number of rounds.  HERE: one round with our own prompts.
+    WHY:   a round costs two more completions, and how many the paper ran is not said.
+    """
+    template = data.load_prompt(ROOT / "prompts" / "refine.txt")
+
+    def turn(q: dict[str, Any], k: int) -> str:
+        return data.fill(template, prompt=plain(q, k), answer=first[q["id"], k], feedback=told[q["id"], k])
+
+    return turn
+
+
+def thinking_settings(run: Run) -> list[list[str]]:
+    """Settings with thinking on that are compared with each other: without search results, and with them."""
+    on = [s for s in run.settings if s.removesuffix(RET) != "thinkoff"]
+    return [[s for s in on if s.endswith(RET) is ret] for ret in (False, True)]
+
+
+def stage_labels(run: Run) -> dict[str, Any]:
+    """Labels of the evaluated thoughts, for the base model and every method."""
+    annotator = annotate.CueAnnotator(annotate.read_cues(run.cfg.cues))
+    labelled = {}
+    for name in run.eval_sets:
+        for setting in ("base", *run.methods):
+            rows = analysis.to_label(read_jsonl(run.samples_path(name, setting)), run.cfg.label_eval)
+            records, _ = annotate.annotate(rows, annotator)
+            labelled[f"{name}, {setting}"] = write_jsonl(run.file(name, setting, "labels"), records)
+    return labelled
+
+
+def stage_judge(run: Run) -> dict[str, Any]:
+    """eval/judge.json: verdicts on truthful and chosen short answers, claims of long ones."""
+    cfg, stop, server = run.cfg, threading.Event(), run.cfg.judge != "stand-in"
+    if server and run.ranks.world > 1:
+        raise InputError(
+            "a judge may take hours, and other processes do not wait that long: judge with one process "
+            "(python mralign.py ... judge); this command then reuses its verdicts"
+        )
+    with contextlib.ExitStack() as stack:
+        ledger = client = None
+        if server:
+            path = run.out / "judge" / "calls.jsonl"
+            ledger = stack.enter_context(Ledger(path, cfg.budget_usd, cfg.budget_tokens, stop))
+            client = cfg.clients({"judge": parse_endpoint(cfg.judge)}, stop)["judge"]
+        who, second = (judge.open_judge(cfg, ledger, client, cfg.seed + k) for k in range(2))
+        out: dict[str, Any] = who.fingerprint() | {"abstentions": judge.probe(who), "sets": {}}
+        for name, path in run.eval_sets.items():
+            questions = {q["id"]: q for q in data.load_questions(path)[0]}
+            task = next(iter(questions.values())).get("task", "short")
+            if task == "long":
+                out["sets"][name] = judge_long(run, name, who, stop)
+            elif task == "truthful" or name in cfg.judge_sets.split(","):
+                out["sets"][name] = judge_answers(run, name, questions, who, second, stop)
+        if ledger is not None:
+            out["cost"] = {"usd": round(ledger.usd, 6), "tokens": ledger.tokens}
+    write_json(run.out / "eval" / "judge.json", out)
+    return {"judge": who.name, "sets": list(out["sets"])}
+
+
+def judge_answers(
+    run: Run,
+    name: str,
+    questions: dict[str, dict[str, Any]],
+    who: judge.Judge,
+    second: judge.Judge,
+    stop: threading.Event,
+) -> dict[str, Any]:
+    """setting -> summary of the verdicts on one set, with the judge's agreement with itself."""
+    out = {}
+    for setting in run.settings:
+        rows = read_jsonl(run.samples_path(name, setting))
+        graded = judge.grade(rows, questions, who, run.cfg.annotate_concurrency, stop)
+        write_jsonl(run.file(name, setting, "judged"), graded)
+        again = judge.agreement(rows, questions, graded, second, run.cfg.annotate_concurrency, stop)
+        out[setting] = judge.summary(graded) | {"again": again}
+    return out
+
+
+def judge_long(run: Run, name: str, who: judge.Judge, stop: threading.Event) -> dict[str, Any]:
+    """setting -> VeriScore of one set of long answers, under one K; without --search the numbers of claims."""
+    cfg, rows = run.cfg, {}
+    for setting in run.settings:
+        samples = read_jsonl(run.samples_path(name, setting))
+        rows[setting] = veriscore.extract(samples, who, setting, cfg.annotate_concurrency, stop)
+    if cfg.search:
+        claims = [claim for of in rows.values() for row in of for claim in row["all_claims"]]
+        results = open_search(run).search(claims, cfg.verify_results)
+        rows = {s: veriscore.verify(of, results, who, cfg.annotate_concurrency, stop) for s, of in rows.items()}
+    for setting, of in rows.items():
+        write_jsonl(run.file(name, setting, "claims"), of)
+    k = cfg.claims_k or veriscore.median_claims([row for of in rows.values() for row in of])
+    return {setting: veriscore.summary(of, k) for setting, of in rows.items()}
+
+
+def load_scored(run: Run, name: str) -> dict[str, list[dict[str, Any]]]:
+    """setting -> scored samples of one set."""
+    return {
+        setting: [evaluation.score(r, run.tokenizer) for r in read_jsonl(run.samples_path(name, setting))]
+        for setting in run.settings
+    }
+
+
+def short_sets(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """name -> questions of the sets that are scored by exact match: their answers are short."""
+    loaded = {name: data.load_questions(path)[0] for name, path in run.eval_sets.items()}
+    return {name: of for name, of in loaded.items() if of[0].get("task", "short") == "short"}
 
 
 def stage_scores(run: Run) -> None:
     """eval/scores.json: per set and setting the metrics, per set the paired differences between settings."""
     scores: dict[str, Any] = {}
-    for name in run.eval_sets:
-        scored = {
-            setting: [evaluation.score(r, run.tokenizer) for r in read_jsonl(run.samples_path(name, setting))]
-            for setting in run.settings
-        }
-        order = ["base", *run.methods]
-        pairs = [(a, b) for i, a in enumerate(order) for b in order[:i]]
+    seen = {data.normalise(q["question"]) for q in data.load_questions(run.cfg.questions)[0]}
+    for name, questions in short_sets(run).items():
+        scored = load_scored(run, name)
+        pairs = [(a, b) for order in thinking_settings(run) for i, a in enumerate(order) for b in order[:i]]
         # Ids that differ after "#" only ask for the same fact; the bootstrap draws them together.
-        fact = {r["id"]: r["id"].partition("#")[0] for r in scored["base"]}
+        fact: dict[str, str] | None = {q["id"]: q["id"].partition("#")[0] for q in questions}
+        if len(set(fact.values())) == len(fact):
+            fact = None  # every question stands alone: McNemar's test applies
         scores[name] = {
             "metrics": {setting: evaluation.metrics(rows) for setting, rows in scored.items()},
             "differences": {f"{a} - {b}": evaluation.compare(scored[a], scored[b], cluster=fact) for a, b in pairs},
+            "seen_in_training": sum(data.normalise(q["question"]) in seen for q in questions),
         }
+        if any(q.get("needs_options") for q in questions):
+            kept = {q["id"] for q in questions if not q.get("needs_options")}
+            fewer = {s: [row for row in rows if row["id"] in kept] for s, rows in scored.items()}
+            scores[f"{name}, no stems that need options"] = {
+                "metrics": {setting: evaluation.metrics(rows) for setting, rows in fewer.items()},
+                "differences": {},
+                "seen_in_training": scores[name]["seen_in_training"],
+            }
     write_json(run.out / "eval" / "scores.json", scores)
+
+
+def stage_analysis(run: Run) -> None:
+    """eval/analysis.json (analysis.py)."""
+    out: dict[str, Any] = {"positions": {}, "strata": {}, "outcomes": {}, "change": {}}
+    for name in short_sets(run):
+        scored = load_scored(run, name)
+        plain = thinking_settings(run)[0]
+        for setting in plain:
+            samples = read_jsonl(run.samples_path(name, setting))
+            out["positions"][f"{name}, {setting}"] = analysis.positions(samples)
+        out["strata"][name] = {s: analysis.strata(scored["base"], scored[s]) for s in plain if s != "base"}
+        if run.cfg.label_eval:
+            labels = {s: read_labels(run, name, s) for s in ("base", *run.methods)}
+            out["outcomes"][name] = {s: analysis.label_outcomes(scored[s], of) for s, of in labels.items()}
+            before = list(labels["base"].values())
+            out["change"][name] = {
+                m: analysis.change(before, list(labels[m].values()), fitter(run.cfg), seed=run.cfg.seed)
+                for m in run.methods
+            }
+    rows = data.load_train(run.out / "train.jsonl")
+    classes = ([r["labels"] for r in rows if r["label"] is side] for side in (True, False))
+    out["intervals"] = analysis.matrix_intervals(*classes, fitter(run.cfg), seed=run.cfg.seed)
+    out["weights"] = analysis.weight_audit(rows, run.tokenizer)
+    write_json(run.out / "eval" / "analysis.json", out)
+
+
+def read_labels(run: Run, name: str, setting: str) -> dict[str, analysis.Labels]:
+    """id -> labels of the evaluated thoughts that were labelled."""
+    rows = analysis.to_label(read_jsonl(run.samples_path(name, setting)), run.cfg.label_eval)
+    return analysis.labels_of(rows, read_jsonl(run.file(name, setting, "labels")))
 
 
 @dataclass(frozen=True)
@@ -432,13 +676,30 @@ def units(run: Run) -> list[Unit]:
     fit = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
     training = ("dtype", *(f.name for f in dataclasses.fields(train.TrainSettings)))
     labelling_settings = (*labelling.SHAPING, "seed")
-    scoring = ("eval_sets", *decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
+    drawing = (*decoding, "temperature", "top_p", "top_k", "min_p", "max_new")
+    evaluating = ("eval_sets", *drawing, "eval_draws", "search", "search_results")
     sets = [Path(p) for p in run.eval_sets.values()]
-    adapter = {s: [out / s / lora.WEIGHTS] if s in run.methods else [] for s in run.settings}
+    adapter = {m: [out / m / lora.WEIGHTS] for m in run.methods}
     sampled_on = {s: [run.samples_path(name, s) for name in run.eval_sets] for s in run.settings}
     rows, sampled, labelled = out / "candidates.jsonl", out / "samples.jsonl", out / "annotations.jsonl"
     fitted = [out / "transitions.json", out / "train.jsonl"]
-    scores = [out / "eval" / "scores.json"]
+    scores, analysed = out / "eval" / "scores.json", out / "eval" / "analysis.json"
+    snippets = [out / "eval" / name / "snippets.jsonl" for name in run.eval_sets]
+    labels = [run.file(name, s, "labels") for name in run.eval_sets for s in ("base", *run.methods)]
+    judged = out / "eval" / "judge.json"
+    judging = (
+        "judge",
+        "judge_max_tokens",
+        "judge_sets",
+        "search",
+        "verify_results",
+        "claims_k",
+        "seed",
+    )
+    which = ("method", "also", "eval_sets")
+    prompts = sorted((ROOT / "prompts").glob("judge_*.txt"))
+    all_samples = sum(sampled_on.values(), [])
+    documents = [Path(cfg.search)] if cfg.search and not cfg.search.startswith("serper") else []
     questions = [Path(cfg.questions)]
     return [
         Unit("sample", lambda: stage_sample(run), decoding + draws, model + questions, [sampled], True),
@@ -457,19 +718,56 @@ def units(run: Run) -> list[Unit]:
             for m in run.methods
         ),
         *(
-            Unit(f"eval {s}", lambda s=s: stage_eval(run, s), scoring, model + sets + adapter[s], sampled_on[s], True)
+            [Unit("search", lambda: stage_search(run), ("search", "search_results"), sets + documents, snippets, False)]
+            if any(s.endswith(RET) for s in run.settings)
+            else []
+        ),
+        *(
+            Unit(f"eval {s}", lambda s=s: stage_eval(run, s), evaluating, reads(run, s), sampled_on[s], True)
             for s in run.settings
         ),
+        *(
+            [Unit("labels", lambda: stage_labels(run), ("label_eval",), [*all_samples, Path(cfg.cues)], labels, False)]
+            if cfg.label_eval
+            else []
+        ),
+        *(
+            [Unit("judge", lambda: stage_judge(run), judging + which, [*sets, *all_samples, *prompts], [judged], False)]
+            if cfg.judge
+            else []
+        ),
+        Unit("scores", lambda: stage_scores(run), which, [*questions, *sets, *all_samples], [scores], False),
         Unit(
-            "eval scores",
-            lambda: stage_scores(run),
-            ("method", "eval_sets"),
-            sum(sampled_on.values(), []),
-            scores,
+            "analysis",
+            lambda: stage_analysis(run),
+            (*which, "label_eval", "seed", *fit),
+            [*sets, *all_samples, *fitted, *(labels if cfg.label_eval else [])],
+            [analysed],
             False,
         ),
-        Unit("report", lambda: stage_report(run), ("method",), [*fitted, *scores], [out / "results.json"], False),
+        Unit(
+            "report",
+            lambda: stage_report(run),
+            which,
+            [*fitted, scores, analysed, *([judged] if cfg.judge else [])],
+            [out / "results.json"],
+            False,
+        ),
     ]
+
+
+def reads(run: Run, setting: str) -> list[Path]:
+    """The files that the samples of a setting depend on."""
+    method, out = adapter_of(run, setting), run.out
+    files = [*model_files(run.source.folder), *map(Path, run.eval_sets.values())]
+    files += [out / method / lora.WEIGHTS] if method else []
+    if setting.endswith(RET):
+        files += [ROOT / "prompts" / "retrieval.txt"]
+        files += [out / "eval" / name / "snippets.jsonl" for name in run.eval_sets]
+    if setting.startswith(REFINE):
+        files += [ROOT / "prompts" / name for name in ("refine_feedback.txt", "refine.txt")]
+        files += [run.samples_path(name, "base" + setting.removeprefix(REFINE)) for name in run.eval_sets]
+    return files
 
 
 def perform(run: Run, unit: Unit, forced: bool) -> None:
@@ -531,49 +829,123 @@ def digest(value: Any) -> str:
 
 def stage_report(run: Run) -> dict[str, Any]:
     """results.json, the figures, report.html and the tables on stdout."""
-    out, figures = run.out, run.out / "figures"
-    scores, transitions = read_json(out / "eval" / "scores.json"), read_json(out / "transitions.json")
+    out = run.out
+    scores, analysed = read_json(out / "eval" / "scores.json"), read_json(out / "eval" / "analysis.json")
+    judged = read_json(out / "eval" / "judge.json") if run.cfg.judge else {"sets": {}}
+    transitions = read_json(out / "transitions.json")
     rows = data.load_train(out / "train.jsonl")
-    curves = {m: read_jsonl(out / m / "metrics.jsonl") for m in run.methods}
-    report.transition_figure(transitions, figures / "transitions.png")
-    report.weights_figure(rows, figures / "weights.png")
-    report.curves_figure(curves, figures / "curves.png")
     shown = traces(run, rows, transitions)
+    images = draw_figures(run, transitions, rows, analysed)
     if run.methods != ["sft"]:  # SFT has no reward to draw
         story = one_question(run, shown[0], rows, transitions)
-        write_json(figures / "one_question.json", story)
-        report.one_question_figure(story, figures / "one_question.svg")
+        write_json(out / "figures" / "one_question.json", story)
+        report.one_question_figure(story, out / "figures" / "one_question.svg")
     stages = {u.name: read_json(p) for u in units(run) if (p := receipt_path(run, u)).exists()}
     results = {
         "receipt": receipt(run),
         "stages": {name: {"seconds": r["seconds"], **(r["result"] or {})} for name, r in stages.items()},
-        "weights": report.weight_audit(rows),
+        "weights": analysed["weights"],
         "scores": scores,
+        "judge": judged,
     }
-    tables = {}
-    for name, of in scores.items():
-        text = evaluation.table(of["metrics"])
-        print(f"\n{name}\n{text}\n\n{difference_lines(of['differences'])}")
-        tables[f"Results on {name}"] = page.markdown_rows(text)
-    tables["Step weights by class"] = results["weights"]
+    notes = print_scores(scores, judged)
     settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if v != ""}
     page.trace_page(
         shown,
         out / "report.html",
         f"MR-ALIGN run {out.name}",
-        tables=tables,
-        images={
-            "Transition matrices and step weights": figures / "transitions.png",
-            "Weights of all steps": figures / "weights.png",
-            "Training": figures / "curves.png",
-        },
+        tables=tables.of_run(results, analysed, weighted_method(run)),
+        images=images,
         facts={"Receipt": results["receipt"], "Settings": settings},
+        pairs=before_and_after(run),
+        notes=notes,
     )
     for method in run.methods:
         write_card(run, method, scores)
     write_json(out / "results.json", results)
     print(f"\n{out}/results.json, {out}/report.html, {out}/figures/, adapters in {out}/<method>/")
     return {}
+
+
+def draw_figures(
+    run: Run, transitions: dict[str, Any], rows: list[dict[str, Any]], analysed: dict[str, Any]
+) -> dict[str, Path]:
+    """All figures of the run as PNG; caption -> file, in the order of the page."""
+    folder, images = run.out / "figures", {}
+
+    def add(caption: str, file: str, drawn: Callable[[Path], None]) -> None:
+        drawn(folder / file)
+        images[caption] = folder / file
+
+    positions, strata, method = analysed["positions"], analysed["strata"], weighted_method(run)
+    if positions:
+        add("Where the right answer is lost (Fig. 1)", "positions.png", lambda p: charts.positions_figure(positions, p))
+        add("Who gains (Fig. 5)", "strata.png", lambda p: charts.strata_figure(strata, p))
+    for name, of in analysed["change"].items():
+        file = "change.png" if name == next(iter(analysed["change"])) else f"change-{name}.png"
+        caption = f"How the thinking changed on {name} (Fig. 4)"
+        add(caption, file, lambda p, of=of: charts.change_figure(of[method], "base", method, p))
+    for name, of in analysed["outcomes"].items():
+        file = "outcomes.png" if name == next(iter(analysed["outcomes"])) else f"outcomes-{name}.png"
+        two = {s: of[s] for s in ("base", method)}
+        add(f"Labels and outcomes on {name}", file, lambda p, two=two: charts.outcomes_figure(two, p))
+    caption = "Transition matrices and step weights (Fig. 7)"
+    add(caption, "transitions.png", lambda p: report.transition_figure(transitions, p))
+    add("Weights of all steps", "weights.png", lambda p: report.weights_figure(rows, p))
+    curves = {m: read_jsonl(run.out / m / "metrics.jsonl") for m in run.methods}
+    add("Training", "curves.png", lambda p: report.curves_figure(curves, p))
+    return images
+
+
+def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
+    """The tables on stdout; returns what must be known before them, which goes to stderr and on the page."""
+    notes = []
+    for name, of in scores.items():
+        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{difference_lines(of['differences'])}")
+        if text := evaluation.draws_table(of["metrics"]):
+            print(f"\n{text}")
+        notes += [f"{name}, {s}: {line}" for s, m in of["metrics"].items() for line in evaluation.warnings(m)]
+        if of["seen_in_training"]:
+            notes.append(f"{name}: {of['seen_in_training']} of its questions are also training questions")
+    for name, of in judged["sets"].items():
+        print(f"\n{name}, judge: {judged['judge']}\n{tables.markdown(tables.judge_rows(of))}")
+    if judged["sets"] and judged["judge"] == judge.STAND_IN:
+        notes.append(
+            "the judge is a stand-in that goes by rules: its figures show that the path works, not what is true"
+        )
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
+    return notes
+
+
+def before_and_after(run: Run, n: int = 6) -> list[dict[str, Any]]:
+    """Questions of the first set as the base model and the aligned one thought about them.
+
+    First where the base dropped the gold and the aligned model used it, then where alignment made it worse, then where
+    both fail; what is shown is the first of each kind in the order of the questions, not a choice.
+    """
+    method = weighted_method(run)
+    for name in list(short_sets(run))[:1]:
+        kinds: dict[str, list[dict[str, Any]]] = {"found, then used": [], "made worse": [], "wrong in both": []}
+        sides = {
+            s: {r["id"]: r for r in read_jsonl(run.samples_path(name, s)) if r["draw"] == 0} for s in ("base", method)
+        }
+        labels = {s: read_labels(run, name, s) if run.cfg.label_eval else {} for s in sides}
+        for key, sample_before in sides["base"].items():
+            before, after = evaluation.score(sample_before), evaluation.score(sides[method][key])
+            good = [x["em_t"] and x["em_a_equal"] for x in (before, after)]
+            if good == [False, True] and before["em_t"]:
+                kind = "found, then used"
+            elif not good[1]:
+                kind = "made worse" if good[0] else "wrong in both"
+            else:
+                continue
+            if len(kinds[kind]) < n // 2:
+                told = {s: report.told(sides[s][key], labels[s].get(key)) for s in sides}
+                pair = {"id": key, "question": sample_before["question"], "golds": sample_before["answers"]}
+                kinds[kind].append(pair | {"kind": kind, "set": name, "sides": told})
+        return [pair for of in kinds.values() for pair in of][:n]
+    return []
 
 
 def difference_lines(differences: dict[str, Any]) -> str:
@@ -601,6 +973,8 @@ def receipt(run: Run) -> dict[str, Any]:
         "device": f"{run.ranks.device.type} {device}, {os.cpu_count()} cores",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, op {run.impl}",
         "seed": run.cfg.seed,
+        "decoding": f"{run.cfg.eval_draws} draw(s), temperature {run.cfg.temperature}, top_p {run.cfg.top_p}, top_k "
+        f"{run.cfg.top_k}, min_p {run.cfg.min_p}, at most {run.cfg.max_new} tokens, {run.cfg.backend}",
     }
 
 
@@ -720,9 +1094,30 @@ def check(cfg: Config) -> None:
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
     labelling.check(cfg)
+    check_settings(cfg)
     for path in (cfg.questions, cfg.prompt, *(part.split("=", 1)[1] for part in cfg.eval_sets.split(","))):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file; paths are relative to the current directory")
+
+
+def check_settings(cfg: Config) -> None:
+    """Refuse evaluation settings that do not exist or lack what they need. Raises InputError."""
+    methods = [m.strip() for m in cfg.method.split(",")]
+    also = [part.strip() for part in cfg.also.split(",") if part.strip()]
+    known = {REFINE, *(s + RET for s in ("thinkoff", "base", REFINE, *methods))}
+    for k, setting in enumerate(also):
+        if setting not in known or setting in also[:k]:
+            raise InputError(f"--also {setting!r} is not one of {', '.join(sorted(known))}, each once")
+        if setting.endswith(RET) and not cfg.search:
+            raise InputError(f"--also {setting} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
+        if setting == REFINE + RET and "base" + RET not in also[:k]:
+            raise InputError(f"--also {setting} refines the samples of base{RET}; put base{RET} before it")
+    for name in ("eval_draws", "search_results"):
+        if getattr(cfg, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
+    if cfg.label_eval and cfg.annotator != "cues":
+        raise InputError("--label-eval labels by cue phrases only; use --annotator cues or leave --label-eval at 0")
+    judge.check(cfg)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -759,7 +1154,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(dict.fromkeys(known))}")
             ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
             for mode in ("on", "off"):
-                ranks.log(f"prompt, thinking {mode}: {run.prompt('QUESTION', mode)!r}")
+                ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
             for unit in work:
                 if not rest.stages or unit.name.split()[0] in rest.stages:

@@ -32,7 +32,7 @@ p { margin: .3rem 0 }
 
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap }
+th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap }
 th { color: var(--faint); font-weight: 500 }
 th:first-child, td:first-child { text-align: left }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .1rem 1.5rem; margin: .2rem 0;
@@ -49,6 +49,16 @@ figure div { overflow-x: auto; border-radius: 6px; background: #fff }
 figure img { display: block; width: 100%; cursor: zoom-in }
 figure input:checked + div img { width: auto; max-width: none; cursor: zoom-out }
 figure input:focus-visible + div { outline: 2px solid var(--faint) }
+
+.note { border-left: 3px solid var(--bad); padding: .1rem .7rem; margin: .4rem 0 }
+nav { font-size: .87rem; columns: 3 16rem; margin: .8rem 0 }
+nav a { display: block; color: inherit; text-decoration-color: var(--rule) }
+details { margin: .35rem 0 }
+summary { cursor: pointer; font-weight: 600 }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem }
+.two h4 { margin: .5rem 0 .2rem; font-size: .87rem; color: var(--faint); font-weight: 500 }
+.two .text { margin: .2rem 0 }
+.two i { display: block; font-size: .75rem; font-style: normal; color: var(--faint) }
 
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: center; font-size: .87rem }
 .bar { display: inline-flex; vertical-align: middle; margin: 0 .4rem }
@@ -75,6 +85,7 @@ ol { list-style: none; margin: .6rem 0 0; padding: 0 }
 .tip td, .tip th { padding: .05rem .9rem .05rem 0; border: 0; text-align: left; white-space: normal }
 .text:hover + .tip, .text:focus + .tip { display: block }
 @media (max-width: 44rem) {
+  .two { grid-template-columns: 1fr }
   .step { grid-template-columns: 1fr; gap: 0 }
   .side { text-align: left }
   .side br { display: none }
@@ -86,10 +97,14 @@ ol { list-style: none; margin: .6rem 0 0; padding: 0 }
   body { max-width: none; padding: 0; font-size: 10pt }
   .wide { overflow: visible }
   table { font-size: 8pt }
-  th, td { white-space: normal; padding-right: .5rem }
+  @page { size: A4 landscape; margin: 12mm }
+  th { white-space: normal }
+  th, td { padding-right: .5rem }
   .step, figure, tr { break-inside: avoid }
   h2, h3, .head { break-after: avoid }
-  .tip { display: none !important }
+  .tip, nav { display: none !important }
+  details::details-content { content-visibility: visible; display: block }
+  .two .text, .two h4 { break-inside: avoid }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
 }
 """
@@ -220,6 +235,28 @@ def trace_html(row: Mapping[str, Any]) -> str:
     )
 
 
+def side_html(name: str, side: Mapping[str, Any], golds: Sequence[str]) -> str:
+    """One model's completion: verdict, labelled segments, answer."""
+    mark = "good" if side["good"] else "bad"
+    parts = [f'<h4>{escape(name)}: <span class="verdict {mark}">{escape(side["verdict"])}</span></h4>']
+    for segment in side["segments"]:
+        labels = " + ".join(label.replace("_", " ") for label in segment["labels"])
+        tag = f"<i>{escape(labels)}</i>" if labels else ""
+        parts.append(f'<div class="text even">{tag}{underline_golds(segment["text"], golds)}</div>')
+    answer = underline_golds(plain_answer(side["answer"]), golds) or "(no answer)"
+    return f'<div>{"".join(parts)}<div class="text answer"><i>answer</i>{answer}</div></div>'
+
+
+def pair_html(pair: Mapping[str, Any]) -> str:
+    """One question as two models thought about it, side by side."""
+    sides = "".join(side_html(name, side, pair["golds"]) for name, side in pair["sides"].items())
+    return (
+        f'<article class="trace"><div class="head"><h3>{escape(pair["question"])}</h3><p class="faint">'
+        f"{escape(pair['kind'])} · gold: {escape(' / '.join(pair['golds']))} · {escape(pair['set'])}, "
+        f'{escape(pair["id"])}</p></div><div class="two">{sides}</div></article>'
+    )
+
+
 def legend_html() -> str:
     """The colour scale of w."""
     bars = []
@@ -233,6 +270,29 @@ def legend_html() -> str:
     )
 
 
+def anchor(name: str) -> str:
+    """The id of a heading."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def heading_html(name: str) -> str:
+    """A heading that the contents point at."""
+    return f'<h2 id="{escape(anchor(name))}">{escape(name)}</h2>'
+
+
+def section_html(name: str, table: str, folded: bool) -> str:
+    """A table under its heading; folded: the heading opens it."""
+    if not folded:
+        return heading_html(name) + table
+    return f'<details id="{escape(anchor(name))}"><summary>{escape(name)}</summary>{table}</details>'
+
+
+def contents_html(names: Sequence[str]) -> str:
+    """Links to the sections."""
+    links = "".join(f'<a href="#{escape(anchor(name))}">{escape(name)}</a>' for name in names)
+    return f"<nav>{links}</nav>"
+
+
 def trace_page(
     rows: Sequence[Mapping[str, Any]],
     path: str | Path,
@@ -241,19 +301,29 @@ def trace_page(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     images: Mapping[str, str | Path],
     facts: Mapping[str, Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write one self-contained HTML page about a run.
 
     rows: traces {"id", "question", "golds" [str], "chosen" bool, "outcome" str, "answer" str, "segments": step_records,
     each with "tokens" int and "logratio" float where known, "answer_logratio" float where known}.
     tables: heading -> rows of a table. images: caption -> PNG file. facts: heading -> name -> value, such as settings
-    and receipts. Tables come first, then images, traces and facts, each in the given order.
+    and receipts. pairs: questions before and after alignment {"id", "set", "question", "golds", "kind", "sides": model
+    -> `report.told`}. notes: what a reader must know first. Notes come first, then tables, images, pairs, traces and
+    facts, each in the given order. Tables after the first four are folded; in print they are open.
     """
-    parts = [f"<h1>{escape(title)}</h1>"]
-    parts += [f"<h2>{escape(name)}</h2>{table_html(table)}" for name, table in tables.items() if table]
-    parts += ["<h2>Figures</h2>"] * bool(images) + [image_html(caption, png) for caption, png in images.items()]
-    parts += ["<h2>Traces</h2>", legend_html(), *(trace_html(row) for row in rows)]
-    parts += [f"<h2>{escape(name)}</h2>{facts_html(fact)}" for name, fact in facts.items() if fact]
+    parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    places = [(name, table_html(table)) for name, table in tables.items() if table]
+    more = ["Figures"] * bool(images) + ["Before and after"] * bool(pairs) + ["Traces"]
+    parts.append(contents_html([name for name, _ in places] + more))
+    parts += [section_html(name, table, folded=k >= 4) for k, (name, table) in enumerate(places)]
+    if images:
+        parts += [heading_html("Figures"), *(image_html(caption, png) for caption, png in images.items())]
+    if pairs:
+        parts += [heading_html("Before and after"), *(pair_html(pair) for pair in pairs)]
+    parts += [heading_html("Traces"), legend_html(), *(trace_html(row) for row in rows)]
+    parts += [f"{heading_html(name)}{facts_html(fact)}" for name, fact in facts.items() if fact]
     body = "\n".join(parts)
     # The page shows text that a model wrote: nothing in it may run or load anything.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

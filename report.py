@@ -28,7 +28,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.textpath import TextToPath
 
+import data
 import em
+import eval as evaluation
 from files import InputError, atomic_write
 
 INK, FAINT, RULE = "#1b1f24", "#68707a", "#c9ced4"
@@ -137,7 +139,16 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
         ax.add_patch(Rectangle((b - 0.5, a - 0.5), 1, 1, fc="#eef0f2", ec="#d5d9de", hatch="////", lw=0))
 
 
-def _cells(ax: Axes, rgba: np.ndarray, texts: np.ndarray, support: np.ndarray) -> None:
+def extremes(w: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """(17, 17) bool: moves whose weight is among the highest or lowest 15 % of those with support (Fig. 7)."""
+    seen = ~np.isnan(w) & (support >= 1)
+    if not seen.any():
+        return seen
+    low, high = np.quantile(w[seen], [0.15, 0.85])
+    return seen & ((w <= low) | (w >= high))
+
+
+def _cells(ax: Axes, rgba: np.ndarray, texts: np.ndarray, support: np.ndarray, bold: np.ndarray | None = None) -> None:
     """Coloured cells with a text in each; cells with support below 1 are faded and stay empty."""
     rgba = rgba.copy()
     faded = support < 1
@@ -146,7 +157,9 @@ def _cells(ax: Axes, rgba: np.ndarray, texts: np.ndarray, support: np.ndarray) -
     dark = rgba[..., :3] @ [0.299, 0.587, 0.114] < 0.55
     for (a, b), text in np.ndenumerate(texts):
         if text:
-            ax.text(b, a, text, ha="center", va="center_baseline", fontsize=6, color="white" if dark[a, b] else INK)
+            weight = "bold" if bold is not None and bold[a, b] else "normal"
+            tint = "white" if dark[a, b] else INK
+            ax.text(b, a, text, ha="center", va="center_baseline", fontsize=6, color=tint, weight=weight)
 
 
 def probability_colours(P: np.ndarray) -> np.ndarray:
@@ -166,7 +179,7 @@ def _weight_panel(ax: Axes, w: np.ndarray, mark: np.ndarray, C: np.ndarray, titl
     rgba = W_MAP(W_NORM(np.log(np.where(np.isnan(w), 1.0, w))))
     texts = np.where(C >= 1, np.vectorize(lambda x: f"{x:.2f}".removeprefix("0"))(w), "")
     texts = np.where(mark > 0, "▲", np.where(mark < 0, "▼", texts))
-    _cells(ax, rgba, np.where(np.isnan(w), "", texts), C)
+    _cells(ax, rgba, np.where(np.isnan(w), "", texts), C, extremes(w, C))
     _frame(ax, title, left)
 
 
@@ -187,6 +200,7 @@ def _legend_panel(ax: Axes, n_pos: int, n_neg: int) -> None:
         "P: colour = Pr(after | before), number = soft count of such moves.",
         "w: colour = log w, number = w; it multiplies every token of the step after.",
         "▲ clipped at e      ▼ clipped at 1/e      hatched: move forbidden",
+        "Bold: the highest and the lowest 15 % of w.",
         "Faded: fewer than one such move in that set of traces.",
         "A move into <stop> is counted but weights no token.",
         f"Traces: {n_pos} chosen, {n_neg} rejected.",
@@ -194,7 +208,7 @@ def _legend_panel(ax: Axes, n_pos: int, n_neg: int) -> None:
     for i, line in enumerate(lines):
         ax.text(-0.22, 0.98 - 0.06 * i, line, fontsize=8, transform=ax.transAxes)
     handles = [Patch(color=colour, label=strategy) for strategy, colour in MACRO_COLOURS.items()]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 0.58), frameon=False, fontsize=8)
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.26, 0.53), frameon=False, fontsize=8)
     places = np.linspace(0, 1, 256)
     _colour_bar(ax, 0.19, "P", probability_colours(places), {0: "0", 0.25: ".25", 0.5: ".5", 0.75: ".75", 1: "1"})
     ticks = {(math.log(w) + 1) / 2: text for w, text in zip(W_TICKS, W_TICK_TEXTS, strict=True)}
@@ -222,36 +236,6 @@ def transition_figure(transitions: Mapping[str, Any], path: str | Path) -> None:
 
 
 # Weights of the training rows ------------------------------------------------------------------------------------
-
-
-def weight_audit(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per class on the weights its steps got: is the weighting more than a change of scale?
-
-    rows: train.jsonl. "clipped" are shares of steps at the clips of Eq. 10; "thought share" is the weight that the
-    thought's characters carry among all characters of the completion, and "unweighted" the same with w = 1.
-    """
-    out = []
-    for name, side in (("chosen", True), ("rejected", False)):
-        mine = [r for r in rows if r["label"] is side]
-        w = np.array([w for r in mine for w in r["w"]])
-        if not len(w):
-            continue
-        sizes = np.array([c1 - c0 for r in mine for c0, c1 in r["spans"]], dtype=np.float64)
-        rest = sum(len(r["completion"]) for r in mine) - sizes.sum()
-        out.append(
-            {
-                "class": name,
-                "traces": len(mine),
-                "steps": len(w),
-                "mean w": round(float(w.mean()), 3),
-                "median w": round(float(np.median(w)), 3),
-                "clipped at 1/e": f"{100 * np.mean(w <= em.CLIP[0]):.1f} %",
-                "clipped at e": f"{100 * np.mean(w >= em.CLIP[1]):.1f} %",
-                "thought share": f"{100 * (w * sizes).sum() / ((w * sizes).sum() + rest):.1f} %",
-                "unweighted": f"{100 * sizes.sum() / (sizes.sum() + rest):.1f} %",
-            }
-        )
-    return out
 
 
 def weights_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -373,6 +357,28 @@ def step_records(
             }
         )
     return records
+
+
+def told(sample: Mapping[str, Any], labels: Sequence[Sequence[str]] | None) -> dict[str, Any]:
+    """One completion for the page: {"segments": [{text, labels}], "answer", "verdict", "good"}.
+
+    sample: a sample record. labels: of every step where each segment is one, None where it was not labelled.
+    """
+    parsed = data.parse_sample(sample)
+    spans = data.split_segments(sample["text"], *parsed.span) if parsed.span else []
+    fits = labels is not None and len(labels) == len(spans)
+    segments = [
+        {"text": sample["text"][a:b].strip(), "labels": list(labels[k]) if fits else []}
+        for k, (a, b) in enumerate(spans)
+    ]
+    scored = evaluation.score(sample)
+    found = "in the thought" if scored["em_t"] else "not in the thought"
+    if scored["truncated"]:
+        verdict = "cut short"
+    else:
+        verdict = f"{'right' if scored['em_a_equal'] else 'wrong'}, gold {found}"
+    good = scored["em_t"] and scored["em_a_equal"]
+    return {"segments": segments, "answer": parsed.answer, "verdict": verdict, "good": good}
 
 
 def sigmoid(x: float) -> float:

@@ -97,6 +97,7 @@ def rows(counts, mode="on"):
                 "outcome": "ok",
                 "form": "ok",
                 "n_think_tokens": len(out),
+                "n_empty_golds": 0,
             }
             row |= {"em_t": t, "em_t_word": t, "em_a_equal": equal, "em_a_contains": contains, "gold_in_question": 0}
             out.append(row)
@@ -239,6 +240,79 @@ def test_two_runs_compared():
         evaluation.compare(a, b[:-1])
 
 
+# ---------- several draws, pitfalls
+
+
+def test_draws_are_pooled_and_a_question_counts_once_in_an_interval():
+    once = rows({(1, 1, 1): 3, (1, 0, 0): 5, (0, 0, 0): 2})
+    again = [r | {"draw": 1} for r in rows({(1, 1, 1): 5, (1, 0, 0): 3, (0, 0, 0): 2})]
+    got = evaluation.metrics(once + again)
+    assert (got["n"], got["questions"], got["acc"]["k"], got["acc"]["n"]) == (20, 10, 8, 20)
+    expected = stats.binomtest(4, 10).proportion_ci(method="wilson")  # 4 of 10 questions, not 8 of 20
+    assert (got["acc"]["low"], got["acc"]["high"]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert got["draws"]["acc"] == {"mean": 0.4, "sd": pytest.approx(0.02**0.5), "all": [0.3, 0.5]}
+    assert got["draws"]["mis"]["all"] == [0.5, 0.3]
+    assert evaluation.metrics(once)["draws"]["acc"] == {"mean": 0.3, "sd": None, "all": [0.3]}
+    text = evaluation.draws_table({"a": got, "b": evaluation.metrics(rows({(0, 1, 1): 1}, mode="off"))})
+    assert text.splitlines()[2:] == [
+        "| a | 2 | 40.00 ± 14.14 | 40.00 ± 14.14 |",
+        "| b | 1 | 100.00 ± - | - |",
+    ]
+    assert evaluation.draws_table({"a": evaluation.metrics(once)}) == ""
+
+
+def test_gold_answers_that_normalise_to_nothing_are_counted():
+    scored = [evaluation.score(sample("A+", ["A+", "---", "B"], mode="off"))]
+    figures = evaluation.metrics(scored)
+    assert figures["empty_golds"] == 2 and figures["acc"]["k"] == 0
+    assert "2 gold answers normalise to nothing" in evaluation.warnings(figures)[0]
+
+
+def test_a_truncated_share_above_one_percent_is_said():
+    texts = [think("Paris", "Paris")] * 98
+    done = [evaluation.score(sample(t, name=str(k))) for k, t in enumerate(texts)]
+    cut = [evaluation.score(sample("<think>Paris", name=f"cut{k}", finish="length")) for k in range(2)]
+    assert evaluation.warnings(evaluation.metrics(done)) == []
+    one = evaluation.metrics(done + [done[0] | {"id": "98"}] + cut[:1])
+    assert one["truncated"]["share"] == 0.01 and evaluation.warnings(one) == []  # above 1 %, not at it
+    assert "2.0 % of the completions are truncated" in evaluation.warnings(evaluation.metrics(done + cut))[0]
+
+
+def test_braces_in_a_question_are_text():
+    assert (
+        data.fill("Q: {question}\nA: {answer}", question="{answer}", answer="{question}")
+        == "Q: {answer}\nA: {question}"
+    )
+
+
+def test_substring_and_word_containment_differ_where_they_should():
+    got = evaluation.score(sample(think("the several eras", "x"), ["era", "AI"]))
+    assert (got["em_t"], got["em_t_word"]) == (True, False)
+    got = evaluation.score(sample(think("not Mark Twain", "not Mark Twain"), ["Mark Twain"]))
+    assert (got["em_a_equal"], got["em_a_contains"]) == (False, True)
+
+
+# ---------- the command line
+
+
+def test_saved_samples_are_scored_again_and_exported(tmp_path, capsys):
+    one = [sample(think("Paris", "Paris"), name=str(k)) for k in range(3)] + [sample(think("Paris", "Rome"), name="3")]
+    two = [sample(think("Paris", "Rome"), name=str(k)) for k in range(4)]
+    paths = [str(tmp_path / name / "nq.jsonl") for name in ("a", "b")]
+    for path, of in zip(paths, (one, two), strict=True):
+        files.write_jsonl(path, of)
+    out = tmp_path / "lm.jsonl"
+    assert evaluation.main([*paths, "--export-lm-eval", str(out)]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "a/nq" in line)
+    assert " 75.0 [" in row and " 3/4 " in row
+    assert "acc: +75.00 [" in printed and "McNemar p 0.25" in printed  # three pairs differ, all one way: 2 / 2^3
+    exported = files.read_jsonl(out, ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "exact_match"))
+    assert [r["exact_match"] for r in exported] == [1.0, 1.0, 1.0, 0.0]
+    assert exported[3]["filtered_resps"] == ["Rome"] and exported[3]["resps"] == [[one[3]["text"]]]
+    assert evaluation.main([str(tmp_path / "absent.jsonl")]) == 3
+
+
 # ---------- the table
 
 
@@ -253,7 +327,7 @@ def test_table():
     assert cells[2][0] == "ThinkOff" and cells[2][2:5] == ["3/4", "-", "-"] and cells[2][7] == "-"
     low, high = (100 * x for x in stats.binomtest(5, 20).proportion_ci(method="wilson"))
     assert cells[3][:3] == ["MR-ALIGN", f"25.0 [{low:.1f}, {high:.1f}]", "5/20"]
-    assert cells[3][4:] == ["9/20", "35.0", "55.0", "60.0", "0.0", "10"]
+    assert cells[3][4:] == ["9/20", "35.0", "55.0", "60.0", "60.0", "100.0", "0.0", "0.0", "10"]
     assert all(re.fullmatch(r"-+:?", c) for c in cells[1])
     with pytest.raises(AssertionError):
         evaluation.table({"a": on, "b": evaluation.metrics(rows({(1, 1, 1): 1}), "contains")})

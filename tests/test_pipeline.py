@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from files import InputError, read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]
-STAGES += ["eval thinkoff", "eval base", "eval kto", "eval mralign", "eval scores", "report"]
+STAGES += ["eval thinkoff", "eval base", "eval kto", "eval mralign", "scores", "analysis", "report"]
 FAST = ["--epochs", "1", "--method", "kto,mralign"]
 
 
@@ -38,6 +39,8 @@ def slices(tmp_path_factory) -> dict[str, Path]:
     paths = {"questions": folder / "train.jsonl", "test": folder / "test.jsonl", "folder": folder}
     write_jsonl(paths["questions"], read_jsonl(ROOT / "mini/questions/train.jsonl")[::8])
     write_jsonl(paths["test"], read_jsonl(ROOT / "mini/questions/test.jsonl")[:40])
+    paths["few"] = folder / "few.jsonl"
+    write_jsonl(paths["few"], read_jsonl(ROOT / "mini/questions/test.jsonl")[:10])
     return paths
 
 
@@ -153,6 +156,43 @@ def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
+def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
+    """Search results, Self-Refine, several draws, labels, a judge: what each leaves adds up."""
+    out = tmp_path / "all"
+    shutil.copytree(run, out)
+    long = tmp_path / "long.jsonl"
+    write_jsonl(long, read_jsonl(ROOT / "mini/questions/long.jsonl")[:3])
+    wanted = ["--eval-sets", f"test={slices['few']},long={long}", "--also", "refine,base+ret", "--eval-draws", 2]
+    wanted += ["--search", "mini/snippets.jsonl", "--label-eval", 9, "--judge", "stand-in", "--judge-sets", "test"]
+    stages = ["search", "eval", "labels", "judge", "scores", "analysis", "report"]
+    done = mralign(*flags(slices, out), *wanted, *stages)
+    assert done.returncode == 0, done.stderr
+    results, analysed = read_json(out / "results.json"), read_json(out / "eval/analysis.json")
+    metrics = results["scores"]["test"]["metrics"]
+    assert list(metrics) == ["thinkoff", "base", "kto", "mralign", "refine", "base+ret"]
+    assert all(m["n"] == 2 * m["questions"] == 20 and len(m["draws"]["acc"]["all"]) == 2 for m in metrics.values())
+    assert list(results["scores"]) == ["test"]  # long answers are not matched exactly
+    ret = read_jsonl(out / "eval/test/base+ret.jsonl")
+    found = {r["id"]: r["results"] for r in read_jsonl(out / "eval/test/snippets.jsonl")}
+    assert all(found[s["id"]][0]["snippet"] in s["prompt"] and s["question"] in s["prompt"] for s in ret)
+    assert all(s["answers"][0] in found[s["id"]][0]["snippet"] for s in ret)  # the stand-in finds the fact first
+    told = {(s["id"], s["draw"]): s for s in read_jsonl(out / "eval/test/refine.feedback.jsonl")}
+    first = {(s["id"], s["draw"]): s for s in read_jsonl(out / "eval/test/base.jsonl")}
+    for s in read_jsonl(out / "eval/test/refine.jsonl"):
+        answer = data.parse(first[s["id"], s["draw"]]["text"]).answer
+        assert f"Answer: {answer}" in told[s["id"], s["draw"]]["prompt"] and answer in s["prompt"]
+    graded = results["judge"]["sets"]["test"]["base"]
+    assert graded["rows"] == 20 and graded["correct"]["k"] == metrics["base"]["em_answer_exact"]["k"]
+    long_scores = results["judge"]["sets"]["long"]
+    assert len({s["k"] for s in long_scores.values()}) == 1 and all(0 <= s["f1"] <= 1 for s in long_scores.values())
+    parts = analysed["strata"]["test"]["mralign"]
+    gain = sum(p["n"] * p["gain"] for p in parts.values() if p["n"]) / 20
+    assert gain == pytest.approx(metrics["mralign"]["acc"]["share"] - metrics["base"]["acc"]["share"])
+    assert analysed["change"]["test"]["mralign"]["n_before"] <= 9
+    page = (out / "report.html").read_text()
+    assert "Before and after" in page and "stand-in" in page and "Fig. 4" in page
+
+
 def test_two_processes_give_the_single_process_result(run, slices):
     out = slices["folder"] / "two processes"
     done = mralign(*flags(slices, out), world=2)
@@ -188,6 +228,11 @@ def test_no_settings_at_all():
         (["--eval-sets", "test"], ["--eval-sets", "name=path"]),
         (["--dtype", "int8"], ["--dtype", "bfloat16"]),
         (["smaple"], ["unknown stage 'smaple'", "sample"]),
+        (["--also", "dpo+ret"], ["--also 'dpo+ret'", "base+ret"]),
+        (["--also", "base+ret"], ["base+ret needs --search"]),
+        (["--also", "refine+ret", "--search", "mini/snippets.jsonl"], ["put base+ret before it"]),
+        (["--eval-draws", 0], ["--eval-draws is 0"]),
+        (["--judge", "gpt-4o"], ["MODEL@BASE_URL"]),
     ],
 )
 def test_bad_flags(extra, words):
@@ -198,6 +243,9 @@ def test_bad_files_are_named_with_their_line(run, slices, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"id": "a", "question": "q?", "answers": ["x"]}\n{"id": "b", "quest')
     refused(mralign("--questions", torn, "--out", tmp_path / "o"), "torn.jsonl:2", "repair")
+    tested = tmp_path / "simpleqa.jsonl"
+    write_jsonl(tested, [{"id": "a", "dataset": "simpleqa", "question": "q?", "answers": ["x"]}])
+    refused(mralign("--questions", tested, "--out", tmp_path / "o"), "simpleqa is for evaluation only")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     refused(mralign("--eval-sets", f"test={empty}", "--out", run, "eval"), "empty.jsonl", "no question")

@@ -341,6 +341,8 @@ def trace(transitions: dict[str, Any]) -> dict[str, Any]:
 def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any]) -> tuple[str, Checker]:
     tmp_path = tmp_path_factory.mktemp("page")
     report.weights_figure([{"label": True, "w": W}], tmp_path / "w.png")
+    before, after = told(f"<think>Paris {EVIL}</think>Rome", [(F,)]), told("<think>Paris</think>Paris")
+    sides = {"sides": {"base": before, "mralign": after}}
     page.trace_page(
         [trace(transitions), trace(transitions) | {"chosen": False, "golds": []}],
         tmp_path / "report.html",
@@ -348,6 +350,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any
         tables={"Results": [{"setting": EVIL, "Acc": 34.1}, {"setting": "kto", "Acc": 35.25, EVIL: None}], "None": []},
         images={EVIL: tmp_path / "w.png"},
         facts={"Receipts": {"command": EVIL, "lr": 5e-6}},
+        pairs=[{"id": EVIL, "set": "t", "question": EVIL, "golds": ["Paris"], "kind": "found, then used"} | sides],
+        notes=[EVIL],
     )
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     checker = Checker()
@@ -359,9 +363,12 @@ def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any
 def test_page_is_whole_and_harmless(written: tuple[str, Checker]) -> None:
     text, checker = written
     assert checker.open == []
-    assert not {"script", "link", "iframe", "object", "a", "base"} & {tag for tag, _ in checker.tags}
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in checker.tags}
+    places = {attrs["id"] for _, attrs in checker.tags if "id" in attrs}
     for tag, attrs in checker.tags:
-        assert not any(name.startswith("on") or name == "href" for name in attrs), (tag, attrs)
+        assert not any(name.startswith("on") for name in attrs), (tag, attrs)
+        if "href" in attrs:  # inside the page only, and to a place that is there
+            assert tag == "a" and attrs["href"][0] == "#" and attrs["href"][1:] in places
         assert attrs.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style and "http" not in style
@@ -369,7 +376,9 @@ def test_page_is_whole_and_harmless(written: tuple[str, Checker]) -> None:
     assert "default-src 'none'" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
     assert "<script>alert('x')</script>" in "".join(checker.texts)  # the reader sees it as text
-    assert text.count("<h2>") == 4  # results, receipts, figures, traces; the empty table has none
+    assert text.count("<h2 ") == 5  # results, receipts, figures, before and after, traces; the empty table has none
+    assert "found, then used" in text and "wrong, gold in the thought" in text and "right, gold in the thought" in text
+    assert text.count('class="note"') == 1 and "<i>framing</i><u>Paris</u>" in text
 
 
 def test_page_colours_follow_w(written: tuple[str, Checker]) -> None:
@@ -415,11 +424,38 @@ def test_tables() -> None:
     assert html.count("<td>–</td>") == 2 and "<th>a</th><th>b</th>" in html
 
 
-def test_weight_audit_by_hand() -> None:
-    """20 characters, steps of 4 (w = e) and 6 (w = 1/e): 4e + 6/e = 13.08 of 23.08 = 56.7 %, without w 50 %."""
-    rows = [{"label": True, "completion": "x" * 20, "spans": [[2, 6], [6, 12]], "w": [math.e, 1 / math.e]}]
-    (line,) = report.weight_audit(rows)
-    assert line["class"] == "chosen" and line["traces"] == 1 and line["steps"] == 2
-    assert line["mean w"] == line["median w"] == 1.543
-    assert (line["clipped at 1/e"], line["clipped at e"]) == ("50.0 %", "50.0 %")
-    assert (line["thought share"], line["unweighted"]) == ("56.7 %", "50.0 %")
+# Evaluated completions -------------------------------------------------------------------------------------------
+
+
+def told(text: str, labels: Any = None, **more: Any) -> dict[str, Any]:
+    sample = {
+        "id": "q",
+        "mode": "on",
+        "draw": 0,
+        "question": "?",
+        "answers": ["Paris"],
+        "finish": "stop",
+        "ids": [],
+        "prompt": "",
+    }
+    return report.told(sample | {"text": text} | more, labels)
+
+
+def test_told_is_what_was_written_and_how_it_scored() -> None:
+    text = "<think>Is it Paris?\n\nYes.</think><answer>Paris</answer>"
+    got = told(text, [(F,), (R, E)])
+    assert got["segments"] == [{"text": "Is it Paris?", "labels": [F]}, {"text": "Yes.", "labels": [R, E]}]
+    assert (got["answer"], got["verdict"], got["good"]) == ("Paris", "right, gold in the thought", True)
+    assert [s["labels"] for s in told(text, [(F,)])["segments"]] == [[], []]  # labels of another segmentation
+    got = told("<think>Is it Paris?</think><answer>Rome</answer>")
+    assert (got["verdict"], got["good"]) == ("wrong, gold in the thought", False)
+    got = told("<think>Is it Paris?", finish="length")
+    assert (got["verdict"], got["answer"], got["good"]) == ("cut short", "", False)
+
+
+def test_extremes_are_the_outer_fifteen_percent_of_supported_moves() -> None:
+    w, support = np.full((17, 17), np.nan), np.zeros((17, 17))
+    w[1, 1:], support[1, 1:] = np.arange(16), 1.0
+    w[2, 1], support[2, 1] = 99.0, 0.4  # no support: not counted
+    assert np.flatnonzero(report.extremes(w, support)[1]).tolist() == [1, 2, 3, 14, 15, 16]
+    assert not report.extremes(w, support)[2].any() and not report.extremes(w, support * 0).any()

@@ -29,7 +29,8 @@ def test_label_shares_count_labels_not_segments():
 
     annotator = CueAnnotator({"retrieval": ["i recall"], "evaluation": ["i pick"], "framing": ["the task"]})
     text = "<think>\nThe task is x.\n\nI recall y. I pick y.\n\nI recall z.\n</think>\n\n<answer>y</answer>"
-    shares = study.label_shares([{"text": text, "finish": "stop", "question": "q"}], annotator)
+    row = {"text": text, "finish": "stop", "question": "q", "mode": "on", "prompt": ""}
+    shares = study.label_shares([row], annotator)
     assert shares == {"framing": 0.25, "retrieval": 0.5, "evaluation": 0.25}
 
 

@@ -1,0 +1,186 @@
+"""The data sets: published files in, our questions out, and nothing that is not what was recorded."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import shared_data
+
+import benchmarks
+import data
+from files import InputError, read_json, read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"nq_open": "nq_open", "sciq": "sciq", "simpleqa": "simpleqa", "truthfulqa": "truthfulqa"}
+FOLDERS["longfact"] = "longfact_objects"
+
+
+def convert(name: str, out: Path) -> list[dict]:
+    manifest = benchmarks.write(name, "test", out, str(shared_data() / FOLDERS[name]), out.parent)
+    rows = read_jsonl(out, ("id", "dataset", "question", "answers", "task"))
+    assert len(rows) == manifest["questions"] == benchmarks.SOURCES[name]["test"].rows and manifest["complete"]
+    assert (
+        len({r["id"] for r in rows}) == len(rows) and manifest["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    )
+    return rows
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_real_files_are_the_recorded_ones_and_load_as_questions(name, tmp_path):
+    out = tmp_path / "q.jsonl"
+    rows = convert(name, out)
+    assert read_json(out.with_suffix(".manifest.json"))["as_recorded"] is (name != "sciq")  # that copy is JSON lines
+    kept, tally = data.load_questions(out)
+    assert kept == rows and tally["questions"] == len(rows)
+
+
+def test_facts_about_the_real_sets(tmp_path):
+    nq = convert("nq_open", tmp_path / "nq.jsonl")
+    assert sum(len(r["answers"]) > 1 for r in nq) / len(nq) == pytest.approx(0.425, abs=5e-4)
+    assert max(len(r["answers"]) for r in nq) == 23
+    simple = convert("simpleqa", tmp_path / "s.jsonl")
+    assert simple[0]["answers"] == ["Michio Sugeno"] and simple[0]["topic"] == "Science and technology"
+    assert all(a == a.strip() for r in simple for a in r["answers"])
+    truthful = convert("truthfulqa", tmp_path / "t.jsonl")
+    assert truthful[0]["best_answer"] == "The watermelon seeds pass through your digestive system"
+    assert "Nothing happens" in truthful[0]["answers"] and {r["task"] for r in truthful} == {"truthful"}
+    sciq = convert("sciq", tmp_path / "sciq.jsonl")
+    assert [r["question"] for r in sciq if r["needs_options"]] == [
+        "Which is a more reliable trait or measure to identify minerals?",
+        "Which is one of the most frequently studied cartilaginous fish?",
+        "Asteroids are not geologically active. which is the only way they can change?",
+    ]
+
+
+def test_longfact_draw_does_not_depend_on_the_order_of_the_files(tmp_path):
+    rows = convert("longfact", tmp_path / "l.jsonl")
+    assert len({r["question"] for r in rows}) == 250 and all(r["answers"] == [] for r in rows)
+    source = benchmarks.SOURCES["longfact"]["test"]
+    contents = benchmarks.local(source, shared_data() / "longfact_objects")
+    assert benchmarks.questions("longfact", "test", contents[::-1])[0] == rows
+    prompts = [json.loads(line)["prompt"] for _, c in contents for line in c.decode().splitlines()]
+    assert len(prompts) == 1140
+    assert all(r["question"].removesuffix(benchmarks.LONGFACT_TAIL) in prompts for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("stem", "needs"),
+    [
+        ("Which of the following is a metal?", True),
+        ("What is true of the following elements?", True),
+        ("Which of these is a metal?", True),
+        ("The eyes of all vertebrates possess a single one of these structures?", True),
+        ("Are they mammals, birds or all of the above?", True),
+        ("Which is heavier, lead or gold?", False),
+        ("Meiosis is part of gametogenesis, which is the production of what?", False),
+        ("What is the height above sea level called?", False),
+    ],
+)
+def test_stems_that_need_options(stem, needs):
+    assert bool(benchmarks.NEEDS_OPTIONS.search(stem)) is needs
+
+
+def test_a_git_checksum_is_gits():
+    content = b"what is up, doc?"  # the example of the Git book
+    assert benchmarks.digest(content, "git:") == "git:bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+
+
+# ---------- fetching, from a real server on this machine
+
+
+@pytest.fixture
+def site(tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    handler = type(
+        "Quiet",
+        (http.server.SimpleHTTPRequestHandler,),
+        {
+            "log_message": lambda *a: None,
+            "__init__": lambda self, *a: http.server.SimpleHTTPRequestHandler.__init__(self, *a, directory=str(folder)),
+        },
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def serve(monkeypatch, site, content: bytes, checksum: str) -> None:
+    folder, url = site
+    (folder / "dev.jsonl").write_bytes(content)
+    file = benchmarks.File(f"{url}/dev.jsonl", checksum, ("NQ-open.dev.jsonl",))
+    source = benchmarks.Source((file,), "r1", "CC BY-SA 3.0", 2, benchmarks.nq_open)
+    monkeypatch.setitem(benchmarks.SOURCES["nq_open"], "test", source)
+
+
+TWO = b'{"question": "who?", "answer": ["A", " "]}\n{"question": "when?", "answer": [""]}\n'
+
+
+def test_a_file_is_fetched_once_checked_and_converted(site, tmp_path, monkeypatch, capsys):
+    serve(monkeypatch, site, TWO, "sha256:" + hashlib.sha256(TWO).hexdigest())
+    out = tmp_path / "q.jsonl"
+    command = ["nq_open", "--out", str(out), "--cache", str(tmp_path / "raw")]
+    assert benchmarks.main(command) == 0
+    expected = {"id": "nq_open-test/0", "dataset": "nq_open", "question": "who?", "answers": ["A"], "task": "short"}
+    assert read_jsonl(out) == [expected]
+    manifest = read_json(tmp_path / "q.manifest.json")
+    assert (manifest["questions"], manifest["dropped"], manifest["as_recorded"]) == (1, 1, True)
+    (site[0] / "dev.jsonl").unlink()
+    assert benchmarks.main(command) == 0  # from the cache
+    assert "1 questions, licence CC BY-SA 3.0" in capsys.readouterr().out
+
+
+def test_a_changed_file_is_refused_and_not_kept(site, tmp_path, monkeypatch, capsys):
+    serve(monkeypatch, site, TWO, "sha256:" + "0" * 64)
+    assert benchmarks.main(["nq_open", "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
+    assert "another checksum than recorded" in capsys.readouterr().err
+    assert not list((tmp_path / "raw").iterdir()) and not (tmp_path / "q.jsonl").exists()
+
+
+def test_what_cannot_be_had_is_said_in_one_line(site, tmp_path, monkeypatch, capsys):
+    serve(monkeypatch, site, TWO, "sha256:x")
+    (site[0] / "dev.jsonl").unlink()
+    cases = [
+        (["nq_open"], "status 404"),
+        (["nq_open", "--split", "valid"], "has no split 'valid'; it has test, train"),
+        (["simpleqa", "--from", str(tmp_path)], "none of simple_qa_test_set.csv is there"),
+    ]
+    (tmp_path / "TruthfulQA.csv").write_text("Question,Answer\nx,y\n")
+    cases.append((["truthfulqa", "--from", str(tmp_path)], "not the published format of truthfulqa"))
+    for flags, words in cases:
+        assert benchmarks.main([*flags, "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and "Traceback" not in err, err
+
+
+def test_sciq_from_the_hub_without_a_network_says_what_to_run(tmp_path):
+    command = [sys.executable, "benchmarks.py", "sciq", "--out", str(tmp_path / "q"), "--cache", str(tmp_path / "raw")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "hf download --repo-type dataset allenai/sciq data/test-00000-of-00001.parquet" in done.stderr
+
+
+def test_sciq_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    rows = [{"question": "What is wet?", "correct_answer": "water ", "distractor1": "sand", "support": "x"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet")
+    benchmarks.write("sciq", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+    (row,) = read_jsonl(tmp_path / "q.jsonl")
+    assert (row["answers"], row["needs_options"], row["task"]) == (["water"], False, "short")
+
+
+def test_a_local_file_with_an_odd_row_is_refused(tmp_path):
+    (tmp_path / "NQ-open.dev.jsonl").write_text('{"question": "who?"}\n')
+    with pytest.raises(InputError, match="NQ-open.dev.jsonl: not the published format of nq_open"):
+        benchmarks.write("nq_open", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)

@@ -1,0 +1,161 @@
+"""Tables: the paper's numbers as printed, ours beside them, and nothing claimed that no run has measured."""
+
+import re
+
+import pytest
+
+import eval as evaluation
+import tables
+from files import read_json, write_json
+
+PAPER = read_json(tables.PAPER)["backbones"]
+
+
+def test_the_papers_numbers():
+    """Spot checks against Tables 2 and 12 of arXiv 2510.24794v2."""
+    eight = PAPER["Qwen3-8B"]
+    assert eight["mralign"] == {
+        "nq_open": [37.34, 7.2],
+        "sciq": [70.7, 11.7],
+        "simpleqa": [5.11, 4.46],
+        "truthfulqa": [83.11, 94.12],
+        "longfact": [83.29, 19],
+    }
+    assert eight["thinkoff"]["nq_open"] == [22.66, None] and eight["mralign+ret"]["simpleqa"] == [67.11, 7.48]
+    assert PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]["nq_open"] == [1.19, 12.13]
+    assert "longfact" not in PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]
+    assert PAPER["Qwen3-14B"]["base"]["sciq"] == [70.6, 11.5]
+
+
+def test_spec_and_paper_tables_have_every_setting():
+    assert set(tables.SETTINGS) >= set(PAPER["Qwen3-8B"]) and set(tables.SETS) == set(PAPER["Qwen3-8B"]["base"])
+
+
+@pytest.mark.parametrize(
+    ("model", "backbone"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen3-8B"),
+        ("/models/qwen3-4b/", "Qwen3-4B"),
+        ("Qwen/Qwen3-8B-Base", None),
+        ("Qwen/Qwen3-14B", "Qwen3-14B"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-7B"),
+        ("mini/model", None),
+        ("Qwen/Qwen2-8B", None),
+    ],
+)
+def test_backbone_by_name(model, backbone):
+    assert tables.backbone_of(model, PAPER) == backbone
+
+
+def row(k, em_t, em_a):
+    out = {
+        "id": f"q{k}",
+        "mode": "on",
+        "draw": 0,
+        "outcome": "ok",
+        "form": "ok",
+        "n_think_tokens": 5,
+        "n_empty_golds": 0,
+    }
+    return out | {"em_t": em_t, "em_t_word": em_t, "em_a_equal": em_a, "em_a_contains": em_a, "gold_in_question": 0}
+
+
+@pytest.fixture
+def results(tmp_path):
+    metrics = evaluation.metrics([row(0, 1, 1), row(1, 1, 0), row(2, 0, 0), row(3, 1, 1)])
+    receipt = {"command": "mralign.py --x", "commit": "abc123", "seed": 7, "device": "cuda H100", "versions": "torch 2"}
+    receipt |= {"model": "Qwen/Qwen3-8B", "decoding": "1 draw(s)"}
+    judged = {"judge": "gpt-4o@https://x/v1", "sets": {}, "abstentions": {}}
+    share = evaluation.share(3, 4)
+    truthful = {"kind": "truthful", "rows": 5, "errors": 1, "no_answer": 0, "truthful": share, "informative": share}
+    judged["sets"]["truthfulqa"] = {"base": truthful | {"both": share, "again": {"n": 1, "same": 1}}}
+    claims = {"answers": 2, "k": 3, "claims": 2.5, "claims_median": 2.5, "f1": None, "low": None, "high": None}
+    judged["sets"]["longfact"] = {"base": claims | {"precision": None, "errors": 0, "abstained": 1}}
+    scores = {"nq": {"metrics": {"base": metrics}, "differences": {}, "seen_in_training": 0}}
+    path = tmp_path / "results.json"
+    write_json(path, {"receipt": receipt, "scores": scores, "judge": judged})
+    return path
+
+
+def test_ours_stands_beside_the_papers(results, capsys):
+    assert tables.main([str(results)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    head = [c.strip() for c in lines[0].strip("|").split("|")]
+    rows = {
+        c[0]: dict(zip(head, c, strict=True))
+        for c in ([x.strip() for x in s.strip("|").split("|")] for s in lines[2:11])
+    }
+    assert list(rows) == list(tables.SETTINGS.values())
+    base = rows["ThinkOn"]
+    assert base["NQ-Open, Acc / Mis: ours"] == "50.0 [15.0, 85.0] (2/4) / 25.0 (1)"
+    assert base["NQ-Open, paper"] == "34.10 / 9.89"
+    assert base["TruthfulQA, true / informative: ours"] == "75.0 (3/4) / 75.0 (3/4)"
+    assert base["LongFact, F1@K / claims: ours"] == "– / 2.5"
+    assert (
+        rows["MR-ALIGN"]["NQ-Open, Acc / Mis: ours"] == "not run" and rows["MR-ALIGN"]["SciQ, paper"] == "70.70 / 11.70"
+    )
+    assert rows["MR-ALIGN, weights shuffled"]["NQ-Open, paper"] == "–"
+    assert lines[-1].startswith("- `mralign.py --x`, commit abc123, seed 7, cuda H100") and "gpt-4o@https" in lines[-1]
+
+
+def test_without_a_run_nothing_is_ours(capsys):
+    assert tables.main(["--backbone", "Qwen3-4B"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not run") == 5 * len(tables.SETTINGS) and "29.92 / 6.62" in out
+    assert tables.main([]) == 3 and "Qwen3-8B" in capsys.readouterr().err
+
+
+def test_rows_of_judges():
+    share = evaluation.share(1, 2)
+    short = {"kind": "short", "rows": 2, "errors": 0, "no_answer": 0, "correct": share, "incorrect": share}
+    short |= {
+        "not_attempted": evaluation.share(0, 2),
+        "correct_given_attempted": 0.5,
+        "f1": 0.5,
+        "again": {"n": 1, "same": 0},
+    }
+    (got,) = tables.judge_rows({"base": short})
+    assert (
+        got["correct given attempted"] == "50.0" and got["agrees with itself"] == "0/1" and got["grader errors"] == "0"
+    )
+    claims = {
+        "answers": 2,
+        "k": 3,
+        "claims": 2.5,
+        "f1": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "precision": 0.7,
+        "errors": 0,
+        "abstained": 1,
+    }
+    (got,) = tables.judge_rows({"base": claims})
+    assert got["F1@3 (95 %)"] == "50.0 [40.0, 60.0]" and got["answers without claims"] == "1/2"
+    (got,) = tables.judge_rows({"base": claims | {"f1": None, "precision": None}})
+    assert got["F1@3 (95 %)"] == "no evidence: claims only"
+
+
+def test_markdown_escapes_and_aligns():
+    text = tables.markdown([{"a": "x|y", "b": None}, {"b": 2, "c": 3}])
+    assert text.splitlines() == ["| a | b | c |", "| --- | --- | --- |", r"| x\|y | – | – |", "| – | 2 | 3 |"]
+    assert tables.markdown([]) == "" and not re.search(r"\n\n", text)
+
+
+def test_form_of_the_completions():
+    rows = [row(0, 1, 1), row(1, 1, 0) | {"form": "truncated"}, row(2, 0, 0) | {"form": "empty"}, row(3, 0, 0)]
+    (got,) = tables.form_rows({"base": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
+    assert [got[n] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
+    assert (got["thinking tokens, median"], got["golds that never match"]) == ("5", "6")
+
+
+def test_quadrants_and_differences():
+    m = evaluation.metrics([row(0, 1, 1), row(1, 1, 0), row(2, 0, 0), row(3, 1, 1)])
+    (got,) = tables.quadrant_rows({"base": m})
+    assert list(got.values()) == ["ThinkOn", "2", "1", "0", "1"]
+    d = {
+        "acc": {"difference": 0.0125, "low": -0.01, "high": 0.035, "p": 0.031},
+        "mis": {"difference": 0, "low": 0, "high": 0, "p": None},
+    }
+    (got,) = tables.difference_rows({"kto - base": d})
+    assert got["Acc"] == "+1.2 [−1.0, +3.5]" and got["Acc, McNemar p"] == "0.031" and "Mis, McNemar p" not in got
