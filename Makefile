@@ -13,7 +13,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup train report test lint bench gpu-check mini-model study clean
+.PHONY: help setup train report test lint bench gpu-check sweep mini-model study clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -51,6 +51,9 @@ bench: .venv/ready-bench  ## each part beside what one would run instead (six mi
 
 gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) gpu_check.py $(ARGS)
+
+sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
+	$(PY) sweep.py configs/ablations.json --gpus $(RANKS) $(ARGS)
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
 	$(PY) -m mini.build --world 0 --out mini/model

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `checkpoint-000120/` with `adapter.safetensors`, `optimizer.safetensors` (AdamW's two moments
 per parameter) and `manifest.json` (step, z0 state, the run's identity, a SHA-256 per file). It is written under another
-name, synced and renamed, so a killed run leaves the old folders or the new one. The data order needs no state: it
-follows from the seed and the step (train.step_rows). No dropout, so no random state either.
+name, synced and renamed, so a killed run leaves the old folders or the new one. The position in the data needs no state
+of its own: it follows from the seed and the step (train.step_rows). Nor do random generators: after the adapters have
+been made, training draws no random number.
 """
 
 import json
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
-from files import InputError, read_json, sha256_file, sync_folder, write_json
+from files import InputError, atomic_write, read_json, sha256_file, sync_folder, write_json
 
 KEEP = 2  # newest checkpoints that stay
 
@@ -30,29 +32,37 @@ def save(
     """Write `folder`/checkpoint-<step>; older ones beyond the newest two go.
 
     parameters: name -> trained tensor, in the optimizer's order. state: JSON values the caller wants back.
+    Raises OSError when the disk does; the older checkpoints are then still there.
     """
     final = folder / f"checkpoint-{step:06d}"
     aside = folder / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in parameters.items()}, aside / "adapter.safetensors")
+    for left in folder.glob(".checkpoint-*.tmp"):  # what a killed run was writing
+        shutil.rmtree(left)
     moments = {}
     for name, p in parameters.items():
-        s = optimizer.state[p]
-        moments |= {f"{name}.{k}": s[k].detach().cpu().contiguous() for k in ("step", "exp_avg", "exp_avg_sq")}
-    save_file(moments, aside / "optimizer.safetensors")
-    names = ("adapter.safetensors", "optimizer.safetensors")
-    for name in names:
-        with open(aside / name, "rb+") as f:
-            os.fsync(f.fileno())
-    write_json(aside / "manifest.json", {"step": step, **state, "sha256": {n: sha256_file(aside / n) for n in names}})
-    sync_folder(aside)
+        moments |= {f"{name}.{k}": optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq")}
+    tensors = {"adapter.safetensors": parameters, "optimizer.safetensors": moments}
+    for name, content in tensors.items():
+        with atomic_write(aside / name, "wb") as f:
+            f.write(safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in content.items()}))
+    write_json(aside / "manifest.json", {"step": step, **state, "sha256": {n: sha256_file(aside / n) for n in tensors}})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     sync_folder(folder)
     for old in found(folder)[:-KEEP]:
         shutil.rmtree(old)
     return final
+
+
+def check_space(folder: Path, parameters: dict[str, torch.Tensor]) -> None:
+    """Raise InputError unless the disk has room for one checkpoint more than `save` keeps: it removes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    need = (KEEP + 1) * 3 * sum(p.numel() * p.element_size() for p in parameters.values())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
+            f"{folder}: {free / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB; free some or give another --out"
+        )
 
 
 def found(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
   python mralign.py --config configs/mini.json                        the whole pipeline, one process
   torchrun --standalone --nproc_per_node=4 mralign.py --config ...    the same on four GPUs (or CPU processes)
   python mralign.py --config configs/mini.json eval report            these stages only, from the files already there
+  python mralign.py --config configs/qwen3-8b.json --dry-run          what training would take; no weights, no GPU
 
 Stages, each reading and writing files under --out:
   sample      questions -> samples.jsonl: `draws` completions with thinking on and as many with it off (3.1.1)
@@ -28,12 +29,14 @@ on the command line always runs.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -61,6 +64,7 @@ import labelling
 import lora
 import model as qwen
 import page
+import plan
 import remote
 import report
 import retrieve
@@ -72,7 +76,7 @@ from client import Client, Limits, ServiceError, parse_endpoint
 from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from kernels.segment_logprob import default_impl, segment_logprob
 from ledger import Ledger
-from ranks import Progress, Ranks, process_group
+from ranks import Progress, Ranks, Stopped, process_group
 from settings import cli, opt
 
 ROOT = Path(__file__).resolve().parent
@@ -152,10 +156,10 @@ class Run:
         self.stop_ids = stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the unit under way, see `perform`
 
-    def base_model(self) -> qwen.Qwen3:
-        """The base model, freshly loaded on this rank's device, frozen."""
+    def base_model(self, device: torch.device | None = None) -> qwen.Qwen3:
+        """The base model, freshly loaded on `device` (None: this rank's), frozen."""
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
-        return qwen.load(self.source.folder, dtype, self.ranks.device).requires_grad_(False)
+        return qwen.load(self.source.folder, dtype, device or self.ranks.device).requires_grad_(False)
 
     def samples_path(self, name: str, setting: str) -> Path:
         """The samples of one setting on one evaluation set."""
@@ -389,20 +393,19 @@ def stage_train(run: Run, method: str) -> dict[str, Any]:
         rows = data.shuffle_weights(rows, cfg.seed)
     if method in ("sft", "kto"):
         rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
-    settings = train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
-    base = run.base_model()
+    base = run.base_model(torch.device("cpu") if cfg.shard else None)
     origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(run.source.folder)])}
     metrics = train.train(
         base,
         data.to_rows(rows, run.tokenizer),
         method,
-        settings,
+        train_settings(cfg),
         run.ranks,
         run.out / method,
         run.impl,
         run.source.name,
         origin,
-        cfg.resume,
+        cfg.resume or run.ranks.restarted,
         run.source.commit,
     )
     if run.ranks.rank == 0:
@@ -421,6 +424,11 @@ def write_card(run: Run, method: str, scores: dict[str, Any]) -> None:
     tables = {name: evaluation.table(of["metrics"]) for name, of in scores.items()}
     last = read_jsonl(folder / "metrics.jsonl")[-1]
     export.write_card(folder, run.source, method, settings, rows, last, tables)
+
+
+def train_settings(cfg: Config) -> train.TrainSettings:
+    """The part of the settings that training reads."""
+    return train.TrainSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(train.TrainSettings)})
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -1120,58 +1128,95 @@ def check_settings(cfg: Config) -> None:
     judge.check(cfg)
 
 
+ENDINGS = (InputError, ServiceError, train.NumericsError, train.MemoryFull, torch.OutOfMemoryError, Stopped, OSError)
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """What one of ENDINGS means to whoever started the program: (exit code, a line); code 1 is a bug."""
+    again = "the same command with --resume goes on"
+    if isinstance(error, Stopped):
+        return 130 if error.number == signal.SIGINT else 75, f"stopped by {error}; {again}"
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return 75 if full else 1, f"{error}; free some space, {again}"
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = str(error).partition(". ")[0]
+        return 5, f"{reason}; use a smaller --sample-batch in sampling and evaluation, --shard in training"
+    codes = {InputError: 3, ServiceError: 4}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 5), str(error)
+
+
+def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
+    """status.json: what the run ended with, as torchrun itself always exits with 1. An error of a rank comes first."""
+    path = out / "status.json"
+    if code not in (0, 75, 130) or (rank == 0 and not path.exists()):
+        state = {0: "done", 75: "stopped, can be resumed", 130: "stopped, can be resumed"}
+        with contextlib.suppress(OSError):  # on a full disk the line on stderr has to do
+            write_json(path, {"state": state.get(code, "failed"), "exit_code": code, "rank": rank, "reason": reason})
+
+
+def perform_stages(cfg: Config, source: hub.Source, stages: list[str]) -> None:
+    """Join the other processes and do what is due, or the stages that are named. Raises what `main` translates."""
+    with process_group() as ranks, ranks.stop.listen():
+        run = Run(cfg, source, ranks)
+        work = units(run)
+        known = [u.name.split()[0] for u in work]
+        if unknown := [s for s in stages if s not in known]:
+            raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(dict.fromkeys(known))}")
+        if ranks.rank == 0:
+            (run.out / "status.json").unlink(missing_ok=True)
+        ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+        for mode in ("on", "off"):
+            ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
+        ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
+        for unit in work:
+            if not stages or unit.name.split()[0] in stages:
+                perform(run, unit, forced=bool(stages))
+
+
+def dry_run(cfg: Config, gpu: str, gpus: int) -> None:
+    """Print what training would take and, with a committee, what its labels would cost; nothing is run or sent."""
+    print(plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, train_settings(cfg), gpu, gpus))
+    if cfg.annotator == "committee":
+        labelling.check(cfg)
+        print("\n" + labelling.price_table(candidates_to_label(cfg), cfg, Path(cfg.out), cfg.seed))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code.
 
-    0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that are not finite or not right,
-    130 interrupted.
+    0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right or memory that
+    does not suffice, 75 stopped and can be resumed, 130 interrupted and can be resumed.
     """
 
-    def stages(parser: Any) -> None:
+    def more(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="run these stages only; none: all that are due")
-        what = "print what annotating the candidates would cost, and send nothing"
+        what = "print what training would take and what a committee's labels would cost, and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
+        parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
+        parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
-    rank = int(os.environ.get("RANK", 0))
+    rank, out = int(os.environ.get("RANK", 0)), None
+    code, reason = 0, ""
     try:
-        cfg, rest = cli(Config, argv, __doc__, stages)
-        check(cfg)
+        cfg, rest = cli(Config, argv, __doc__, more)
         if rest.dry_run:
-            print(labelling.price_table(candidates_to_label(cfg), cfg, Path(cfg.out), cfg.seed))
+            dry_run(cfg, rest.gpu, rest.gpus)
             return 0
+        check(cfg)
         # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
         source = hub.locate(cfg.model, cfg.revision)
-    except InputError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 3
-    try:
-        with process_group() as ranks:
-            run = Run(cfg, source, ranks)
-            work = units(run)
-            known = [u.name.split()[0] for u in work]
-            if unknown := [s for s in rest.stages if s not in known]:
-                raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(dict.fromkeys(known))}")
-            ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
-            for mode in ("on", "off"):
-                ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
-            ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
-            for unit in work:
-                if not rest.stages or unit.name.split()[0] in rest.stages:
-                    perform(run, unit, forced=bool(rest.stages))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except ServiceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except train.NumericsError as error:
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
-        return 5
-    return 0
+        out = Path(cfg.out)
+        perform_stages(cfg, source, rest.stages)
+    except ENDINGS as error:
+        code, reason = ending(error)
+        if code == 1:
+            raise
+    if code and (rank == 0 or out is not None):
+        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
+    if out is not None:
+        leave_status(out, rank, code, reason)
+    return code
 
 
 if __name__ == "__main__":

@@ -17,12 +17,21 @@ backward pass about one more (frozen weights need no gradient), recomputation un
 
 Rows are packed without padding; passes without a gradient take `NO_GRAD_PACK` times as many rows; `kl_rows` below 1
 takes z0 from a share of the rows, which saves up to one F.
+
+With `shard` each rank keeps its part of the frozen layers only and gathers them one after the other (FSDP2). Adapters,
+embedding and head stay whole on every rank: the first need no gathering when they are saved, at 16 bytes a trained
+parameter (weights, gradient, two moments), and the fused log-probability op reads the head as one matrix.
+
+A run that is asked to stop does so before its next pass: it saves the last finished step and leaves the rest of the
+step undone, so that it takes seconds whatever a step takes. Nothing is lost but that part of a step.
 """
 
 import contextlib
 import math
+import resource
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +47,7 @@ import lora
 from files import InputError, read_jsonl, write_jsonl
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
-from ranks import Progress, Ranks
+from ranks import Progress, Ranks, Stopped
 from settings import opt
 
 METHODS = ("sft", "kto", "mralign", "shuffled")
@@ -47,6 +56,10 @@ NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 
 class NumericsError(RuntimeError):
     """A loss or gradient that is not finite, or a first step that is not what the formulas demand."""
+
+
+class MemoryFull(RuntimeError):
+    """A pass did not fit in memory. The message names its rows, the peak and the flags that help."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class TrainSettings:
     seed: int = opt(0, "seed of the LoRA initialisation, the row order, the mismatched pairs and every sample")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = opt(False, "torch.compile the layers around attention: for long runs on a GPU")
+    shard: bool = opt(False, "spread the frozen layers over the ranks (FSDP2): for models that do not fit one GPU")
     save_every: int = opt(20, "optimiser steps between checkpoints")
     kernel: str = opt("", "segment log-probability op: torch or triton; none: triton where there is a GPU")
 
@@ -134,11 +148,14 @@ class Trainer:
         if s.compile:
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
-        self.ddp = DistributedDataParallel(model)
+        if s.shard:
+            shard(model, self.parameters, ranks)
+        self.policy = model if s.shard else DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
         self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
-        self.z0_state = 0.0
+        self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
+        self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
         if method != "sft":
             self.partner = mismatched(len(rows), s.seed)
             pairs = zip(rows, self.partner, strict=True)
@@ -154,6 +171,35 @@ class Trainer:
         picked = [(self.rows[i], self.rows[self.partner[i]]) for i in indices]
         return data.pack([(r.prompt_ids, p.completion_ids, p.w) for r, p in picked]).to(self.ranks.device)
 
+    def begin(self, indices: list[int], lengths: list[int]) -> None:
+        """Before each pass, on all ranks alike: remember its rows; raise Stopped on every rank if one was asked to."""
+        self.ranks.check_stop()
+        self.at, self.at_lengths = indices, lengths
+
+    @contextlib.contextmanager
+    def memory_named(self) -> Iterator[None]:
+        """Inside, running out of memory raises MemoryFull instead."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            raise MemoryFull(self.memory_message()) from None
+
+    def memory_message(self) -> str:
+        """One line: which rows, how long, how much was in use, what to change."""
+        s, device = self.s, self.ranks.device
+        rows = ", ".join(f"{self.rows[i].id} ({self.at_lengths[i]:,} tokens)" for i in self.at)
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB"
+        else:
+            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        flags = [f"--micro-batch {s.micro_batch // 2}"] if s.micro_batch > 1 else []
+        flags += [f"--{name.replace('_', '-')}" for name in ("gradient_checkpointing", "shard") if not asdict(s)[name]]
+        remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
+        return f"out of memory on {device} at row {rows}; peak {peak}; {remedy}, the result stays the same"
+
     def reference_sums(self) -> dict[str, Tensor]:
         """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
 
@@ -165,10 +211,12 @@ class Trainer:
         progress = Progress(self.ranks, 2 * n, "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
             for indices, real in shares(list(range(n)), self.lengths, self.ranks, size):
+                self.begin(indices, self.lengths)
                 weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
                 table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
             for indices, real in shares(list(range(n)), self.kl_lengths, self.ranks, size):
+                self.begin(indices, self.kl_lengths)
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
                 table[2, indices[:real]] = plain[:real]
                 progress(real * self.ranks.world)
@@ -185,12 +233,13 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
             for rows, real in shares(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
+                self.begin(rows, self.kl_lengths)
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
                 total[0] += (plain - reference["kl"][rows])[:real].double().sum()
                 total[1] += real
         kl_sum, count = self.ranks.sum(total)
         z0, state = kto.z0_estimate(kl_sum, count, self.z0_state, self.s.z0_ema)
-        self.z0_state = float(state)
+        self.z0_next = float(state)
         return z0.float(), float(kl_sum / count)
 
     def backward(self, indices: list[int], reference: dict[str, Tensor], z0: Tensor) -> Tensor:
@@ -203,9 +252,10 @@ class Trainer:
         tokens = torch.tensor(sum(len(self.rows[i].completion_ids) for i in indices), device=self.ranks.device)
         micro_batches = shares(indices, self.lengths, self.ranks, s.micro_batch)
         for k, (rows, real) in enumerate(micro_batches):
-            last = k == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.ddp.no_sync():
-                weighted, plain = sequence_sums(self.ddp, self.model.head, self.batch(rows), self.impl)
+            self.begin(rows, self.lengths)
+            at_once = s.shard or k == len(micro_batches) - 1
+            with contextlib.nullcontext() if at_once else self.policy.no_sync():
+                weighted, plain = sequence_sums(self.policy, self.model.head, self.batch(rows), self.impl)
                 if self.method == "sft":
                     loss = kto.sft_loss(plain, tokens) * n  # (B,): a share of the step's token mean
                     r_theta = r_raw = torch.zeros_like(plain)
@@ -217,11 +267,19 @@ class Trainer:
                 bad = [self.rows[i].id for i, ok in zip(rows, finite, strict=False) if not ok]
                 if bad:
                     raise NumericsError(f"the loss is not finite for row {', '.join(bad)}; look at its weights")
-                # DDP averages over ranks, so times world: the gradient is that of sum(loss) / n.
+                # Gradients are averaged over ranks, so times world: the result is that of sum(loss) / n.
                 (loss[:real].sum() * (self.ranks.world / n)).backward()
             columns = (loss, r_theta, r_raw, plain, self.chosen[rows])
             stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
+        if s.shard:
+            self.average_gradients()
         return stats
+
+    def average_gradients(self) -> None:
+        """What DDP does by itself: the adapters' gradients become their mean over ranks."""
+        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.parameters])) / self.ranks.world
+        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
@@ -245,6 +303,7 @@ class Trainer:
             group["lr"] = metrics["learning_rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.z0_state = self.z0_next
         return metrics
 
     def check_first_step(self, metrics: dict[str, float], indices: list[int]) -> None:
@@ -277,55 +336,97 @@ def train(
 ) -> dict[str, float]:
     """Train `method` on `rows` and leave a PEFT adapter, metrics.jsonl and the last two checkpoints in `out`.
 
-    rows: for sft the chosen ones only. origin: checksums of the base model and of the data, part of the run's identity.
-    base_name, revision: what the adapter's config names as its base model, and the commit if it came from the Hub.
+    model: on the ranks' device, or on the CPU with s.shard. rows: for sft the chosen ones only. origin: checksums of
+    the base model and of the data, part of the run's identity. base_name, revision: what the adapter's config names as
+    its base model, and the commit if it came from the Hub.
     resume: continue an interrupted run from its last checkpoint; one that has left its adapter is started anew.
-    Returns the last step's metrics and the run's speed. Raises NumericsError, InputError.
+    Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
+    the last finished step has been saved.
     """
     if not rows:
         raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
     trainer = Trainer(model, rows, method, s, ranks, impl)
-    names = lora.state(model)
+    names, identity = lora.state(model), run_identity(method, s, origin)
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
-    identity = run_identity(method, s, origin)
-    done, log = 0, []
-    interrupted = resume and not (out / lora.WEIGHTS).exists()
-    manifest = checkpoint.latest(out, identity) if interrupted else None
-    if manifest:
-        checkpoint.restore(manifest["path"], names, trainer.optimizer)
-        done, trainer.z0_state = manifest["step"], manifest["z0_state"]
-        log = read_jsonl(out / "metrics.jsonl")[:done]
+    log = take_up(trainer, names, identity, out) if resume else []
+    done = saved = len(log)
+    if ranks.sum(torch.tensor([float(done)], device=ranks.device)).item() != done * ranks.world:
+        raise InputError(f"{out}: not every rank sees the same checkpoint; put it where all nodes can read and write")
+    if ranks.rank == 0:
+        checkpoint.check_space(out, names)
+        if not done:
+            forget(out)
+    if done:
         ranks.log(f"{out}: continuing after step {done} of {len(plan)}")
-    ranks.wait()
-    if not manifest and ranks.rank == 0:
-        forget(out)
-    reference = {} if method == "sft" else trainer.reference_sums()
-    progress = Progress(ranks, len(plan), f"training {method}", "steps")
-    progress(done)
-    started, tokens = time.perf_counter(), 0
-    for number in range(done, len(plan)):
-        metrics = trainer.step(number, len(plan), plan[number], reference)
-        epoch = (number + 1) * s.batch_size / len(rows)
-        tokens += sum(trainer.lengths[i] for i in plan[number])
-        log.append({"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics})
-        progress()
-        finished = number + 1 == len(plan)
-        if ranks.rank == 0 and ((number + 1) % s.save_every == 0 or finished):
+
+    def save() -> None:
+        if ranks.rank == 0 and len(log) > saved:
             write_jsonl(out / "metrics.jsonl", log)
             state = {"identity": identity, "z0_state": trainer.z0_state}
-            checkpoint.save(out, number + 1, names, trainer.optimizer, state)
-        ranks.log(step_line(log[-1], len(plan)))
-    progress.close()
+            checkpoint.save(out, len(log), names, trainer.optimizer, state)
+
+    with ranks.stop.hold(), trainer.memory_named():
+        reference = {} if method == "sft" or done == len(plan) else trainer.reference_sums()
+        progress = Progress(ranks, len(plan), f"training {method}", "steps")
+        progress(done)
+        started = time.perf_counter()
+        try:
+            for number in range(done, len(plan)):
+                metrics = trainer.step(number, len(plan), plan[number], reference)
+                epoch = (number + 1) * s.batch_size / len(rows)
+                log.append({"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics})
+                progress()
+                if len(log) % s.save_every == 0 or len(log) == len(plan):
+                    save()
+                    saved = len(log)
+                ranks.log(step_line(log[-1], len(plan)))
+        except Stopped:
+            save()
+            ranks.log(f"{out}: stopped after step {len(log)} of {len(plan)}; the same command with --resume goes on")
+            raise
+        progress.close()
     if ranks.rank == 0:
         lora.save(model, out, base_name, revision)
     ranks.wait()
-    seconds = time.perf_counter() - started
-    return log[-1] | {"tokens_per_second": round(tokens / seconds), "steps": len(plan)}
+    tokens = sum(trainer.lengths[i] for step in plan[done:] for i in step)
+    return log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
+
+
+def shard(model: Qwen3, trained: list[nn.Parameter], ranks: Ranks) -> None:
+    """Leave on each rank its part of every layer's frozen weights, gathered again for the time the layer computes.
+
+    model: on the CPU or on the ranks' device; what is not sharded (see above) goes to the device whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and rarely needed
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    layers = model.model.layers
+    whole = set(model.parameters()) - set(layers.parameters()) | set(trained)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+    for p in whole:
+        p.data = p.data.to(ranks.device)
+    # FSDP moves all arguments to the device; the boundaries of rows are read on the CPU.
+    model.register_forward_pre_hook(lambda _, args: (args[0], args[1].cpu()))
+
+
+def take_up(
+    trainer: Trainer, names: dict[str, nn.Parameter], identity: dict[str, Any], out: Path
+) -> list[dict[str, Any]]:
+    """Put an interrupted run's last checkpoint into the trainer. Returns its metrics, a row a step; [] without one."""
+    manifest = None if (out / lora.WEIGHTS).exists() else checkpoint.latest(out, identity)
+    if manifest is None:
+        return []
+    checkpoint.restore(manifest["path"], names, trainer.optimizer)
+    trainer.z0_state = manifest["z0_state"]
+    return read_jsonl(out / "metrics.jsonl")[: manifest["step"]]
 
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
-    free = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "kernel")  # speed and memory only
+    # These change speed and memory only.
+    free = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")
     values = {k: v for k, v in asdict(s).items() if k not in free}
     return checkpoint.identity_of({"method": method, **origin, **values})
 

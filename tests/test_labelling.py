@@ -116,7 +116,8 @@ def billed(out: Path) -> list[dict]:
 def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, run, server, out, tmp_path):
     done = annotate("--dry-run")
     assert done.returncode == 0 and not server.requests
-    rows = [line.split() for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
+    rows = [line.split() for line in lines[next(i for i, line in enumerate(lines) if line.startswith("role")) :]]
     assert [row[0] for row in rows[1:4]] == ["a", "b", "judge"] and {tuple(r[2:4]) for r in rows[1:4]} == {("12", "0")}
     prompt, reply = (int(rows[1][k].replace(",", "")) for k in (4, 5))
     prices = read_json(ROOT / "prices.json")

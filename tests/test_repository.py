@@ -16,14 +16,14 @@ LAYERS = [
     {"files", "kto", "ranks", "measure"},
     {"client", "hub"},
     {"settings", "kernels", "em", "data", "model"},
-    {"lora", "sample", "annotate", "checkpoint", "ledger", "benchmarks"},
+    {"lora", "sample", "annotate", "checkpoint", "ledger", "benchmarks", "formats"},
     {"remote", "train", "chat", "agreement", "export", "retrieve"},
     {"eval", "committee", "bench"},
     {"labelling", "analysis", "report"},
-    {"judge", "charts"},
+    {"judge", "charts", "plan"},
     {"veriscore", "tables", "page"},
     {"mralign", "gpu_check", "discover"},
-    {"mini"},
+    {"mini", "sweep"},
 ]
 
 

@@ -1,11 +1,19 @@
 """The training step against transformers, PEFT and plain arithmetic; splits, ranks, crashes."""
 
+import errno
 import hashlib
 import json
 import math
+import os
+import random
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +25,7 @@ import data
 import kto
 import lora
 import model as qwen
+import mralign
 import train
 from files import InputError
 from ranks import Ranks, process_group
@@ -280,15 +289,52 @@ def test_sft_loss_is_the_step_mean_over_tokens(base, group):
 # Several processes
 
 
-def launch(tmp_path: Path, base: Path, name: str, rows: list[dict], world: int = 1, extra=(), **s):
-    out = tmp_path / name
-    (tmp_path / f"{name}.rows.json").write_text(json.dumps(rows))
-    (tmp_path / f"{name}.settings.json").write_text(json.dumps({"lora_r": 2, "lora_alpha": 4.0, "lr": 1e-3} | s))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+@dataclass
+class Done:
+    """How the ranks of one run ended, and what they wrote to stderr."""
+
+    codes: list[int]
+    stderr: str
+
+
+class Server:
+    """Runs of train_worker.py in processes that a ready one forks."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(WORKER), "--serve"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, argv: list, world: int, log: Path) -> list[int]:
+        """Process ids of a new run's ranks."""
+        job = {"argv": [str(a) for a in argv], "world": world, "log": str(log)}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def wait(self, log: Path) -> Done:
+        print(file=self.process.stdin, flush=True)
+        return Done(json.loads(self.process.stdout.readline()), log.read_text())
+
+    def __call__(self, tmp_path: Path, base: Path, name: str, rows: list[dict], world: int = 1, extra=(), **s):
+        """The run's folder and how it ended."""
+        log = tmp_path / f"{name}.log"
+        log.write_text("")
+        self.start([*arguments(tmp_path, base, name, rows, **s), *extra], world, log)
+        return tmp_path / name, self.wait(log)
+
+
+def arguments(tmp_path: Path, base: Path, name: str, rows: list[dict], **s) -> list:
     files = [tmp_path / f"{name}.rows.json", tmp_path / f"{name}.settings.json"]
-    command = [sys.executable, *torchrun, WORKER, out, "mralign", *files, base, *extra]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
-    return out, done
+    files[0].write_text(json.dumps(rows))
+    files[1].write_text(json.dumps({"lora_r": 2, "lora_alpha": 4.0, "lr": 1e-3} | s))
+    return [tmp_path / name, "mralign", *files, base]
+
+
+@pytest.fixture(scope="module")
+def launch():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
 
 
 def read(out: Path) -> tuple[dict, list[dict]]:
@@ -296,13 +342,13 @@ def read(out: Path) -> tuple[dict, list[dict]]:
     return load_file(out / "adapter_model.safetensors"), metrics
 
 
-def test_worlds_of_one_two_and_four_give_the_same_training(tmp_path, base):
+def test_worlds_of_one_two_and_four_give_the_same_training(tmp_path, base, launch):
     """Five rows a step: four ranks hold 2, 1, 1, 1 of them, so some hold one class only, and none in the last step."""
     rows, s = make_rows(11), {"batch_size": 5, "micro_batch": 2, "epochs": 2, "warmup": 0.0}
     adapters, logs = [], []
     for world in (1, 2, 4):
         out, done = launch(tmp_path, base, f"world{world}", rows, world, **s)
-        assert done.returncode == 0, done.stderr
+        assert not any(done.codes), done.stderr
         adapter, log = read(out)
         adapters.append(adapter)
         logs.append(log)
@@ -320,25 +366,159 @@ def sha(out: Path) -> str:
     return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base):
+def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base, launch):
     s = {"batch_size": 4, "epochs": 3, "save_every": 2, "z0_ema": 0.5}  # 9 steps
     whole, done = launch(tmp_path, base, "whole", make_rows(12), **s)
-    assert done.returncode == 0, done.stderr
+    assert not any(done.codes), done.stderr
     torn, done = launch(tmp_path, base, "torn", make_rows(12), extra=["--die", "5"], **s)
-    assert done.returncode == -9 and not (torn / "adapter_model.safetensors").exists()
+    assert done.codes == [-9] and not (torn / "adapter_model.safetensors").exists()
     assert [p.name for p in checkpoint.found(torn)] == ["checkpoint-000002", "checkpoint-000004"]
     (torn / "checkpoint-000004" / "optimizer.safetensors").write_bytes(b"torn")  # a bad newest one: the older serves
     _, done = launch(tmp_path, base, "torn", make_rows(12), extra=["--resume"], **s)
-    assert done.returncode == 0, done.stderr
+    assert not any(done.codes), done.stderr
     assert "continuing after step 2" in done.stderr
     assert sha(torn) == sha(whole)
     assert read(torn)[1] == read(whole)[1]
 
 
-def test_resume_refuses_a_changed_run_and_names_the_change(tmp_path, base):
+def test_resume_refuses_a_changed_run_and_names_the_change(tmp_path, base, launch):
     out, done = launch(tmp_path, base, "run", make_rows(4), batch_size=4, epochs=1)
-    assert done.returncode == 0, done.stderr
+    assert not any(done.codes), done.stderr
     with pytest.raises(InputError, match="lr was 0.001, is 0.002"):
         values = {"lora_r": 2, "lora_alpha": 4.0, "batch_size": 4, "epochs": 1, "lr": 2e-3}
         settings = train.TrainSettings(**values)
         checkpoint.latest(out, train.run_identity("mralign", settings, {"rows": "r", "model": "m"}))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name,code", [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_bit_for_bit(
+    tmp_path, base, launch, world, name, code
+):
+    """The signal comes in the middle of a step, after z0 has moved: nothing of that step may be saved."""
+    s = {"batch_size": 4, "epochs": 2, "save_every": 100, "z0_ema": 0.5}  # 6 steps
+    whole, done = launch(tmp_path, base, "whole", make_rows(12), world, **s)
+    assert not any(done.codes), done.stderr
+    run, done = launch(tmp_path, base, "run", make_rows(12), world, extra=["--stop-by", name, 3], **s)
+    assert done.codes == [code] * world, done.stderr
+    assert [p.name for p in checkpoint.found(run)] == ["checkpoint-000003"]
+    assert "stopped after step 3 of 6" in done.stderr
+    _, done = launch(tmp_path, base, "run", make_rows(12), world, extra=["--resume"], **s)
+    assert not any(done.codes) and "continuing after step 3" in done.stderr, done.stderr
+    assert sha(run) == sha(whole) and read(run)[1] == read(whole)[1]
+
+
+def test_a_rank_that_dies_ends_the_others_and_torchrun_restarts_them_from_the_checkpoint(tmp_path, base, launch):
+    s = {"batch_size": 4, "epochs": 2, "save_every": 2}  # 6 steps
+    whole, done = launch(tmp_path, base, "whole", make_rows(12), 2, **s)
+    assert not any(done.codes), done.stderr
+    started = time.perf_counter()
+    run, done = launch(tmp_path, base, "run", make_rows(12), 2, extra=["--resume", "--die", 3, 1], **s)
+    assert time.perf_counter() - started < 60
+    assert done.codes == [1, -9] and "RuntimeError" in done.stderr  # the survivor says why it ends
+    assert not (run / "adapter_model.safetensors").exists()
+    shutil.rmtree(run)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [*torchrun, WORKER, *arguments(tmp_path, base, "run", make_rows(12), **s), "--resume", "--die", 3, 1]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "continuing after step 2" in done.stderr, done.stderr
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr  # torchrun names the first that died
+    assert sha(run) == sha(whole) and read(run)[1] == read(whole)[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_layers_give_what_whole_ones_do(tmp_path, base, launch, checkpointing):
+    s = {"batch_size": 5, "micro_batch": 2, "epochs": 1, "warmup": 0.0, "gradient_checkpointing": checkpointing}
+    runs = []
+    for name, sharded in (("whole", False), ("sharded", True)):
+        out, done = launch(tmp_path, base, name, make_rows(11), 2, shard=sharded, **s)
+        assert not any(done.codes), done.stderr
+        runs.append(read(out))
+    (whole, whole_log), (sharded, sharded_log) = runs
+    for a, b in zip(whole_log, sharded_log, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["kl"] == pytest.approx(a["kl"], rel=1e-4, abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_sharding_leaves_half_of_every_layer_on_each_of_two_ranks(tmp_path, base, launch):
+    """What --shard is for: the layers' weights held between passes, counted by the processes themselves."""
+    log = tmp_path / "log"
+    launch.start(["--held", base], 2, log)
+    done = launch.wait(log)
+    words = [line.split() for line in done.stderr.splitlines() if line.startswith("held")]
+    assert len(words) == 2, done.stderr
+    before = int(words[0][1])
+    assert sum(int(w[2]) for w in words) == before and all(int(w[2]) <= 0.51 * before for w in words)
+    assert {w[3] for w in words} == {"Parameter"}  # the head stays whole
+
+
+def test_out_of_memory_names_the_rows_the_peak_and_the_flags(base, group, monkeypatch):
+    rows = as_rows(make_rows(8))
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=2)
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "kto", s, group, "torch")
+    longest = sorted(range(8), key=lambda i: (-trainer.lengths[i], i))[:2]
+
+    def too_large(*args):
+        torch.empty(1 << 52)  # 18 PB: what the allocator says is real
+
+    reference = trainer.reference_sums()
+    monkeypatch.setattr(train, "sequence_sums", too_large)
+    with pytest.raises(train.MemoryFull) as caught, trainer.memory_named():
+        trainer.backward(list(range(8)), reference, torch.tensor(0.0))
+    message = str(caught.value)
+    for i in longest:
+        assert f"row{i} ({trainer.lengths[i]} tokens)" in message
+    assert re.search(r"peak \d+\.\d GB; use --micro-batch 1 or --gradient-checkpointing or --shard", message)
+    assert "\n" not in message and mralign.ending(caught.value) == (5, message)
+    with pytest.raises(RuntimeError, match="size"), trainer.memory_named():
+        torch.ones(2) @ torch.ones(3)  # another error stays what it is
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(tmp_path, base, launch):
+    """The kernel refuses to write files of more than so many bytes: enough for metrics, not for moments."""
+    s = {"batch_size": 4, "epochs": 2, "save_every": 2}
+    whole, done = launch(tmp_path, base, "whole", make_rows(12), **s)
+    assert not any(done.codes), done.stderr
+    run, done = launch(tmp_path, base, "run", make_rows(12), extra=["--die", "3"], **s)
+    before = sorted(p.name for p in checkpoint.found(run))
+    sizes = [p.stat().st_size for p in (run / "checkpoint-000002").iterdir()]
+    server = launch.process.pid
+    resource.prlimit(server, resource.RLIMIT_FSIZE, (max(sizes) - 1, resource.RLIM_INFINITY))
+    _, done = launch(tmp_path, base, "run", make_rows(12), extra=["--resume"], **s)
+    resource.prlimit(server, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert done.codes == [1] and "File too large" in done.stderr
+    assert sorted(p.name for p in checkpoint.found(run)) == before
+    _, done = launch(tmp_path, base, "run", make_rows(12), extra=["--resume"], **s)
+    assert not any(done.codes), done.stderr
+    assert sha(run) == sha(whole)
+    assert mralign.ending(OSError(errno.ENOSPC, ""))[0] == 75
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max((int(p.name[-6:]) for p in checkpoint.found(run)), default=0)
+
+
+def test_kills_at_random_moments_never_cost_the_run(tmp_path, base, launch):
+    """A short version of the crash loop: kill -9 a random time after a random number of steps, go on, eight times."""
+    s = {"batch_size": 2, "epochs": 6, "save_every": 1, "z0_ema": 0.5}  # 36 steps, a checkpoint each
+    whole, done = launch(tmp_path, base, "whole", make_rows(12), **s)
+    assert not any(done.codes), done.stderr
+    run, log, chance = tmp_path / "run", tmp_path / "log", random.Random(0)
+    log.write_text("")
+    argv = [*arguments(tmp_path, base, "run", make_rows(12), **s), "--resume"]
+    for _ in range(8):
+        (pid,) = launch.start(argv, 1, log)
+        target = newest(run) + chance.randrange(1, 4)
+        while newest(run) < target:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))  # a step takes about as long, its checkpoint a part of it
+        os.kill(pid, signal.SIGKILL)
+        assert launch.wait(log).codes == [-9]
+        assert checkpoint.latest(run, {})["step"] >= target
+    launch.start(argv, 1, log)
+    done = launch.wait(log)
+    assert not any(done.codes), done.stderr
+    assert sha(run) == sha(whole) and read(run)[1] == read(whole)[1]
