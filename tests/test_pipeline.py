@@ -118,7 +118,8 @@ def test_an_adapter_travels_with_its_card_and_the_commands_that_serve_it(run):
         for part in (f"| loss | {last['loss']:.6g} |", digest, f"{k}/40", "mini/LICENSES-data.md"):
             assert part in card, part
         modules = shlex.quote(f"{method}={run / method}")
-        command = f"vllm serve {ROOT / 'mini/model'} --enable-lora --max-lora-rank 8 --lora-modules {modules}"
+        served = shlex.quote(str(ROOT / "mini/model"))
+        command = f"vllm serve {served} --enable-lora --max-lora-rank 8 --lora-modules {modules}"
         assert command in card and command in said
 
 
