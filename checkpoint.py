@@ -40,7 +40,8 @@ def save(
         shutil.rmtree(left)
     moments = {}
     for name, p in parameters.items():
-        moments |= {f"{name}.{k}": optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq")}
+        # Empty before the first update.
+        moments |= {f"{name}.{k}": v for k, v in optimizer.state[p].items()}
     tensors = {"adapter.safetensors": parameters, "optimizer.safetensors": moments}
     for name, content in tensors.items():
         with atomic_write(aside / name, "wb") as f:
@@ -104,7 +105,7 @@ def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer: torch.op
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(saved[name])
-            fields = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            fields = {k: moments[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in moments}
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in fields.items()}
 
 

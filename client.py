@@ -247,10 +247,13 @@ class Client:
         # A proxy from the environment is for the world outside, not for a server on this machine.
         self.session.trust_env = not _is_loopback(urlsplit(endpoint.base_url).hostname or "")
 
-    def post(self, path: str, body: dict[str, Any], tokens: int = 0, account: Account | None = None) -> dict[str, Any]:
+    def post(
+        self, path: str, body: dict[str, Any], tokens: int = 0, account: Account | None = None, words: bool = False
+    ) -> dict[str, Any]:
         """The JSON object the server answers to `body` at base_url + path ("/chat/completions").
 
-        tokens: what the call counts for under the tokens-a-minute limit. account: see Account.
+        tokens: what the call counts for under the tokens-a-minute limit. account: see Account. words: the server says
+        in words that it is done, any 200 will do; returns {}.
         408, 409, 429, 5xx, broken connections, timeouts and 200s whose body is not a JSON object are tried again.
         Raises Refused at once for every other status and for a 429 that means no credit, Unanswered after the last
         attempt, Stopped when `stop` is set meanwhile, and what account.reserve raises.
@@ -261,6 +264,8 @@ class Client:
             if account:
                 account.reserve()
             reply = self._attempt(path, body, account)
+            if words and reply.status == 200:
+                return {}
             value = _json_object(reply.text) if reply.status == 200 else None
             if value is not None and (not value.get("error") or "choices" in value):
                 return value

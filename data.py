@@ -218,6 +218,20 @@ def _check_byte_level(tokenizer: Tokenizer) -> None:
         raise InputError(f"tokenizer: the decoder is {tokenizer.decoder}, not ByteLevel; use a byte-level BPE model")
 
 
+def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json.
+
+    Raises InputError when there is none, or one the tokenizer does not have.
+    """
+    paths = [member(folder, name) for name in ("generation_config.json", "config.json")]
+    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
+    path, ids = next(((path, ids) for path, ids in found if ids is not None), (paths[-1], []))
+    ids = ids if isinstance(ids, list) else [ids]
+    if not ids or not all(type(i) is int and i >= 0 and tokenizer.id_to_token(i) is not None for i in ids):
+        raise InputError(f"{path}: eos_token_id is {ids}; it must name tokens of tokenizer.json, restore both files")
+    return set(ids)
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a rendered prompt. The chat template has written the special tokens, so none are added."""
     return tokenizer.encode(text, add_special_tokens=False).ids

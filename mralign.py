@@ -29,14 +29,12 @@ on the command line always runs.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -48,7 +46,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 import analysis
 import annotate
@@ -72,16 +69,15 @@ import sample
 import tables
 import train
 import veriscore
-from client import Client, Limits, ServiceError, parse_endpoint
+from client import Client, parse_endpoint
+from endings import ENDINGS, settle
 from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from kernels.segment_logprob import default_impl, segment_logprob
 from ledger import Ledger
-from ranks import Progress, Ranks, Stopped, process_group
+from ranks import Progress, Ranks, process_group
 from settings import cli, opt
 
 ROOT = Path(__file__).resolve().parent
-# A server that samples is silent until a completion is finished.
-PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 REFINE, RET = "refine", "+ret"  # settings beside thinkoff, base and the methods
 
 
@@ -153,7 +149,7 @@ class Run:
         self.template = data.ChatTemplate(source.folder, cfg.system)
         self.template.check(self.tokenizer)
         self.user_turn = data.load_prompt(cfg.prompt)
-        self.stop_ids = stop_ids(source.folder, self.tokenizer)
+        self.stop_ids = data.stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the unit under way, see `perform`
 
     def base_model(self, device: torch.device | None = None) -> qwen.Qwen3:
@@ -178,20 +174,6 @@ class Run:
         return self.samples_path(name, setting).with_suffix(f".{kind}.jsonl")
 
 
-def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json.
-
-    Raises InputError when there is none, or one the tokenizer does not have.
-    """
-    paths = [hub.member(folder, name) for name in ("generation_config.json", "config.json")]
-    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
-    path, ids = next(((path, ids) for path, ids in found if ids is not None), (paths[-1], []))
-    ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and i >= 0 and tokenizer.id_to_token(i) is not None for i in ids):
-        raise InputError(f"{path}: eos_token_id is {ids}; it must name tokens of tokenizer.json, restore both files")
-    return set(ids)
-
-
 def adapter_of(run: Run, setting: str) -> str:
     """The method whose adapter a setting uses, "" for the base model."""
     bare = setting.removesuffix(RET)
@@ -207,7 +189,7 @@ def sampler(run: Run, setting: str) -> Callable[..., None]:
     if cfg.backend == "openai":
         name = method or cfg.served_model or run.source.name
         endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
-        client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=PATIENCE)
+        client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=remote.PATIENCE)
         eos = qwen.Config.from_json(run.source.folder / "config.json").eos_token_id
         end_id = eos if isinstance(eos, int) else eos[0]
 
@@ -1128,33 +1110,6 @@ def check_settings(cfg: Config) -> None:
     judge.check(cfg)
 
 
-ENDINGS = (InputError, ServiceError, train.NumericsError, train.MemoryFull, torch.OutOfMemoryError, Stopped, OSError)
-
-
-def ending(error: BaseException) -> tuple[int, str]:
-    """What one of ENDINGS means to whoever started the program: (exit code, a line); code 1 is a bug."""
-    again = "the same command with --resume goes on"
-    if isinstance(error, Stopped):
-        return 130 if error.number == signal.SIGINT else 75, f"stopped by {error}; {again}"
-    if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return 75 if full else 1, f"{error}; free some space, {again}"
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = str(error).partition(". ")[0]
-        return 5, f"{reason}; use a smaller --sample-batch in sampling and evaluation, --shard in training"
-    codes = {InputError: 3, ServiceError: 4}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 5), str(error)
-
-
-def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
-    """status.json: what the run ended with, as torchrun itself always exits with 1. An error of a rank comes first."""
-    path = out / "status.json"
-    if code not in (0, 75, 130) or (rank == 0 and not path.exists()):
-        state = {0: "done", 75: "stopped, can be resumed", 130: "stopped, can be resumed"}
-        with contextlib.suppress(OSError):  # on a full disk the line on stderr has to do
-            write_json(path, {"state": state.get(code, "failed"), "exit_code": code, "rank": rank, "reason": reason})
-
-
 def perform_stages(cfg: Config, source: hub.Source, stages: list[str]) -> None:
     """Join the other processes and do what is due, or the stages that are named. Raises what `main` translates."""
     with process_group() as ranks, ranks.stop.listen():
@@ -1183,11 +1138,7 @@ def dry_run(cfg: Config, gpu: str, gpus: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code.
-
-    0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right or memory that
-    does not suffice, 75 stopped and can be resumed, 130 interrupted and can be resumed.
-    """
+    """The command line. Returns the exit code, see endings.py."""
 
     def more(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="run these stages only; none: all that are due")
@@ -1196,8 +1147,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
-    rank, out = int(os.environ.get("RANK", 0)), None
-    code, reason = 0, ""
+    out = None
     try:
         cfg, rest = cli(Config, argv, __doc__, more)
         if rest.dry_run:
@@ -1209,14 +1159,8 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(cfg.out)
         perform_stages(cfg, source, rest.stages)
     except ENDINGS as error:
-        code, reason = ending(error)
-        if code == 1:
-            raise
-    if code and (rank == 0 or out is not None):
-        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
-    if out is not None:
-        leave_status(out, rank, code, reason)
-    return code
+        return settle(error, out)
+    return settle(None, out)
 
 
 if __name__ == "__main__":

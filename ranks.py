@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,12 @@ class Ranks:
     def wait(self) -> None:
         """Return when every rank has come here, however long one of them works alone."""
         dist.barrier(self.patient)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of the ranks, on all of them. Not for tensors."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.patient)
+        return found
 
     def check_stop(self) -> None:
         """Raise Stopped on every rank if any was asked to stop. All ranks must come here equally often."""

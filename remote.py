@@ -4,16 +4,23 @@ The prompt goes out as the token ids our template and tokenizer made, so the ser
 the ids it sampled back (`return_token_ids`), and those are kept; a server that answers with text only has its text
 encoded again, which may split a word differently than it was sampled: such completions are counted and said.
 
-Left out: starting a server, loading an adapter into one (give the name under which the server serves it as the model).
+Left out: starting a server. A finished adapter is asked for by the name under which the server serves it.
 """
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from client import Client, ServiceError, in_threads
+from client import Client, Endpoint, Limits, ServiceError, in_threads
+from ranks import Ranks
 from sample import Completion, Sampling
 
 PATH = "/completions"
+ADAPTER = "policy"  # what a server is told to call adapters under training, with a version behind it
+# A server that samples is silent until a completion is finished.
+PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 
 
 def generate(
@@ -22,7 +29,7 @@ def generate(
     prompts: list[list[int]],
     seeds: list[int],
     *,
-    max_new: int,
+    max_new: int | list[int],
     stop_ids: set[int],
     end_id: int,
     sampling: Sampling,
@@ -35,13 +42,14 @@ def generate(
     Raises ServiceError when the server refuses, fails for good or answers with something else than a completion.
     """
     sampling.check()
-    assert len(prompts) == len(seeds), (len(prompts), len(seeds))
-    jobs = list(enumerate(zip(prompts, seeds, strict=True)))
+    limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new
+    assert len(prompts) == len(seeds) == len(limits), (len(prompts), len(seeds), len(limits))
+    jobs = list(enumerate(zip(prompts, seeds, limits, strict=True)))
 
-    def work(job: tuple[int, tuple[list[int], int]]) -> tuple[Completion, bool]:
-        _, (prompt, seed) = job
-        body = request(client.endpoint.model, prompt, seed, max_new, stop_ids, sampling)
-        reply = client.post(PATH, body, tokens=len(prompt) + max_new)
+    def work(job: tuple[int, tuple[list[int], int, int]]) -> tuple[Completion, bool]:
+        _, (prompt, seed, limit) = job
+        body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling)
+        reply = client.post(PATH, body, tokens=len(prompt) + limit)
         return completion(reply, encode, stop_ids, end_id, str(client.endpoint))
 
     encoded = 0
@@ -89,3 +97,53 @@ def completion(
         reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token
         ids = [*ids, reason if reason in stop_ids else end_id]
     return Completion(ids, finish), again
+
+
+class Served:
+    """A vLLM server that samples from an adapter under training: each `publish` gives it the newest one.
+
+    The server runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and reads adapters from the same disk.
+    """
+
+    def __init__(self, base: Endpoint, concurrency: int, folder: Path, encode: Callable[[str], list[int]]) -> None:
+        """base: the server and what it calls the base model. folder: where adapters are left for it to read."""
+        self.base, self.concurrency, self.folder, self.encode = base, concurrency, folder.resolve(), encode
+        self.name = base.model  # of the adapter that is served now
+
+    def client(self) -> Client:
+        """A client that asks for the newest adapter."""
+        return Client(dataclasses.replace(self.base, model=self.name), self.concurrency, limits=PATIENCE)
+
+    def publish(self, save: Callable[[Path], object], version: str, ranks: Ranks) -> None:
+        """Let the server load what save(folder) writes, and forget the adapter before it. All ranks together.
+
+        Raises ServiceError when the server refuses.
+        """
+        before, client = self.name, self.client()
+        self.name = f"{ADAPTER}-{version}"
+        if ranks.rank == 0:
+            path = self.folder / self.name
+            save(path)
+            client.post("/load_lora_adapter", {"lora_name": self.name, "lora_path": str(path)}, words=True)
+            if before != self.base.model:
+                client.post("/unload_lora_adapter", {"lora_name": before}, words=True)
+                shutil.rmtree(self.folder / before)
+        ranks.wait()
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        limits: list[int],
+        progress: Callable[[int], object],
+        **how: Any,
+    ) -> list[Completion]:
+        """What sample.generate does, by the server; `how` is passed on to `generate`."""
+        done: dict[int, Completion] = {}
+
+        def finished(index: int, completion: Completion) -> None:
+            done[index] = completion
+            progress(len(completion.ids))
+
+        generate(self.client(), self.encode, prompts, seeds, max_new=limits, finished=finished, **how)
+        return [done[k] for k in range(len(prompts))]

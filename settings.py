@@ -7,7 +7,7 @@ depend on other fields.
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from files import InputError, read_json
@@ -36,11 +36,18 @@ def from_json(cls: type[T], path: str) -> dict[str, Any]:
     return values
 
 
-def cli(cls: type[T], argv: Sequence[str] | None, description: str, extra: Any = None) -> tuple[T, argparse.Namespace]:
+def cli(
+    cls: type[T],
+    argv: Sequence[str] | None,
+    description: str,
+    extra: Any = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[T, argparse.Namespace]:
     """Parse `argv` into an instance of the dataclass `cls`; a bool field becomes --x / --no-x.
 
     `extra(parser)` may add arguments that are not fields; they come back in the namespace. `--config FILE` is always
-    there. Exits with code 2 on a usage error, raises InputError on a bad file.
+    there. presets: name -> fields, chosen by the field `preset`; the file and the flags go before them. Exits with code
+    2 on a usage error, raises InputError on a bad file or an unknown preset.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -61,5 +68,10 @@ def cli(cls: type[T], argv: Sequence[str] | None, description: str, extra: Any =
     values = from_json(cls, given["config"]) if given["config"] else {}
     names = [f.name for f in dataclasses.fields(cls)]
     values |= {name: given[name] for name in names if given[name] is not None}
+    if presets is not None:
+        chosen = values.get("preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset"))
+        if chosen not in presets:
+            raise InputError(f"--preset {chosen!r} is not one of {', '.join(presets)}")
+        values = {**presets[chosen], **values}
     rest = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
     return cls(**values), rest

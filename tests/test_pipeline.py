@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import data
 import em
-import mralign as pipeline
 from files import InputError, read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,11 +137,11 @@ def test_tokens_that_end_a_completion(tmp_path):
     for config, generation, expected in cases:
         write_json(tmp_path / "config.json", config)
         write_json(tmp_path / "generation_config.json", generation)
-        assert pipeline.stop_ids(tmp_path, tokenizer) == expected
+        assert data.stop_ids(tmp_path, tokenizer) == expected
     for config in ({}, {"eos_token_id": 10**6}, {"eos_token_id": "</s>"}, {"eos_token_id": [3, -1]}):
         write_json(tmp_path / "config.json", config)
         with pytest.raises(InputError, match="config.json: eos_token_id is .* must name tokens of tokenizer.json"):
-            pipeline.stop_ids(tmp_path, tokenizer)
+            data.stop_ids(tmp_path, tokenizer)
 
 
 def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):

@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAYERS = [
     {"files", "kto", "ranks", "measure"},
-    {"client", "hub"},
+    {"client", "hub", "verifier", "passk"},
     {"settings", "kernels", "em", "data", "model"},
     {"lora", "sample", "annotate", "checkpoint", "ledger", "benchmarks", "formats"},
     {"remote", "train", "chat", "agreement", "export", "retrieve"},
-    {"eval", "committee", "bench"},
+    {"eval", "committee", "bench", "endings"},
     {"labelling", "analysis", "report"},
     {"judge", "charts", "plan"},
     {"veriscore", "tables", "page"},
-    {"mralign", "gpu_check", "discover"},
+    {"mralign", "masa", "gpu_check", "discover"},
     {"mini", "sweep"},
 ]
 

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
+import endings
 import kto
 import lora
 import model as qwen
-import mralign
 import train
 from files import InputError
 from ranks import Ranks, process_group
@@ -472,7 +472,7 @@ def test_out_of_memory_names_the_rows_the_peak_and_the_flags(base, group, monkey
     for i in longest:
         assert f"row{i} ({trainer.lengths[i]} tokens)" in message
     assert re.search(r"peak \d+\.\d GB; use --micro-batch 1 or --gradient-checkpointing or --shard", message)
-    assert "\n" not in message and mralign.ending(caught.value) == (5, message)
+    assert "\n" not in message and endings.ending(caught.value) == (5, message)
     with pytest.raises(RuntimeError, match="size"), trainer.memory_named():
         torch.ones(2) @ torch.ones(3)  # another error stays what it is
 
@@ -494,7 +494,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(tmp_
     _, done = launch(tmp_path, base, "run", make_rows(12), extra=["--resume"], **s)
     assert not any(done.codes), done.stderr
     assert sha(run) == sha(whole)
-    assert mralign.ending(OSError(errno.ENOSPC, ""))[0] == 75
+    assert endings.ending(OSError(errno.ENOSPC, ""))[0] == 75
 
 
 def newest(run: Path) -> int:

@@ -25,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
+import endings  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
-import mralign  # noqa: E402
 import train  # noqa: E402
 from ranks import process_group  # noqa: E402
 
@@ -98,8 +98,8 @@ def main(argv: list[str]) -> int:
                 {"rows": "r", "model": "m"},
                 "--resume" in options,
             )
-    except mralign.ENDINGS as error:
-        code, reason = mralign.ending(error)
+    except endings.ENDINGS as error:
+        code, reason = endings.ending(error)
         print(f"ended: {code} {reason}", file=sys.stderr, flush=True)
         return code
     return 0
