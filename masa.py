@@ -700,7 +700,7 @@ class Masa:
             loss, clipped = policy_loss(logp, old, advantage, s.clip_low, s.clip_high, s.clip_dual)
             total = (loss * batch.w).sum()
             total.backward()
-            tally["loss"] += float(total)
+            tally["loss"] += float(total.detach())
             tally["clipped"] += float(clipped.sum())
             tally["trained"] += len(clipped)
         return self.apply(lr)

@@ -1,0 +1,711 @@
+"""MASA: rewards against golden values, the objective against policy gradients, a step against scripted samples."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import masa_worker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import lora
+import masa
+import model as qwen
+import passk
+import sample
+from files import InputError, read_jsonl, write_jsonl
+from ranks import Ranks, Stopped, process_group
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ROOT = Path(masa.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def group():
+    with process_group() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return masa_worker.make_folder(tmp_path_factory.mktemp("masa"))
+
+
+# ---------- metas
+
+
+def outcome(right: int, n: int = 16, lengths=None, texts=("Therefore Vieta x", "Therefore wrong")) -> masa.Outcome:
+    correct = tuple(k < right for k in range(n))
+    lengths = tuple(lengths or range(1000, 1000 + n))
+    return masa.Outcome(correct, lengths, tuple(texts[0] if c else texts[1] for c in correct))
+
+
+def total(notions, rate, length, of: masa.Outcome, problem="Find x.") -> float:
+    numbers = {"math_notion": notions, "pass_rate": rate, "solution_length": length}
+    return sum(masa.reward_meta(masa.parse_meta(json.dumps(numbers)), problem, of)) / 3
+
+
+def test_rewards_match_the_released_code_except_where_we_say_so():
+    """Golden values: what the authors' scoring function returned for the same 16 rollouts."""
+    ten = outcome(10)
+    assert total(["Vieta"], 5, 1005, ten) == pytest.approx(1.0)
+    assert total(["Vieta", "zzz"], 5, 1005, ten) == pytest.approx(0.8333, abs=1e-4)
+    assert total([], 5, 1005, ten) == pytest.approx(2 / 3)
+    assert total(["Therefore"], 5, 1005, ten) == pytest.approx(1.0)
+    assert total(["e"], 5, 1005, ten) == pytest.approx(1.0)
+    same = outcome(6, texts=("Therefore", "Therefore"))
+    assert masa.reward_notion(["Therefore"], "Find x.", same) == 0.0
+    assert masa.reward_difficulty(3 / 8, 6 / 16) == 1.0
+    one = outcome(1)
+    assert masa.reward_difficulty(1 / 8, one.p) == pytest.approx(0.74989, abs=1e-5)
+    # Theirs is 0: the only right length can not be foreseen with a strict comparison.
+    assert masa.reward_length(1000, one) == 1.0
+    assert masa.reward_length(999, one) == masa.reward_length(1001, one) == 0.0
+    assert masa.reward_length(1005, outcome(0)) == 0.0
+    # Theirs gives 5.6e-12 and 0: a rate off the grid is no rate, a float is none either.
+    assert masa.parse_meta('{"pass_rate": 50}').p_hat is None and masa.parse_meta('{"pass_rate": 5.0}').p_hat is None
+
+
+def test_one_grid_step_costs_what_the_paper_says():
+    assert masa.reward_difficulty(0.5, 0.625) == pytest.approx(0.5623, abs=1e-4)
+    assert masa.reward_difficulty(0.75, 0.5) == pytest.approx(0.3162, abs=1e-4)
+    assert masa.reward_difficulty(None, 0.5) == 0.0
+
+
+def test_notions_count_once_by_lemma_and_not_if_the_problem_has_them():
+    of = masa.Outcome((True, True, False), (5, 5, 5), ("a median and an identity", "median", "identity"))
+    assert masa.reward_notion(["medians", "median"], "Find it.", of) == 1.0  # 2 against 0, one notion
+    assert masa.reward_notion(["identities"], "Find it.", of) == 0.0  # 1 against 1
+    assert masa.reward_notion(["median", "identity"], "Find the identity.", of) == 1.0  # the second does not count
+    assert masa.reward_notion(["median"], "Find the median.", of) == 0.0
+    assert masa.reward_notion([" ", ""], "Find it.", of) == 0.0
+    # Counts reward what most solutions hold as soon as most are right; shares do not.
+    common = masa.Outcome((True, True, False), (5, 5, 5), ("so", "so", "so"))
+    assert masa.reward_notion(["so"], "?", common) == 1.0 and masa.reward_notion(["so"], "?", common, rate=True) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("notion", "expected"),
+    [("identities", "identity"), ("Series", "Series"), ("branches", "branch"), ("boxes", "box"), ("heroes", "hero"),
+     ("class", "class"), ("cosines", "cosine"), ("bus", "bu"), ("carry", "carry"), ("power series", "power series")],
+)  # fmt: skip
+def test_lemma(notion, expected):
+    assert masa.lemma(notion) == expected
+
+
+GOOD = '{"math_notion": ["a"], "pass_rate": 5, "solution_length": 9}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<meta> why </meta>\n{GOOD}", (" why ", ("a",), 0.625, 9)),
+        ('{"solution_length": 9,\n  "pass_rate": 5, "math_notion": ["a"] }', (None, ("a",), 0.625, 9)),
+        (f"<meta>x</meta> first {GOOD} then " + GOOD.replace("5", "6"), ("x", ("a",), 0.75, 9)),
+        ('<meta>{"pass_rate": 1}</meta>{"pass_rate": 2}', ('{"pass_rate": 1}', None, 0.25, None)),
+        ('{"math_notion": ["\\\\frac{a}{b}"], "pass_rate": 0}', (None, ("\\frac{a}{b}",), 0.0, None)),
+        ('{"math_notion": ["the set {}"], "pass_rate": 8}', (None, ("the set {}",), 1.0, None)),
+        ('{"pass_rate": true, "solution_length": false}', (None, None, None, None)),
+        ('{"pass_rate": 9, "solution_length": 0}', (None, None, None, None)),
+        ('{"pass_rate": -1, "solution_length": "9"}', (None, None, None, None)),
+        ('{"pass_rate": "5", "math_notion": "a"}', (None, None, None, None)),
+        ('{"math_notion": ["a", 1]}', (None, None, None, None)),
+        ("{'math_notion': ['a'], 'pass_rate': 5}", None),
+        ('{"other": 1}', None),
+        ('[{"pass_rate": 3}', (None, None, 0.375, None)),
+        ('{"pass_rate": 3', None),
+        ("no braces", None),
+        ("", None),
+        ("{" * 100_000, None),
+        ('{"a":' * 100_000, None),
+    ],
+)
+def test_parse_meta(text, expected):
+    found = masa.parse_meta(text)
+    if expected is None:
+        assert found is None
+    else:
+        assert (found.reasoning, found.notions, found.p_hat, found.length) == expected
+
+
+def test_what_we_write_we_can_read():
+    rng = random.Random(0)
+    for _ in range(200):
+        notions = ["".join(rng.choices('ab{}"\\\n<>é ', k=rng.randint(1, 9))) for _ in range(rng.randint(0, 4))]
+        rate, length = rng.randint(0, 8), rng.randint(1, 9999)
+        found = masa.parse_meta(masa.meta_text("because {of} it", notions, rate, length))
+        assert found == masa.Prediction("because {of} it", tuple(notions), rate / 8, length)
+
+
+# ---------- objective
+
+
+def test_advantages_by_hand_and_by_torch():
+    assert masa.advantages([1, 0, 0, 0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert masa.advantages([1.0, 1.0, 1.0]) == [0.0] * 3
+    assert masa.advantages([0.7]) == pytest.approx([0.7], abs=1e-5)
+    r = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert masa.advantages(r.tolist()) == pytest.approx(((r - r.mean()) / (r.std() + 1e-6)).tolist())
+
+
+def test_policy_loss_branch_by_branch():
+    """ratio, advantage -> loss by hand, with the clips at 0.8, 1.28 and 10."""
+    cases = [
+        (1.0, 1.0, -1.0, False),
+        (1.2, 1.0, -1.2, False),
+        (2.0, 1.0, -1.28, True),  # likelier and good: enough
+        (0.5, 1.0, -0.5, False),
+        (1.0, -1.0, 1.0, False),
+        (0.5, -1.0, 0.8, True),  # less likely and bad: enough
+        (2.0, -1.0, 2.0, False),
+        (30.0, -1.0, 10.0, True),  # dual clip
+        (30.0, 1.0, -1.28, True),
+    ]
+    ratio, advantage, expected, clipped = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True)
+    )
+    logp = ratio.log().requires_grad_()
+    loss, took = masa.policy_loss(logp, torch.zeros_like(ratio), advantage, 0.2, 0.28, 10.0)
+    assert torch.allclose(loss, expected) and took.tolist() == [bool(c) for c in clipped]
+    loss.sum().backward()
+    assert torch.allclose(logp.grad, torch.where(took, 0.0, -ratio * advantage))
+    wild, _ = masa.policy_loss(torch.tensor([900.0]), torch.zeros(1), torch.tensor([-1.0]), 0.2, 0.28, 1e30)
+    assert wild.item() == pytest.approx(math.exp(20), rel=1e-5)
+
+
+def test_at_ratio_one_the_gradient_is_reinforce():
+    logp = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    advantage = torch.randn(50, dtype=torch.float64)
+    masa.policy_loss(logp, logp.detach(), advantage, 0.2, 0.28, 10.0)[0].sum().backward()
+    assert torch.allclose(logp.grad, -advantage)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_token_logp_is_log_softmax_at_the_temperature(folder, full):
+    model = qwen.load(folder, torch.float64).requires_grad_(full)
+    if not full:
+        lora.add(model, 2, 4.0)
+    g = torch.Generator().manual_seed(0)
+    rows = [(torch.randint(0, 400, (n,), generator=g).tolist(), torch.randint(0, 400, (m,), generator=g).tolist(),
+             torch.ones(m)) for n, m in ((3, 5), (9, 1), (1, 7))]  # fmt: skip
+    got = masa.token_logp(model, data.pack(rows), 0.7, "torch")
+    expected = []
+    for prompt, ids, _ in rows:
+        hidden = model(torch.tensor(prompt + ids), torch.tensor([0, len(prompt) + len(ids)]))
+        logits = model.logits(hidden)[len(prompt) - 1 : -1] / 0.7
+        expected.append(logits.log_softmax(-1)[range(len(ids)), ids])
+    assert torch.allclose(got.double(), torch.cat(expected), atol=1e-5)
+    if full:  # every weight, the tied head included, gets autograd's own gradient
+        ours = torch.autograd.grad((got.double() * torch.arange(13)).sum(), model.parameters())
+        theirs = torch.autograd.grad((torch.cat(expected) * torch.arange(13)).sum(), model.parameters())
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_samples_are_what_the_full_forward_would_have_drawn(folder):
+    """Each token again, from one forward pass without a cache: prompts of mixed lengths, a limit a row, T = 1."""
+    torch.manual_seed(0)
+    model = qwen.load(folder)
+    lora.add(model, 4, 8.0)
+    with torch.no_grad():
+        for p in lora.state(model).values():
+            p.add_(0.3 * torch.randn_like(p))
+    g = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 400, (n,), generator=g).tolist() for n in (3, 30, 11, 70, 5)]
+    limits, seeds, stops = [40, 7, 25, 13, 1], [11, 22, 33, 44, 55], {5, 6, 7}
+    how = sample.Sampling(1.0, 1.0, 0)
+    done = sample.generate(model, prompts, seeds, max_new=limits, stop_ids=stops, **dataclasses.asdict(how))
+    for prompt, seed, limit, c in zip(prompts, seeds, limits, done, strict=True):
+        assert len(c.ids) == limit or c.ids[-1] in stops
+        ids = torch.tensor(prompt + c.ids)
+        with torch.no_grad():
+            logits = model.logits(model(ids, torch.tensor([0, len(ids)])))[len(prompt) - 1 : -1]
+        u = sample.uniform(torch.tensor(seed), torch.arange(len(c.ids)))
+        assert sample.pick(logits, u, how).tolist() == c.ids
+
+
+# ---------- control
+
+
+def foreseen(*pairs) -> list[masa.Prediction | None]:
+    return [None if pair is None else masa.Prediction("", ("n",), *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("rates", "gated"),
+    [
+        ((1, 1, 1, 1), True),
+        ((0, 0, 0, 0), True),
+        ((1, 1, 1, 7 / 8), True),  # mean 0.969, spread 0.054
+        ((1, 1, 7 / 8, 7 / 8), False),  # mean 0.9375 is not above 15/16
+        ((1, 1, 1, 0.5), False),  # spread 0.22
+        ((0.5, 0.5, 0.5, 0.5), False),
+        ((1, 1, None, None), True),
+        ((1, None, None, None), False),  # one of four parsed
+    ],
+)
+def test_gate(rates, gated):
+    predictions = foreseen(*((r, 9) if r is not None else None for r in rates))
+    assert masa.is_gated(predictions, 0.1, 1 / 16) is gated
+    assert not masa.is_gated(predictions, 0.0, 1 / 16)
+
+
+def test_cutoff_is_twice_the_median_within_bounds():
+    cut = lambda lengths, times=2.0: masa.cut_at(foreseen(*((0.5, n) for n in lengths)), times, 500)  # noqa: E731
+    assert cut((40, 50, 60, 900)) == 110
+    assert cut((3, 4, 5)) == 32 and cut((400,)) == 500
+    assert cut((40, None, None)) == 500 and cut((40,), times=0) == 500
+    assert masa.cut_at([None, None], 2.0, 500) == 500
+
+
+def test_hints_come_from_metas_that_name_something():
+    predictions = [None, masa.Prediction("", ("a", "b"), None, None), masa.Prediction("", (), 1.0, 3)]
+    assert {masa.hint_of(predictions, seed) for seed in range(20)} == {("a", "b")}
+    assert masa.hint_of([None], 0) == ()
+
+
+# ---------- a step
+
+
+def test_a_step_scores_what_the_script_says(folder, group):
+    made = masa_worker.build(folder, group)
+    made.optimizer = masa_worker.NoStep(made.names)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    for g in groups:
+        right = 1 + int(g.problem.id[1:]) % 3
+        assert [r.reward for r in g.solutions] == [1.0] * right + [0.0] * (4 - right)
+        p = right / 4
+        assert g.outcome.p == p
+        lengths = [len(r.ids) for r in g.solutions]
+        assert lengths == [len(made.prompts.encode(r.text)) + 1 for r in g.solutions]
+        for k, (r, parts) in enumerate(zip(g.metas, g.parts, strict=True)):
+            carried = 1.0 if right > 4 - right else 0.0  # all four solutions hold the word
+            assert parts[0] == float(lengths[0] <= 9 + k <= lengths[right - 1])
+            assert parts[1] == pytest.approx(0.01 ** abs(2 * k / 8 - p))
+            assert parts[2] == carried / 2  # x0..x3 are in no solution
+            assert r.reward == pytest.approx(sum(parts) / 3)
+        assert [r.advantage for r in g.metas] == pytest.approx(masa.advantages([r.reward for r in g.metas]))
+    row = masa_worker.build(folder, group).step(0)
+    assert row["meta/parsed"] == 1.0 and row["p_hat"] == [4, 0, 4, 0, 4, 0, 4, 0, 0]
+    assert row["accuracy"] == pytest.approx(sum(1 + int(g.problem.id[1:]) % 3 for g in groups) / 16)
+    assert row["tokens"] == row["solution_tokens"] + row["meta_tokens"]
+
+
+def test_statistics_of_another_problem_under_the_control(folder, group):
+    made = masa_worker.build(folder, group, shuffle_statistics=True)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    for g, other in zip(groups, groups[1:] + groups[:1], strict=True):
+        expected = [masa.reward_meta(p, g.problem.text, other.outcome) for p in g.predictions]
+        assert g.parts == expected and g.outcome.correct != ()
+
+
+def loss_by_hand(made, groups, agg: str) -> torch.Tensor:
+    """The objective at ratio 1, one rollout at a time with full logits: the mean of -advantage * logp."""
+    rollouts = [r for g in groups for r in g.solutions + g.metas]
+    tokens = sum(len(r.ids) for r in rollouts)
+    total = 0.0
+    for r in rollouts:
+        ids = torch.tensor(r.prompt_ids + r.ids)
+        logits = made.model.logits(made.model(ids, torch.tensor([0, len(ids)])))[len(r.prompt_ids) - 1 : -1]
+        logp = logits.log_softmax(-1)[range(len(r.ids)), r.ids]
+        weight = 1 / tokens if agg == "token" else 1 / (len(rollouts) * len(r.ids))
+        total = total - (r.advantage * logp * weight).sum()
+    return total
+
+
+@pytest.mark.parametrize("agg", ["token", "seq"])
+@pytest.mark.parametrize("micro_tokens", [1, 150, 100_000])
+def test_the_gradient_is_the_objectives_whatever_the_packing(folder, group, agg, micro_tokens):
+    made = masa_worker.build(folder, group, agg=agg, micro_tokens=micro_tokens, max_grad_norm=1e9)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    expected = torch.autograd.grad(loss_by_hand(made, groups, agg), list(made.names.values()))
+    made.optimizer = masa_worker.NoStep(made.names)
+    tally = masa.Tally()
+    made.update([r for g in groups for r in g.solutions + g.metas], 1.0, tally)
+    for (name, got), want in zip(made.optimizer.grads[0].items(), expected, strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-7), name
+
+
+def test_several_updates_clip_against_the_policy_that_sampled(folder, group):
+    made = masa_worker.build(folder, group, updates=2, lr=0.05)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    tally = masa.Tally()
+    made.learn(groups, 0.05, tally)
+    used = [r for g in groups for r in g.solutions + g.metas if r.advantage]
+    assert tally["trained"] == sum(len(r.ids) for r in used)  # each problem in one of the two updates
+    assert tally["clipped"] > 0  # the second one met a policy that had moved
+    assert all(r.logp is not None for r in used)
+
+
+def run_worker(tmp_path: Path, folder: Path, world: int, number: int, *flags: str) -> tuple[dict, dict]:
+    out = tmp_path / f"w{world}"
+    command = [sys.executable, str(Path(masa_worker.__file__)), str(folder), str(out), str(number), *flags]
+    if world > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        command = [sys.executable, *launch, *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    grads = [load_file(f"{out}-{rank}.safetensors") for rank in range(world)]
+    for other in grads[1:]:
+        assert all(torch.equal(grads[0][name], other[name]) for name in grads[0])
+    return grads[0], json.loads(out.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_two_ranks_are_one_also_when_one_of_them_is_gated(tmp_path, folder, gate):
+    flags = ("1", "--gate") if gate else ("0",)
+    one, row = run_worker(tmp_path, folder, 1, *flags)
+    two, row2 = run_worker(tmp_path, folder, 2, *flags)
+    assert row["share/gated"] == (0.5 if gate else 0.0)
+    size = max(float(g.abs().max()) for g in one.values())
+    assert size > 1e-3
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-5 * size), name
+    for key in row.keys() - {"seconds"}:
+        assert row2[key] == pytest.approx(row[key], rel=1e-5), key
+
+
+def test_gated_problems_cost_no_solution_and_leave_the_loss(folder, group):
+    grads, row = masa_worker.gradient(folder, group, 1, gate=True)
+    assert row["share/gated"] == 0.5 and row["solution_tokens"] > 0
+    made = masa_worker.build(folder, group)
+    odd = {g.problem.id for g in made.next_batch()[1::2]}
+    kinds = []
+    made = masa_worker.build(folder, group, control_from=1, max_grad_norm=1e9)
+    made.script = lambda p, kind, k: (
+        kinds.append((p.id, kind)) or masa_worker.say(p, kind, k, 8 if p.id in odd else None)
+    )
+    groups = made.collect(1, masa.Tally())
+    assert not odd & {id for id, kind in kinds if kind == "solution"}
+    assert not odd & {g.problem.id for g in groups}
+    want = torch.autograd.grad(loss_by_hand(made, groups, "token"), list(made.names.values()))
+    for got, expected in zip(grads.values(), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_all_gated_is_a_step_without_an_update(folder, group):
+    made = masa_worker.build(folder, group, control_from=1)
+    made.script = lambda p, kind, k: masa_worker.say(p, kind, k, 8)
+    before = {name: p.clone() for name, p in made.names.items()}
+    row = made.step(1)
+    assert row["share/gated"] == 1.0 and row["grad_norm"] is None and row["accuracy"] is None
+    assert all(torch.equal(p, before[name]) for name, p in made.names.items())
+
+
+def test_cut_solutions_are_shorter_and_graded_as_they_stand(folder, group):
+    def script(problem, kind, k):
+        if kind == "meta":
+            return masa.meta_text("x", ["a"], 2 * k, 8)  # twice 8 is below the least cutoff, 32
+        return f"\\boxed{{{problem.answer}}}" if k else "word " * 60 + f"\\boxed{{{problem.answer}}}"
+
+    made = masa_worker.build(folder, group, control_from=1)
+    made.script = script
+    tally = masa.Tally()
+    groups = made.collect(1, tally)
+    for g in groups:
+        assert [len(r.ids) for r in g.solutions][0] == 32 and g.solutions[0].cut
+        assert g.outcome.correct == (False, True, True, True)
+    assert tally["cut"] == len(groups) and tally["at_limit"] == 0
+
+
+def test_a_hint_stands_in_the_prompt_of_a_solution_only_in_control(folder, group):
+    made = masa_worker.build(folder, group, control_from=1, hint=True)
+    made.collect(0, masa.Tally())
+    text = lambda job: made.prompts.text(job.prompt_ids)  # noqa: E731
+    assert not any("notions" in text(job) for _, kind, _, job in made.asked if kind == "solution")
+    made.asked = []
+    made.collect(1, masa.Tally())
+    hinted = [text(job) for _, kind, _, job in made.asked if kind == "solution"]
+    assert hinted and all("math notions: carry, x" in t for t in hinted)
+    assert len(set(hinted)) > len({p.id for p, kind, _, _ in made.asked})  # one meta a solution, drawn for each
+
+
+def test_dynamic_sampling_fills_the_batch_with_mixed_groups(folder, group):
+    def script(problem, kind, k):  # two thirds of the problems are solved always
+        n = int(problem.id[1:])
+        return f"\\boxed{{{2 * n + (k % 2 if n % 3 == 0 else 0)}}}"
+
+    made = masa_worker.build(folder, group, metas=0, dynamic=True, dynamic_tries=5)
+    made.script = script
+    tally = masa.Tally()
+    groups = made.collect(0, tally)
+    assert len(groups) == 4 and not any(g.flat for g in groups)
+    assert tally["problems"] > 4 and made.taken == tally["problems"]
+    made = masa_worker.build(folder, group, metas=0, dynamic=True, dynamic_tries=1)
+    made.script = script
+    assert len(made.collect(0, masa.Tally())) < 4
+
+
+# ---------- experts
+
+
+def test_an_expert_is_the_best_meta_with_true_numbers(folder, group):
+    made = masa_worker.build(folder, group)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    for g in groups:
+        right = sum(g.outcome.correct)
+        expert = masa.expert_of(g, made.prompts, 0.2)
+        if right < 3:  # the word in all solutions earns nothing then
+            assert expert is None
+            continue
+        prompt, ids = expert
+        assert prompt == made.prompts.meta(g.problem.text) == g.metas[0].prompt_ids and ids[-1] == made.prompts.end
+        found = masa.parse_meta(made.prompts.text(ids))
+        lengths = [len(r.ids) for r in g.solutions][:right]
+        assert found == masa.Prediction(f"thought 0 about {g.problem.id}", ("carry", "x0"), right * 2 / 8,
+                                        int(sum(lengths) / right))  # fmt: skip
+        assert masa.expert_of(g, made.prompts, 0.6) is None
+
+
+def test_cloning_lowers_the_experts_loss_and_is_a_mean_over_response_tokens(folder, group):
+    made = masa_worker.build(folder, group, experts=2, expert_updates=5, batch=12, lr=0.01, weight_decay=0.0)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    experts = [e for g in sorted(groups, key=lambda g: g.place) if (e := masa.expert_of(g, made.prompts, 0.2))]
+
+    def nats() -> float:
+        total = 0.0
+        for prompt, ids in experts:
+            row = torch.tensor(prompt + ids)
+            with torch.no_grad():
+                logits = made.model.logits(made.model(row, torch.tensor([0, len(row)])))[len(prompt) - 1 : -1]
+            total -= float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
+        return total / sum(len(ids) for _, ids in experts)
+
+    before = nats()
+    row = made.clone(groups, 0.01)
+    assert row["experts"] == len(experts) > 2 and made.experts == []
+    assert row["bc_loss/first"] == pytest.approx(before, rel=1e-5)
+    assert nats() < row["bc_loss/last"] < before
+    waiting = masa_worker.build(folder, group, experts=1000, batch=12)
+    assert waiting.clone(groups, 0.01) == {"experts": len(experts)} and len(waiting.experts) == len(experts)
+
+
+# ---------- figures
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n, c, k in ((5, 2, 3), (6, 0, 2), (6, 6, 1), (7, 1, 7), (8, 3, 4)):
+        subsets = list(itertools.combinations(range(n), k))
+        assert passk.pass_at(k, n, c) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets))
+
+
+def test_shapley_shares_sum_to_r2_and_match_all_orders():
+    rng = random.Random(0)
+    x = {name: [rng.gauss(0, 1) for _ in range(60)] for name in "abcd"}
+    x["d"] = [a + 0.5 * b for a, b in zip(x["a"], x["d"], strict=True)]
+    y = [2 * a - b + 0.3 * rng.gauss(0, 1) for a, b in zip(x["a"], x["b"], strict=True)]
+
+    def r2(names) -> float:  # by the correlation of the fit, in torch
+        if not names:
+            return 0.0
+        X = torch.tensor([[1.0, *(x[name][i] for name in names)] for i in range(60)], dtype=torch.float64)
+        t = torch.tensor(y, dtype=torch.float64)
+        fit = X @ torch.linalg.pinv(X) @ t
+        return float(torch.corrcoef(torch.stack([fit, t]))[0, 1] ** 2)
+
+    expected = dict.fromkeys("abcd", 0.0)
+    for order in itertools.permutations("abcd"):
+        for k, name in enumerate(order):
+            expected[name] += (r2(order[: k + 1]) - r2(order[:k])) / 24
+    got = passk.shapley_r2(x, y)
+    assert got == pytest.approx(expected, abs=1e-9)
+    assert sum(got.values()) == pytest.approx(r2("abcd"))
+    with pytest.raises(InputError, match="never changed"):
+        passk.shapley_r2(x, [1.0] * 60)
+
+
+def test_shapley_of_evaluations_takes_differences_of_the_same_problem():
+    rows = []
+    for step, gain in ((0, 0), (20, 1), (40, 3)):
+        for k in range(4):
+            r = dict.fromkeys(("r_difficulty", "r_length", "r_notion"), 0.5)
+            r["r_notion"] = 0.1 * gain * k  # the accuracy follows the notions and nothing else
+            rows.append({"step": step, "set": "s", "id": f"p{k}", "n": 100, "correct": gain * k * 5, "metas": 2, **r})
+    shares = passk.shapley_of(rows)
+    assert sum(shares.values()) == pytest.approx(1.0) and max(shares, key=shares.get) == "r_notion"
+    with pytest.raises(InputError, match="--eval-every"):
+        passk.shapley_of(rows[:4])
+
+
+def test_summary_by_hand():
+    base = {"step": 0, "set": "s", "metas": 2, "meta_tokens": 9, "at_limit": 1}
+    a = base | {"id": "a", "n": 4, "correct": 4, "lengths": [1] * 4, "parsed": 2, "p_hats": [1.0, 0.5], "l_hats": [],
+                "r_length": 0.5, "r_difficulty": 1.0, "r_notion": 0.0, "gated": True, "cut_at": 9}  # fmt: skip
+    b = base | {"id": "b", "n": 4, "correct": 1, "lengths": [3] * 4, "parsed": 1, "p_hats": [0.0], "l_hats": [],
+                "r_length": 0.0, "r_difficulty": 0.5, "r_notion": 1.0, "gated": True, "cut_at": 9}  # fmt: skip
+    x = passk.summary([a, b])
+    assert x["pass@1"] == {"mean": 0.625, "se": pytest.approx(0.375)} and x["solution_length"] == 2
+    assert x["error"] == pytest.approx((0 + 0.5 + 0.25) / 3) and x["parsed"] == 0.75 and x["at_limit"] == 0.25
+    assert x["r_meta"] == pytest.approx((0.25 + 0.75 + 0.5) / 3)
+    assert x["error_of_constant"] == pytest.approx(0.375)
+    assert x["gate"] == {"gated": 1.0, "flat": 0.5, "precision": 0.5, "recall": 1.0}
+
+
+# ---------- runs
+
+
+def a_run(folder: Path, out: Path, ranks: Ranks, **values) -> masa.Run:
+    s = masa_worker.settings(
+        folder, out=str(out), steps=6, save_every=2, experts=3, eval_every=3, eval_metas=2, **values
+    )
+    made = masa_worker.build(folder, ranks, **{f.name: getattr(s, f.name) for f in dataclasses.fields(s)})
+    source = masa.hub.Source(folder, str(folder), "")
+    evals = {"held": str(folder / "problems.jsonl")}
+    problems = {name: masa.load_problems(path)[0][:3] for name, path in evals.items()}
+    return masa.Run(s, source, made, problems, masa.identity_of(s, source, evals))
+
+
+def bare(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, folder, group):
+    whole = a_run(folder, tmp_path / "whole", group)
+    whole.train()
+    whole.finish()
+    first = a_run(folder, tmp_path / "cut", group)
+    steps, count = first.masa.step, [0]
+
+    def stop_in_the_fourth(number):
+        count[0] += 1
+        if count[0] == 4:
+            first.masa.next_batch()  # sampling has begun
+            raise Stopped(15)
+        return steps(number)
+
+    first.masa.step = stop_in_the_fourth
+    with pytest.raises(Stopped):
+        first.train()
+    again = a_run(folder, tmp_path / "cut", group)
+    again.take_up()
+    assert len(again.log) == 3
+    again.train()
+    again.finish()
+    for name in ("adapter_model.safetensors", "evals.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    rows = [bare(read_jsonl(tmp_path / run / "metrics.jsonl")) for run in ("whole", "cut")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    changed = a_run(folder, tmp_path / "cut", group, gate_std=0.2)
+    with pytest.raises(InputError, match="gate_std was 0.1, is 0.2"):
+        changed.take_up()
+
+
+def test_presets_are_one_flag_and_flags_go_before_them():
+    def read(*argv):
+        return masa.cli(masa.Settings, argv, "", None, masa.PRESETS)[0]
+
+    assert (read().solutions, read().metas, read().control_from, read().experts) == (16, 16, 0, 0)
+    efficient = read("--preset", "v1-efficient", "--control-from", "7")
+    assert (efficient.experts, efficient.control_from, efficient.hint) == (128, 7, True)
+    assert (
+        read("--preset", "v2").metas == 8 and read("--preset", "dapo").dynamic and read("--preset", "grpo").metas == 0
+    )
+    with pytest.raises(InputError, match="v3"):
+        read("--preset", "v3")
+
+
+def test_the_papers_prompts_hold_what_they_must(folder):
+    s = dataclasses.replace(masa_worker.settings(folder), solve_prompt=str(ROOT / "prompts/masa_solve.txt"),
+                            meta_prompt=str(ROOT / "prompts/masa_meta.txt"), max_new=8192)  # fmt: skip
+    prompts = masa.Prompts(folder, dataclasses.replace(s, meta_system="You are a helpful assistant."))
+    solve, meta = (prompts.tokenizer.decode(f("What is {x}?"), skip_special_tokens=False)
+                   for f in (prompts.solve, prompts.meta))  # fmt: skip
+    assert "What is {x}?" in solve and "\\boxed{}" in solve and "system" not in solve
+    assert "8192" in meta and "from 0 to 8" in meta and "<|im_start|>system\nYou are a helpful" in meta
+    assert meta.index("Problem: What is {x}?") < meta.rindex("\\boxed{}")  # q_sol's turn stands in q_meta
+    example = masa.parse_meta(meta.split("Problem:")[0])
+    assert example is not None and example.p_hat == 0.625  # the form it asks for is the form that is read
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": "x"}, "field 'answer' is missing"),
+        ({"problem": "", "answer": "1"}, "'problem' must be a text"),
+        ({"problem": 3, "answer": "1"}, "'problem' must be a text"),
+        ({"problem": "x", "answer": [1]}, "'answer' must be a text or a number"),
+        ({"problem": "x", "answer": True}, "'answer' must be a text or a number"),
+        ({"problem": "x", "answer": "1", "id": 7}, "'id' is 7"),
+        ({"problem": "x", "answer": ""}, "no problem with a readable answer"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, message):
+    write_jsonl(tmp_path / "p.jsonl", [row])
+    with pytest.raises(InputError, match="p.jsonl") as caught:
+        masa.load_problems(tmp_path / "p.jsonl")
+    assert message in str(caught.value)
+
+
+def test_unreadable_golds_are_left_out_and_counted(tmp_path):
+    rows = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": " "}, {"problem": "c", "answer": 2.5}]
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    problems, dropped = masa.load_problems(tmp_path / "p.jsonl")
+    assert [p.id for p in problems] == ["p/0", "p/2"] and dropped == 1
+
+
+def test_what_cannot_be_is_refused(tmp_path, folder, group):
+    with pytest.raises(InputError, match="no meta of the first step could be parsed.*follow q_meta"):
+        masa_worker.build(folder, group, script=lambda p, kind, k: "I cannot say").step(0)
+    with pytest.raises(InputError, match="--max-prompt"):
+        masa_worker.build(folder, group, max_prompt=3)
+    with pytest.raises(InputError, match="lower --max-new"):
+        masa_worker.build(folder, group, max_new=600)
+    with pytest.raises(InputError, match="--shuffle-statistics"):
+        masa_worker.build(folder, group, shuffle_statistics=True, batch=1).step(0)
+    s = masa_worker.settings(folder)
+    for values, message in (
+        (dict(full=True, dtype="bfloat16"), "float32"),
+        (dict(metas=0, experts=4), "need metas"),
+        (dict(solutions=1), "--solutions"),
+        (dict(agg="mean"), "--agg"),
+        (dict(eval_sets="x.jsonl"), "name=path"),
+        (dict(model=""), "--model is missing"),
+        (dict(full=True, base_url="http://127.0.0.1:1/v1"), "--full"),
+    ):
+        with pytest.raises(InputError, match=message):
+            masa.check(dataclasses.replace(s, **values))
+
+
+def test_a_model_without_an_end_token_is_refused(tmp_path):
+    folder = masa_worker.make_folder(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(InputError, match="eos_token_id"):
+        masa.Prompts(folder, masa_worker.settings(folder))
+
+
+def test_the_command_trains_evaluates_and_resumes(tmp_path, folder):
+    """The real program on the tiny random model, plain GRPO: it cannot solve anything, but all files must be there."""
+    s = masa_worker.settings(folder, out=str(tmp_path / "run"), eval_sets=f"held={folder / 'problems.jsonl'}",
+                             preset="grpo", steps=2, max_new=12, eval_max_new=12, full=True)  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps({k: v for k, v in dataclasses.asdict(s).items() if k != "metas"}))
+    command = [sys.executable, "masa.py", "--config", str(tmp_path / "c.json"), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["settings"]["metas"] == 0 and set(results["evals"]["held"]) == {"0", "2"}
+    assert "Pass@1" in done.stdout and len(read_jsonl(tmp_path / "run/evals.jsonl")) == 24
+    before, after = (qwen.load(path).state_dict() for path in (folder, tmp_path / "run/model"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert again.returncode == 0 and again.stdout == done.stdout and "after step 2 of 2" in again.stderr
+    fresh = subprocess.run(command[:-1], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert fresh.returncode == 3 and "give --resume, or another --out" in fresh.stderr
