@@ -5,29 +5,47 @@ import json
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import masa_worker
 import pytest
+import torch
 
 import data
+import lora
+import masa
 import model as qwen
 import remote
 import sample
+import verifier
 from client import ServiceError
 from files import read_jsonl, write_jsonl
+from ranks import process_group
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "mini" / "model"
 
 
 @contextlib.contextmanager
-def completions_server(style: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth."""
-    net, tokenizer, lock = qwen.load(MODEL), data.load_tokenizer(MODEL), threading.Lock()
+def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth.
+
+    It also loads and unloads adapters as vLLM does, from folders, and says in words that it has.
+    """
+    base, tokenizer, lock = qwen.load(folder), data.load_tokenizer(folder), threading.Lock()
     seen: list[dict[str, Any]] = []
+    adapters: dict[str, qwen.Qwen3] = {}
+
+    def load_or_unload(body: dict[str, Any]) -> None:
+        if "lora_path" in body:
+            adapters[body["lora_name"]] = qwen.load(folder)
+            lora.load(adapters[body["lora_name"]], body["lora_path"])
+        else:
+            del adapters[body["lora_name"]]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -41,6 +59,10 @@ def completions_server(style: str) -> Iterator[tuple[str, list[dict[str, Any]]]]
                 seen.append(body)
                 if style == "broken" and len(seen) == 4:
                     return self.answer(404, {"error": {"message": "no such model"}})
+                if "lora_name" in body:
+                    load_or_unload(body)
+                    return self.answer(200, f"Success: {self.path}")
+                net = adapters.get(body["model"], base)
                 how = {name: body[name] for name in ("temperature", "top_p", "min_p")} | {
                     "top_k": max(0, body["top_k"])
                 }
@@ -55,8 +77,8 @@ def completions_server(style: str) -> Iterator[tuple[str, list[dict[str, Any]]]]
                 choice["token_ids"] = shown  # without the end token, as some versions have it
             self.answer(200, {"choices": [choice]})
 
-        def answer(self, status: int, value: dict[str, Any]) -> None:
-            content = json.dumps(value).encode()
+        def answer(self, status: int, value: dict[str, Any] | str) -> None:
+            content = (value if isinstance(value, str) else json.dumps(value)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -143,3 +165,28 @@ def test_backend_and_address_go_together(questions, tmp_path):
     assert done.returncode == 3 and "--base-url" in done.stderr
     done = draw(questions, tmp_path, "--base-url", "http://127.0.0.1:1/v1")
     assert done.returncode == 3 and "--backend" in done.stderr
+
+
+def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path, monkeypatch):
+    """Two steps of GRPO at a learning rate that changes every sample: the same samples, the same adapter at the end."""
+    folder = masa_worker.make_folder(tmp_path / "model")
+    hashed = lambda text, gold, lenient: verifier.Grade(zlib.crc32(text.encode()) % 2 == 0, True)  # noqa: E731
+    monkeypatch.setattr(masa.verifier, "grade", hashed)
+
+    def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        s = masa_worker.settings(folder, metas=0, max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
+        net = qwen.load(folder).requires_grad_(False)
+        made = masa.Masa(net, masa.Prompts(folder, s), masa.load_problems(s.problems)[0], s, ranks)
+        rows = [made.step(number) for number in range(3)]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made.names
+
+    with process_group() as ranks:
+        rows, names = train()
+        with completions_server("ids", folder) as (url, seen):
+            served, served_names = train(base_url=url)
+    assert served == rows and len({row["accuracy"] for row in rows}) > 1
+    assert all(torch.equal(names[name], served_names[name]) for name in names)
+    loads = [body["lora_name"] for body in seen if "lora_path" in body]
+    assert loads == ["policy-0", "policy-1", "policy-2"]
+    assert [body["lora_name"] for body in seen if body.keys() == {"lora_name"}] == loads[:-1]
+    assert {body["model"] for body in seen if "model" in body} == set(loads)
