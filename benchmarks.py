@@ -7,7 +7,8 @@
 Every file has a checksum here; what arrives with another one is refused, a local copy with another one is used and said
 so. Beside the questions stands FILE.manifest.json: source, revision, checksums, counts, licence. A question is
 {id, dataset, question, answers, task}; task is "short" (exact match), "truthful" (a judge, with best_answer) or "long"
-(claims are checked one by one; no answers). Left out: passages, multiple choice, other data sets.
+(claims are checked one by one; no answers). A mathematical problem is {id, dataset, problem, answer} and, where the set
+says so, subject and level. Left out: passages, multiple choice, other data sets.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from files import InputError, atomic_write, read_bytes, sha256_file, write_json, write_jsonl
+from verifier import last_boxed, usable
 
 NEVER_TRAIN = ("simpleqa", "truthfulqa", "longfact")  # their authors ask for it; LongFact rows carry a canary
 LONGFACT_TOPICS = """20th-century-events US-foreign-policy accounting architecture astronomy biology business-ethics
@@ -87,28 +89,21 @@ def nq_open(contents: Sequence[tuple[str, bytes]]) -> Rows:
 
 def sciq(contents: Sequence[tuple[str, bytes]]) -> Rows:
     """SciQ asked openly: no options, no passage. needs_options marks stems that point at the options (`eval`)."""
-    name, content = contents[0]
-    if name.endswith(".parquet"):
-        rows = _parquet(content)
-    elif content.lstrip().startswith(b"["):
-        rows = json.loads(content)
-    else:
-        rows = _jsonl(content)
     return [
         {
             "question": r["question"],
             "answers": [r["correct_answer"].strip()],
             "needs_options": bool(NEEDS_OPTIONS.search(r["question"])),
         }
-        for r in rows
+        for r in _table(*contents[0])
     ]
 
 
 def _parquet(content: bytes) -> Rows:
     try:
-        from pyarrow import parquet  # heavy, and only SciQ from the Hub needs it
+        from pyarrow import parquet  # heavy, and only SciQ from the Hub and aime25 need it
     except ImportError:
-        raise InputError("SciQ comes as parquet: pip install pyarrow, or give a JSON copy with --from") from None
+        raise InputError("this set comes as parquet: pip install pyarrow, or give a JSON copy with --from") from None
     return parquet.read_table(io.BytesIO(content)).to_pylist()
 
 
@@ -142,6 +137,55 @@ def longfact(contents: Sequence[tuple[str, bytes]]) -> Rows:
     return [{"question": p + LONGFACT_TAIL, "answers": [], "task": "long"} for p in prompts[:LONGFACT_DRAW]]
 
 
+def _table(name: str, content: bytes) -> Rows:
+    if name.endswith(".parquet"):
+        return _parquet(content)
+    return json.loads(content) if content.lstrip().startswith(b"[") else _jsonl(content)
+
+
+def _answer(value: Any) -> str:
+    """One answer as text: a number as people write it (27.0 is 27), nothing for a missing one. Raises ValueError."""
+    if isinstance(value, list):
+        (value,) = value
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"an answer is a {type(value).__name__}")
+    return "" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value).strip()
+
+
+def problems(contents: Sequence[tuple[str, bytes]]) -> Rows:
+    """Rows that have `problem` and `answer` already."""
+    return [
+        {"problem": r["problem"].strip(), "answer": _answer(r["answer"])}
+        | {key: r[key] for key in ("subject", "level") if key in r}
+        for r in _table(*contents[0])
+    ]
+
+
+def minerva(contents: Sequence[tuple[str, bytes]]) -> Rows:
+    """Minerva's problems: the answer is what the solution boxes."""
+    rows = _jsonl(contents[0][1])
+    return [
+        {"problem": r["problem"].strip(), "answer": last_boxed(r["solution"]) or "", "subject": r["type"]} for r in rows
+    ]
+
+
+def olympiadbench(contents: Sequence[tuple[str, bytes]]) -> Rows:
+    """OlympiadBench, its English competition problems without pictures. Each has a list of one answer, which may list
+    several values."""
+    return [
+        {"problem": r["question"].strip(), "answer": _answer(r["final_answer"]), "subject": r["subfield"]}
+        for r in _jsonl(contents[0][1])
+    ]
+
+
+def aime25(contents: Sequence[tuple[str, bytes]]) -> Rows:
+    """AIME 2025 as the authors of MASA evaluate it: a prompt that is the bare problem, and its target."""
+    rows = _table(*contents[0])
+    if "problem" in rows[0]:  # a plain copy
+        return problems(contents)
+    return [{"problem": r["prompt"][0]["content"], "answer": r["reward_model"]["ground_truth"]["target"]} for r in rows]
+
+
 # ---------- sources
 
 _NQ = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/{}/nq_open/NQ-open.{}.jsonl"
@@ -166,6 +210,23 @@ def _sciq(split: str, sha256: str, rows: int) -> Source:
     names = (name, f"{split}.json", f"{split}.jsonl", f"sciq_{split}.jsonl")
     file = File(f"hub:allenai/sciq:data/{name}", f"sha256:{sha256}", names)
     return Source((file,), _SCIQ_REVISION, "CC BY-NC 3.0 (no commercial use)", rows, sciq)
+
+
+_GITHUB = "https://raw.githubusercontent.com"
+_QWEN_REVISION = "a45202bd16f1ec06f433442dc1152d0074773465"
+_PRM_REVISION = "7ecc794703b2877f63226f2477a49b34f9b25163"
+_MASA_REVISION = "fad5726e5570e6eefdecc35dc7be5db42c909e93"
+_RLLM_REVISION = "874daa4acb7f451dc2a4b2b6e8ce28f5aa88d1f5"
+
+
+def _maths(name: str, url: str, checksum: str, revision: str, licence: str, rows: int, convert: Callable) -> Source:
+    names = (f"{name}{Path(url).suffix}", f"{name}.json", f"{name}.jsonl", Path(url).name)
+    return Source((File(url, checksum, names),), revision, licence, rows, convert)
+
+
+def _qwen(name: str, folder: str, blob: str, licence: str, rows: int, convert: Callable = problems) -> Source:
+    url = f"{_GITHUB}/QwenLM/Qwen2.5-Math/{_QWEN_REVISION}/evaluation/data/{folder}/test.jsonl"
+    return _maths(name, url, f"git:{blob}", _QWEN_REVISION, licence, rows, convert)
 
 
 SOURCES: dict[str, dict[str, Source]] = {
@@ -222,6 +283,56 @@ SOURCES: dict[str, dict[str, Source]] = {
             "CC BY 4.0",
             LONGFACT_DRAW,
             longfact,
+        )
+    },
+    "aime24": {"test": _qwen("aime24", "aime24", "bb72e176e8d30c09cd67037e17cfc41e6ff48f70", "MIT; MAA problems", 30)},
+    "aime25": {
+        "test": _maths(
+            "aime25",
+            f"{_GITHUB}/akatigre/MASA-RL/{_MASA_REVISION}/data/aime2025/test.parquet",
+            "git:d20016a620b2cb244982229ca1b3a4081e8d94d4",
+            _MASA_REVISION,
+            "none stated; MAA problems",
+            30,
+            aime25,
+        )
+    },
+    "amc23": {"test": _qwen("amc23", "amc23", "6894ad7c49a0b3a64210af32954f4d049d934ea0", "MIT; MAA problems", 40)},
+    "math500": {
+        "test": _maths(  # the repository keeps it in Git LFS, whose pointer is this checksum
+            "math500",
+            f"https://media.githubusercontent.com/media/openai/prm800k/{_PRM_REVISION}/prm800k/math_splits/test.jsonl",
+            "sha256:35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+            _PRM_REVISION,
+            "MIT",
+            500,
+            problems,
+        )
+    },
+    "minerva": {
+        "test": _qwen(
+            "minerva",
+            "minerva_math",
+            "123c5cd351cac2b8ead5413bc084629d7ff651de",
+            "MIT; from MIT OpenCourseWare (CC BY-NC-SA)",
+            272,
+            minerva,
+        )
+    },
+    "olympiadbench": {
+        "test": _qwen(
+            "olympiadbench", "olympiadbench", "ec36280b1de8f5bbee92da696c2ae84f5f6e6beb", "MIT", 675, olympiadbench
+        )
+    },
+    "deepscaler": {
+        "train": _maths(
+            "deepscaler",
+            f"{_GITHUB}/agentica-project/rllm/{_RLLM_REVISION}/rllm/data/train/math/deepscaler.json",
+            "git:4bc7b76e082e1982b0b435e3fff32fab60b51b46",
+            _RLLM_REVISION,
+            "MIT",
+            40315,
+            problems,
         )
     },
 }
@@ -303,20 +414,25 @@ def _from_web(url: str) -> bytes:
 def questions(name: str, split: str, contents: Sequence[tuple[str, bytes]]) -> tuple[Rows, dict[str, int]]:
     """(questions, tally) of a split. ids are NAME-SPLIT/NUMBER by place in the file. Raises InputError at a bad file.
 
-    A row without a question, or without an answer where there must be one, is left out and counted.
+    A row without a question, or without an answer where there must be one, is left out and counted; so is a problem
+    whose answer `verifier` cannot read.
     """
     try:
         converted = SOURCES[name][split].convert(contents)
-    except (KeyError, ValueError, SyntaxError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, SyntaxError, TypeError, AttributeError, IndexError) as error:
         files = ", ".join(n for n, _ in contents[:2])
         raise InputError(f"{files}: not the published format of {name} ({type(error).__name__}: {error})") from None
     rows, dropped = [], 0
     for number, row in enumerate(converted):
-        task = row.get("task", "short")
-        if not row["question"].strip() or (task != "long" and not row["answers"]):
+        if "problem" in row:
+            complete = row["problem"] and usable(row["answer"])
+        else:
+            row = row | {"task": row.get("task", "short")}
+            complete = row["question"].strip() and (row["task"] == "long" or row["answers"])
+        if complete:
+            rows.append({"id": f"{name}-{split}/{number}", "dataset": name} | row)
+        else:
             dropped += 1
-            continue
-        rows.append({"id": f"{name}-{split}/{number}", "dataset": name} | row | {"task": task})
     return rows, {"questions": len(rows), "dropped": dropped}
 
 

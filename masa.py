@@ -286,6 +286,7 @@ class Outcome:
     """What a problem's G solutions turned out to be: the ground truth of its metas."""
 
     correct: tuple[bool, ...]
+    answered: tuple[bool, ...]  # whether there was an answer at all
     lengths: tuple[int, ...]  # tokens, with the end token
     texts: tuple[str, ...]
 
@@ -464,13 +465,25 @@ Expert = tuple[list[int], list[int]]  # prompt_ids of a meta, its corrected comp
 
 # What a step counts, summed over ranks, and the metrics made of it: name -> (numerator, denominator).
 COUNTS = (
-    *("problems", "gated", "solutions", "correct", "cut", "at_limit", "solution_tokens", "flat", "solved_groups"),
+    *(
+        "problems",
+        "gated",
+        "solutions",
+        "correct",
+        "answered",
+        "cut",
+        "at_limit",
+        "solution_tokens",
+        "flat",
+        "solved_groups",
+    ),
     *("metas", "parsed", "estimates", "error", "meta_tokens", "flat_metas", "scored", "length", "difficulty", "notion"),
     *("notions", "generic", "tokens", "loss", "clipped", "trained"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
 )
 SHARES = {
     "accuracy": ("correct", "solutions"),
+    "share/answered": ("answered", "solutions"),
     "solution_length": ("solution_tokens", "solutions"),
     "share/at_limit": ("at_limit", "solutions"),  # unfinished for want of room
     "share/cut": ("cut", "solutions"),  # ended by the cutoff
@@ -591,9 +604,10 @@ class Masa:
     def roll_out(self, groups: list[Group], number: int, when: str) -> None:
         """Sample metas and solutions of the groups: in one go, or metas first once they are in control."""
         s = self.s
-        metas = [self.jobs(g.problem, "meta", when, s.metas, s.max_new) for g in groups]
+        at = {g.place: f"{when}.{g.place}" for g in groups}  # the same problem twice in a batch gets its own samples
+        metas = [self.jobs(g.problem, "meta", at[g.place], s.metas, s.max_new) for g in groups]
         if not (s.control_from and number >= s.control_from and s.metas):
-            solutions = [self.jobs(g.problem, "solution", when, s.solutions, s.max_new) for g in groups]
+            solutions = [self.jobs(g.problem, "solution", at[g.place], s.solutions, s.max_new) for g in groups]
             done = self.complete([j for part in metas + solutions for j in part], s.temperature, "rollouts")
             split = len(groups) * s.metas
             self.hand_out(groups, done[:split], done[split:])
@@ -602,10 +616,10 @@ class Masa:
         open_groups = [g for g in groups if not is_gated(g.predictions, s.gate_std, s.gate_margin)]
         solutions = []
         for g in open_groups:
-            seeds = [sample.seed_of(s.seed, f"{when}/{g.problem.id}", "hint", k) for k in range(s.solutions)]
+            seeds = [sample.seed_of(s.seed, at[g.place], "hint", k) for k in range(s.solutions)]
             hints = [hint_of(g.predictions, seed) for seed in seeds] if s.hint else ()
             limit = cut_at(g.predictions, s.cutoff, s.max_new)
-            solutions += self.jobs(g.problem, "solution", when, s.solutions, limit, hints)
+            solutions += self.jobs(g.problem, "solution", at[g.place], s.solutions, limit, hints)
         self.hand_out(open_groups, [], self.complete(solutions, s.temperature, "solutions"))
 
     def hand_out(self, groups: list[Group], metas: list[Rollout], solutions: list[Rollout]) -> None:
@@ -828,8 +842,9 @@ class Masa:
 
 def judge(solutions: list[Rollout], problem: Problem, lenient: bool) -> Outcome:
     """The verifier's word on each solution; one that was cut off is judged as it stands."""
-    correct = tuple(verifier.grade(r.text, problem.answer, lenient).correct for r in solutions)
-    return Outcome(correct, tuple(len(r.ids) for r in solutions), tuple(r.text for r in solutions))
+    grades = [verifier.grade(r.text, problem.answer, lenient) for r in solutions]
+    correct, answered = tuple(g.correct for g in grades), tuple(g.found for g in grades)
+    return Outcome(correct, answered, tuple(len(r.ids) for r in solutions), tuple(r.text for r in solutions))
 
 
 def spread(rollouts: list[Rollout]) -> None:
@@ -855,6 +870,7 @@ def count(tally: Tally, g: Group, max_new: int) -> None:
     tally["flat_metas"] += len({r.reward for r in g.metas}) < 2
     tally["solutions"] += len(g.solutions)
     tally["correct"] += sum(g.outcome.correct)
+    tally["answered"] += sum(g.outcome.answered)
     tally["solution_tokens"] += sum(g.outcome.lengths)
     tally["cut"] += sum(r.cut and r.limit < max_new for r in g.solutions)
     tally["at_limit"] += sum(r.cut and r.limit == max_new for r in g.solutions)
@@ -919,6 +935,10 @@ class Run:
     def take_up(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         manifest = checkpoint.latest(self.out, self.identity)
+        if len({str(found) for found in self.ranks.gather(manifest and manifest["step"])}) > 1:
+            raise InputError(
+                f"{self.out}: not every rank sees the same checkpoint; put it where all can read and write"
+            )
         if manifest is None:
             return
         masa = self.masa
@@ -954,6 +974,8 @@ class Run:
         """All steps that are left. Raises Stopped after the last finished step has been saved."""
         s, progress = self.s, Progress(self.ranks, self.total, "training", "steps")
         progress(len(self.log))
+        if self.ranks.rank == 0:
+            checkpoint.check_space(self.out, self.masa.names)
         with self.ranks.stop.hold():
             try:
                 for number in range(len(self.log), self.total):
@@ -1047,7 +1069,7 @@ def work(s: Settings, source: hub.Source, command: str) -> None:
         masa = Masa(net, prompts, problems, s, ranks)
         ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {masa.impl}")
         run = Run(s, source, masa, evals, identity_of(s, source, paths))
-        if s.resume:
+        if s.resume or ranks.restarted:
             run.take_up()
         elif ranks.rank == 0:
             for old in checkpoint.found(run.out):

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import resource
 import select
 import subprocess
 import sys
@@ -92,38 +91,33 @@ def answer(text: str, lenient: bool = False) -> str | None:
 
 # ---------- one spelling
 
+_COMMANDS = {"×": "times", "·": "cdot", "*": "cdot", "π": "pi", "∞": "infty", "≈": "approx", "≤": "leq", "≥": "geq"}
+_COMMANDS |= {"≠": "neq", "∪": "cup", "±": "pm"}
 _CHARACTERS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "*": "\\cdot ",
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "≈": "\\approx ",
-    }
-    | {"≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "∪": "\\cup ", "±": "\\pm ", "°": "", "£": "", "€": ""}
+    {"−": "-", "–": "-", "°": "", "£": "", "€": ""} | {sign: f"\\{name} " for sign, name in _COMMANDS.items()}
 )
 _WORDS = r"\\(?:text(?:bf|it|rm|normal|sf)?|math(?:rm|bf|sf|it)|operatorname|mbox|emph|boldsymbol|bm)\s*\{"
 _POWER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 _NO_UNIT = r"(?!\s*(?:hundred|thousand|million|billion|trillion|dozen|and|or|[deij])\b)"
 _UNIT = (
-    r"(?:(?:square|cubic|sq|cu)\.?\s+)?(?:degrees?|percent|dollars?|cents?|units?|inch(?:es)?|feet|foot|yards?|miles?|mph"
-    r"|[kcm]?met(?:er|re)s?|(?:centi|milli|kilo)met(?:er|re)s?|(?:kilo|milli)?grams?|(?:milli)?lit(?:er|re)s?|pounds?"
-    r"|ounces?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|[cmkdn]m|[km]g|m[ls]|ft|lbs?|oz|hrs?|mins?|secs?|Hz"
-    rf"|radians?|rad){_POWER}(?:\s*(?:/|per\s)\s*[A-Za-z]+{_POWER})?"
+    r"(?:(?:square|cubic|sq|cu)\.? )?(?:degrees?|percent|dollars?|cents?|units?|inch(?:es)?|feet|foot|yards?|miles?|mph"
+    r"|(?:centi|milli|kilo)?met(?:er|re)s?|(?:kilo|milli)?grams?|(?:milli)?lit(?:er|re)s?|pounds?|ounces?|seconds?"
+    r"|minutes?|hours?|days?|weeks?|months?|years?|cm|mm|kg|hrs?|mins?|secs?|Hz|radians?|rad"
+    rf"|(?<= )(?:km|mg|ml|ft|lbs?|oz)){_POWER}(?: ?(?:/|per ) ?[A-Za-z]+{_POWER})?"  # 2km may be a product
 )
 # Each pair: what is found, what it becomes. In this order.
 _SPELLINGS = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (r",\s*\\!\s*", ","),  # 11,\! 111
         (
             r"(\\\\)|\\[!,;:>$%()\[\] ]|[$%~]|\\(?:left|right)(?![a-zA-Z])\.?"
             r"|\\(?:q?quad|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])",
             r"\1",
         ),
-        (r"\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])|^\s*\\approx(?![a-zA-Z])", ""),
+        (r"(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z]))(?:\s*[CF](?![a-zA-Z]))?", ""),
+        (r"\^\s*(?:\\prime(?![a-zA-Z])|\{\s*\\prime\s*\})", "'"),
+        (r"^\s*\\approx(?![a-zA-Z])", ""),
         (r"\{,\}", ","),
         (r"\\([{}])", r"\1"),
         (r"\\[lr]brace(?![a-zA-Z])", lambda m: "{" if m[0][1] == "l" else "}"),
@@ -144,7 +138,7 @@ _SPELLINGS = [
         (r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9.])", r"\1\\frac{\2}{\3}"),  # 1 1/2
     )
 ]
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.,/])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
 
 
 def _spell(text: str) -> str:
@@ -172,6 +166,7 @@ _OVER = re.compile(rf"(-?)(?:\(([^()]*)\)|({_PIECE}++))/([0-9]++|{_PIECE})")  # 
 _NAME = re.compile(
     r"((?:[A-Za-z]|\\[a-zA-Z]++)(?:_(?:\{\w+\}|\w))?(?:\([a-zA-Z, ]*\))?) ?(?:=|\\(?:in|approx)(?![a-zA-Z]))(?![^=]*=)"
 )
+_SPACE = re.compile(r"([0-9] (?=[0-9])|\\[a-zA-Z]++ (?=[a-zA-Z]))| ")  # 1 2 is not 12, \pi k is not \pik
 _ONLY_UNIT = re.compile(rf" *(?:{_UNIT}) *", re.IGNORECASE)
 _WITH_UNIT = re.compile(rf"(.*[0-9)}}]) *(?:{_UNIT})", re.IGNORECASE)
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
@@ -266,7 +261,8 @@ def _value(text: str, depth: int = 0) -> Value | None:
         return _group(",", [text.replace("\\pm", sign) for sign in "+-"], depth)
     if found := _WITH_UNIT.fullmatch(text):
         text = found[1]
-    text = re.sub(r"(?<![0-9]) | (?![0-9])", "", text).removeprefix("+")  # "1 2" is not 12
+    text = _SPACE.sub(r"\1", text)
+    text = text.removeprefix("+") or text
     if (number := _number(text)) is not None:
         return Value(number)
     text = _OVER.sub(r"\1\\frac{\2\3}{\4}", text) if _OVER.fullmatch(text) else text
@@ -367,7 +363,7 @@ class Outside:
                 pipe = subprocess.PIPE
                 self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
                 if self._line(self.start_seconds) != b"ready\n":
-                    self._kill()
+                    self.close()
                     raise InputError(
                         "math-verify does not start; pip install 'math-verify[antlr4_13_2]', or uninstall it"
                     )
@@ -377,7 +373,7 @@ class Outside:
             except BrokenPipeError:
                 line = b""
             if line not in (b"true\n", b"false\n", b"null\n"):
-                self._kill()
+                self.close()
                 return None
             return json.loads(line)
 
@@ -385,7 +381,10 @@ class Outside:
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return self.process.stdout.readline() if ready else b""
 
-    def _kill(self) -> None:
+    def close(self) -> None:
+        """End the process; the next question starts another."""
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -401,6 +400,8 @@ def outside() -> Outside:
 
 def _serve() -> None:
     """The helper: a line [given, gold] in, a line true, false or null (it raised) out, until the input ends."""
+    import resource  # not on Windows, and only needed here
+
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a tower of powers must not take the machine's memory
     replies, sys.stdout = sys.stdout, sys.stderr
     from math_verify import parse, verify

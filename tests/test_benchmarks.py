@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -184,3 +185,108 @@ def test_a_local_file_with_an_odd_row_is_refused(tmp_path):
     (tmp_path / "NQ-open.dev.jsonl").write_text('{"question": "who?"}\n')
     with pytest.raises(InputError, match="NQ-open.dev.jsonl: not the published format of nq_open"):
         benchmarks.write("nq_open", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+
+
+# ---------- mathematics
+
+
+def maths(folder: Path, name: str, split: str, file: str, rows: list[dict] | list[str]) -> tuple[list[dict], dict]:
+    """Rows as published in, our problems and the manifest out."""
+    folder.mkdir()
+    text = json.dumps(rows) if file.endswith(".json") else "".join(json.dumps(r) + "\n" for r in rows)
+    (folder / file).write_text(text)
+    manifest = benchmarks.write(name, split, folder / "out.jsonl", str(folder), folder)
+    assert manifest["as_recorded"] is False and manifest["complete"] is False  # not the published ones
+    return read_jsonl(folder / "out.jsonl", ("id", "dataset", "problem", "answer")), manifest
+
+
+def test_mathematics_files_become_problems(tmp_path):
+    amc = [{"id": 7, "problem": " How far? ", "answer": 27.0, "url": "u"}, {"problem": "p", "answer": 0.5}]
+    rows, manifest = maths(tmp_path / "a", "amc23", "test", "test.jsonl", amc)
+    assert rows == [
+        {"id": "amc23-test/0", "dataset": "amc23", "problem": "How far?", "answer": "27"},
+        {"id": "amc23-test/1", "dataset": "amc23", "problem": "p", "answer": "0.5"},
+    ]
+    assert (manifest["questions"], manifest["dropped"], manifest["licence"]) == (2, 0, "MIT; MAA problems")
+    rows, _ = maths(tmp_path / "b", "aime24", "test", "aime24.jsonl", [{"problem": "p", "answer": "023"}])
+    assert rows[0]["answer"] == "023"
+    math = {"problem": "p", "solution": "s", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 2}
+    (row,), _ = maths(tmp_path / "c", "math500", "test", "test.jsonl", [math])
+    assert (row["answer"], row["subject"], row["level"]) == ("\\frac{1}{2}", "Algebra", 2) and "solution" not in row
+    boxes = {"problem": "p", "solution": "first \\boxed{2}, so $\\boxed{4.5e33} \\mathrm{erg}$", "type": "Astronomy"}
+    (row,), _ = maths(tmp_path / "d", "minerva", "test", "test.jsonl", [boxes])
+    assert (row["answer"], row["subject"]) == ("4.5e33", "Astronomy")
+    olympiad = {"question": "q", "final_answer": ["$2,-1,-18$"], "subfield": "Algebra", "solution": ["s"]}
+    (row,), _ = maths(tmp_path / "e", "olympiadbench", "test", "test.jsonl", [olympiad])
+    assert (row["problem"], row["answer"], row["subject"]) == ("q", "$2,-1,-18$", "Algebra")
+
+
+def test_problems_without_a_usable_answer_are_dropped_and_counted(tmp_path):
+    answers = ["4", "", None, "\\frac{1}{2", "\\text{ cm}", ["7"], 8]
+    rows = [{"problem": f"p{n}", "answer": a} for n, a in enumerate(answers)] + [{"problem": " ", "answer": "1"}]
+    kept, manifest = maths(tmp_path / "a", "deepscaler", "train", "deepscaler.json", rows)
+    assert [(r["id"], r["answer"]) for r in kept] == [
+        ("deepscaler-train/0", "4"),
+        ("deepscaler-train/5", "7"),
+        ("deepscaler-train/6", "8"),
+    ]
+    assert (manifest["questions"], manifest["dropped"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("aime24", {"problem": "p"}),
+        ("amc23", {"problem": "p", "answer": {"a": 1}}),
+        ("math500", {"problem": "p", "answer": ["1", "2"]}),
+        ("minerva", {"problem": "p", "solution": None, "type": "t"}),
+        ("olympiadbench", {"question": "q", "final_answer": ["1", "2"], "subfield": "Algebra"}),
+        ("aime25", {"prompt": []}),
+    ],
+)
+def test_another_format_of_a_mathematics_set_is_refused(name, row, tmp_path):
+    with pytest.raises(InputError, match=f"not the published format of {name}"):
+        maths(tmp_path / "a", name, "test", f"{name}.jsonl", [row])
+
+
+def test_aime25_as_the_authors_keep_it_and_as_plain_rows(tmp_path):
+    target = {"question": "Find it.", "target": "336^\\circ"}
+    row = {"prompt": [{"content": "Find it.", "role": "user"}], "reward_model": {"ground_truth": target}}
+    expected = {"id": "aime25-test/0", "dataset": "aime25", "problem": "Find it.", "answer": "336^\\circ"}
+    assert maths(tmp_path / "a", "aime25", "test", "aime25.jsonl", [row])[0] == [expected]
+    plain = {"problem": "Find it.", "answer": "336^\\circ"}
+    assert maths(tmp_path / "b", "aime25", "test", "aime25.jsonl", [plain])[0] == [expected]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test.parquet")
+    benchmarks.write("aime25", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+    assert read_jsonl(tmp_path / "q.jsonl") == [expected]
+
+
+def test_a_mathematics_set_is_fetched_by_its_git_blob(site, tmp_path, monkeypatch, capsys):
+    folder, url = site
+    content = b'{"problem": "what is up, doc?", "answer": "4"}\n'
+    (folder / "test.jsonl").write_bytes(content)
+    blob = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
+    checksum = "git:" + blob.stdout.decode().strip()
+    source = benchmarks._maths("aime24", f"{url}/test.jsonl", checksum, "r1", "MIT", 1, benchmarks.problems)
+    monkeypatch.setitem(benchmarks.SOURCES, "aime24", {"test": source})
+    out = tmp_path / "q.jsonl"
+    assert benchmarks.main(["aime24", "--out", str(out), "--cache", str(tmp_path / "raw")]) == 0
+    assert read_jsonl(out) == [
+        {"id": "aime24-test/0", "dataset": "aime24", "problem": "what is up, doc?", "answer": "4"}
+    ]
+    assert (tmp_path / "raw" / "aime24.jsonl").read_bytes() == content
+    assert read_json(out.with_suffix(".manifest.json"))["complete"] is True
+
+
+def test_sources_name_one_commit_a_checksum_and_a_file_of_their_own():
+    seen = []
+    for splits in benchmarks.SOURCES.values():
+        for source in splits.values():
+            for file in source.files:
+                assert len(source.files) > 1 or re.fullmatch("sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", file.checksum)
+                assert "github" not in file.url or source.revision in file.url
+            seen.append(source.files[0].names[0])
+    assert len(set(seen)) == len(seen)  # one cache folder holds them all

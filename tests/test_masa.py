@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 def outcome(right: int, n: int = 16, lengths=None, texts=("Therefore Vieta x", "Therefore wrong")) -> masa.Outcome:
     correct = tuple(k < right for k in range(n))
     lengths = tuple(lengths or range(1000, 1000 + n))
-    return masa.Outcome(correct, lengths, tuple(texts[0] if c else texts[1] for c in correct))
+    return masa.Outcome(correct, (True,) * n, lengths, tuple(texts[0] if c else texts[1] for c in correct))
 
 
 def total(notions, rate, length, of: masa.Outcome, problem="Find x.") -> float:
@@ -80,14 +80,14 @@ def test_one_grid_step_costs_what_the_paper_says():
 
 
 def test_notions_count_once_by_lemma_and_not_if_the_problem_has_them():
-    of = masa.Outcome((True, True, False), (5, 5, 5), ("a median and an identity", "median", "identity"))
+    of = masa.Outcome((True, True, False), (True,) * 3, (5, 5, 5), ("a median and an identity", "median", "identity"))
     assert masa.reward_notion(["medians", "median"], "Find it.", of) == 1.0  # 2 against 0, one notion
     assert masa.reward_notion(["identities"], "Find it.", of) == 0.0  # 1 against 1
     assert masa.reward_notion(["median", "identity"], "Find the identity.", of) == 1.0  # the second does not count
     assert masa.reward_notion(["median"], "Find the median.", of) == 0.0
     assert masa.reward_notion([" ", ""], "Find it.", of) == 0.0
     # Counts reward what most solutions hold as soon as most are right; shares do not.
-    common = masa.Outcome((True, True, False), (5, 5, 5), ("so", "so", "so"))
+    common = masa.Outcome((True, True, False), (True,) * 3, (5, 5, 5), ("so", "so", "so"))
     assert masa.reward_notion(["so"], "?", common) == 1.0 and masa.reward_notion(["so"], "?", common, rate=True) == 0.0
 
 
