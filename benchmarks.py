@@ -3,6 +3,7 @@
   python benchmarks.py                                                        what there is, with licences
   python benchmarks.py nq_open --split test --out data/nq_open-test.jsonl     fetch, check, convert
   python benchmarks.py sciq --out data/sciq.jsonl --from FOLDER               from files that are there already
+  python benchmarks.py --for configs/qwen3-8b.json                            every file a config names and lacks
 
 Every file has a checksum here; what arrives with another one is refused, a local copy with another one is used and said
 so. Beside the questions stands FILE.manifest.json: source, revision, checksums, counts, licence. A question is
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files import InputError, atomic_write, read_bytes, sha256_file, write_json, write_jsonl
+from files import InputError, atomic_write, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from verifier import last_boxed, usable
 
 NEVER_TRAIN = ("simpleqa", "truthfulqa", "longfact")  # their authors ask for it; LongFact rows carry a canary
@@ -459,6 +460,37 @@ def write(name: str, split: str, out: Path, folder: str, cache: Path) -> dict[st
     return manifest
 
 
+def missing(config: str) -> list[tuple[Path, list[str], str]]:
+    """(file, data sets, split) of the questions and problems that a config names and that are not there.
+
+    A file is called SET-SPLIT.jsonl, or SET+SET-SPLIT.jsonl for several in one. Raises InputError at another name.
+    """
+    values = read_json(config)
+    named = [values.get("questions", ""), values.get("problems", "")]
+    named += [part.partition("=")[2] for part in values.get("eval_sets", "").split(",")]
+    found = []
+    for path in (Path(name) for name in named if name and not Path(name).exists()):
+        sets, _, split = path.stem.rpartition("-")
+        names = sets.split("+")
+        if path.suffix != ".jsonl" or not all(split in SOURCES.get(name, {}) for name in names):
+            raise InputError(f"{config}: {path} is not there and not called SET-SPLIT.jsonl after a set listed here")
+        found.append((path, names, split))
+    return found
+
+
+def provide(config: str, cache: Path) -> list[Path]:
+    """Write what `missing` finds, fetched; several sets in one file after each other. Raises InputError."""
+    files = missing(config)
+    for out, names, split in files:
+        parts = [out.with_name(f"{name}-{split}.jsonl") for name in names]
+        for name, part in zip(names, parts, strict=True):
+            if not part.exists():
+                write(name, split, part, "", cache)
+        if len(parts) > 1:
+            write_jsonl(out, [row for part in parts for row in read_jsonl(part)])
+    return [out for out, _, _ in files]
+
+
 def listing() -> str:
     """The data sets as a Markdown table."""
     lines = ["| data set | split | questions | licence | revision |", "| --- | --- | ---: | --- | --- |"]
@@ -477,11 +509,16 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--out", default="", metavar="FILE", help="questions to write [data/NAME-SPLIT.jsonl]")
     parser.add_argument("--from", dest="folder", default="", metavar="FOLDER", help="read the files from this folder")
     parser.add_argument("--cache", default="data/raw", metavar="FOLDER", help="where fetched files stay [data/raw]")
+    parser.add_argument("--for", dest="config", default="", metavar="CONFIG", help="fetch what this config names")
     given = parser.parse_args(argv)
-    if given.name is None:
-        print(listing())
-        return 0
     try:
+        if given.config:
+            made = provide(given.config, Path(given.cache))
+            print("\n".join(map(str, made)) or f"{given.config}: everything it names is there")
+            return 0
+        if given.name is None:
+            print(listing())
+            return 0
         if given.split not in SOURCES[given.name]:
             raise InputError(f"{given.name} has no split {given.split!r}; it has {', '.join(SOURCES[given.name])}")
         out = Path(given.out or f"data/{given.name}-{given.split}.jsonl")

@@ -15,7 +15,7 @@ from conftest import shared_data
 
 import benchmarks
 import data
-from files import InputError, read_json, read_jsonl
+from files import InputError, read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"nq_open": "nq_open", "sciq": "sciq", "simpleqa": "simpleqa", "truthfulqa": "truthfulqa"}
@@ -290,3 +290,26 @@ def test_sources_name_one_commit_a_checksum_and_a_file_of_their_own():
                 assert "github" not in file.url or source.revision in file.url
             seen.append(source.files[0].names[0])
     assert len(set(seen)) == len(seen)  # one cache folder holds them all
+
+
+def test_a_config_gets_the_files_it_names(tmp_path, monkeypatch):
+    """Fetching is replaced by two rows a set; what is written where is real."""
+    monkeypatch.chdir(tmp_path)
+    rows = lambda name: [{"id": f"{name}/{k}", "dataset": name} for k in range(2)]  # noqa: E731
+    monkeypatch.setattr(benchmarks, "write", lambda name, split, out, folder, cache: write_jsonl(out, rows(name)))
+    config = {"questions": "data/nq_open+sciq-train.jsonl", "eval_sets": "a=data/sciq-test.jsonl,b=own.jsonl"}
+    write_json("c.json", config)
+    assert benchmarks.main(["--for", "c.json"]) == 3  # own.jsonl is nobody's name
+    write_jsonl("own.jsonl", [{}])
+    assert benchmarks.main(["--for", "c.json"]) == 0
+    assert read_jsonl("data/nq_open+sciq-train.jsonl") == rows("nq_open") + rows("sciq")
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
+        "nq_open+sciq-train.jsonl", "nq_open-train.jsonl", "sciq-test.jsonl", "sciq-train.jsonl"
+    ]  # fmt: skip
+    assert benchmarks.missing("c.json") == []
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_shipped_config_names_files_that_exist_or_can_be_fetched(config, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    benchmarks.missing(str(config))

@@ -18,7 +18,7 @@ from files import InputError, read_json, write_json, write_jsonl
 from settings import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.json") if p.stem != "ablations")
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.json") if "ablations" not in p.stem and "masa" not in p.stem)
 SHAPES = sorted((ROOT / "configs" / "shapes").glob("*.json"))
 
 SMALL = qwen.Config(
