@@ -13,7 +13,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup train report test lint bench gpu-check sweep mini-model study clean
+.PHONY: help setup train report masa test lint bench gpu-check sweep mini-model study clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -36,8 +36,9 @@ setup: .venv/ready  ## make .venv and install the pinned requirements
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
 
-report: .venv/ready  ## every table and figure of the paper on the miniature: more settings, three draws, stand-in judge
+report: .venv/ready  ## every table and figure of the paper on the miniature, with its ablations over three seeds
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
+	$(PY) sweep.py configs/mini-ablations.json --jobs $(RANKS)
 
 test: .venv/ready-test  ## all tests
 	$(PY) -m pytest -q tests
@@ -54,6 +55,9 @@ gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten 
 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
 	$(PY) sweep.py configs/ablations.json --gpus $(RANKS) $(ARGS)
+
+masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table (a quarter of an hour)
+	$(PY) -m mini.masa_study
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
 	$(PY) -m mini.build --world 0 --out mini/model

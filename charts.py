@@ -137,10 +137,11 @@ def _edge(ax: Axes, a: Node, b: Node, colour: str, line: str, width: float) -> N
 # Fig. 5 ----------------------------------------------------------------------------------------------------------
 
 
-def strata_figure(strata: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path) -> None:
+def strata_figure(strata: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | Path, over: str = "draws") -> None:
     """Bars of the gain in Acc by stratum, a panel a set, a colour a setting, whiskers the 95 % intervals.
 
-    strata: set -> setting -> `analysis.strata`. A tick across a bar: the gain that chance alone gives.
+    strata: set -> setting -> `analysis.strata`. A dot is one of several draws (over: what "draws" holds, draws or
+    seeds), a tick across a bar the gain that chance alone gives.
     """
     palette = method_colours(list(dict.fromkeys(setting for of in strata.values() for setting in of)))
     with style.context(["default", STYLE]):
@@ -158,9 +159,13 @@ def strata_figure(strata: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
             ax.spines[["top", "right"]].set_visible(False)
             ax.margins(y=0.14)
         handles = [Line2D([], [], color=c, lw=5, label=m) for m, c in palette.items()]
-        if any(p["chance"] is not None for of in strata.values() for parts in of.values() for p in parts.values()):
+        drawn = [part for of in strata.values() for parts in of.values() for part in parts.values()]
+        if any(len(part["draws"]) > 1 for part in drawn):
+            handles.append(Line2D([], [], color=INK, marker=".", lw=0, label=f"{over}, each alone"))
+        if any(part["chance"] is not None for part in drawn):
             handles.append(Line2D([], [], color=INK, lw=1.5, label="base, another draw: chance alone"))
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8.5)
+        columns = min(len(handles), 6)
+        figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
         save(figure, path)
 
 
@@ -170,7 +175,10 @@ def _bar(ax: Axes, x: float, width: float, part: Mapping[str, Any], colour: str)
     gain, low, high = (100 * part[key] for key in ("gain", "low", "high"))
     ax.bar(x, gain, width * 0.9, color=colour)
     ax.plot([x, x], [low, high], color=INK, lw=0.8)
-    above = max(gain, high) if gain >= 0 else min(gain, low)
+    each = [100 * g for g in part["draws"] if g is not None]
+    if len(part["draws"]) > 1:
+        ax.plot([x + width * 0.25] * len(each), each, ".", color=INK, markersize=2.5)
+    above = max(gain, high, *each) if gain >= 0 else min(gain, low, *each)
     ax.annotate(
         number(gain, 1, True),
         (x, above),
@@ -245,8 +253,8 @@ def outcome_rows(outcomes: Mapping[str, Any], part: str) -> list[dict[str, Any]]
     return rows
 
 
-def strata_rows(strata: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """setting -> `analysis.strata` as rows of a table, points."""
+def strata_rows(strata: Mapping[str, Mapping[str, Any]], over: str = "draws") -> list[dict[str, Any]]:
+    """setting -> `analysis.strata` as rows of a table, points; over: what "draws" holds, draws or seeds."""
     rows = []
     for setting, parts in strata.items():
         for stratum, p in parts.items():
@@ -254,7 +262,7 @@ def strata_rows(strata: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
             each = [100 * g for g in p["draws"] if g is not None]
             spread = f"{number(float(np.std(each, ddof=1)), 1)}" if len(each) > 1 else "–"
             row = {"setting": setting, "stratum of the base": stratum, "n": p["n"]}
-            row |= {"gain in Acc (95 %)": f"{shown[0]} [{shown[1]}, {shown[2]}]", "sd over draws": spread}
+            row |= {"gain in Acc (95 %)": f"{shown[0]} [{shown[1]}, {shown[2]}]", f"sd over {over}": spread}
             chance = None if p["chance"] is None else 100 * p["chance"]
             rows.append(row | {"by chance alone": number(chance, 1, True)})
     return rows

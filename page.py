@@ -307,7 +307,7 @@ def trace_page(
     """Write one self-contained HTML page about a run.
 
     rows: traces {"id", "question", "golds" [str], "chosen" bool, "outcome" str, "answer" str, "segments": step_records,
-    each with "tokens" int and "logratio" float where known, "answer_logratio" float where known}.
+    each with "tokens" int and "logratio" float where known, "answer_logratio" float where known}; none: no section.
     tables: heading -> rows of a table. images: caption -> PNG file. facts: heading -> name -> value, such as settings
     and receipts. pairs: questions before and after alignment {"id", "set", "question", "golds", "kind", "sides": model
     -> `report.told`}. notes: what a reader must know first. Notes come first, then tables, images, pairs, traces and
@@ -315,14 +315,15 @@ def trace_page(
     """
     parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     places = [(name, table_html(table)) for name, table in tables.items() if table]
-    more = ["Figures"] * bool(images) + ["Before and after"] * bool(pairs) + ["Traces"]
+    more = ["Figures"] * bool(images) + ["Before and after"] * bool(pairs) + ["Traces"] * bool(rows)
     parts.append(contents_html([name for name, _ in places] + more))
     parts += [section_html(name, table, folded=k >= 4) for k, (name, table) in enumerate(places)]
     if images:
         parts += [heading_html("Figures"), *(image_html(caption, png) for caption, png in images.items())]
     if pairs:
         parts += [heading_html("Before and after"), *(pair_html(pair) for pair in pairs)]
-    parts += [heading_html("Traces"), legend_html(), *(trace_html(row) for row in rows)]
+    if rows:
+        parts += [heading_html("Traces"), legend_html(), *(trace_html(row) for row in rows)]
     parts += [f"{heading_html(name)}{facts_html(fact)}" for name, fact in facts.items() if fact]
     body = "\n".join(parts)
     # The page shows text that a model wrote: nothing in it may run or load anything.

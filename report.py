@@ -278,8 +278,9 @@ def curve(rows: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], lis
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for every method: known ones keep theirs, others take the spare ones in turn."""
-    spare = itertools.cycle(SPARE_COLOURS)
+    """A colour for every method: known ones keep theirs, others take the spare ones, then the unused, in turn."""
+    unused = [colour for method, colour in METHOD_COLOURS.items() if method not in methods]
+    spare = itertools.cycle([*SPARE_COLOURS, *unused])
     return {m: METHOD_COLOURS[m] if m in METHOD_COLOURS else next(spare) for m in methods}
 
 

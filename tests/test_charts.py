@@ -81,7 +81,9 @@ def test_strata_bars_are_the_gains(drawn):
     chance = [line for line in ax.lines if list(line.get_ydata()) == [10.0, 10.0]]
     assert len(chance) == 2
     names = [t.get_text() for t in drawn[0].legends[0].get_texts()]
-    assert names == ["kto", "mralign", "base, another draw: chance alone"]
+    assert names == ["kto", "mralign", "draws, each alone", "base, another draw: chance alone"]
+    dots = [line for line in ax.lines if line.get_marker() == "."]
+    assert [y for line in dots for y in line.get_ydata()] == [70.0, 90.0]
 
 
 def test_strata_rows():

@@ -1,7 +1,6 @@
 """The dry run against exact counts, against what a backward pass really keeps, and on every shipped configuration."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import lora
 import model as qwen
 import mralign
 import plan
-import sweep
 import train
-from files import InputError, read_json, write_json, write_jsonl
+from files import InputError, write_json, write_jsonl
 from settings import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,52 +197,3 @@ def eval_free(literal: str) -> str:
 def test_a_model_without_a_shape_is_an_error_with_a_remedy(tmp_path):
     with pytest.raises(InputError, match="no folder with a config.json, and none of .*Qwen3-8B.*; put a config.json"):
         plan.shape_of(str(tmp_path / "nothing"))
-
-
-# The sweep
-
-
-def test_the_ablations_are_tables_3_and_4_and_each_is_a_valid_run():
-    runs = sweep.load(ROOT / "configs" / "ablations.json")["runs"]
-    assert {r["settings"].get("lambda_r", 1.5) for r in runs.values()} == {1.0, 1.2, 1.5, 2.0, 2.2, 2.5}
-    changed = [{k: v for k, v in r["settings"].items() if k != "method"} for r in runs.values()]
-    assert {} in changed and {"transitions": "frequency"} in changed and {"labels": "one"} in changed
-    assert sum("questions" in c for c in changed) == 2 and all(len(c) <= 1 for c in changed)
-    assert runs["full"]["paper"] == {"nq": [37.34, 7.2]}
-    parsed = sweep.load(ROOT / "configs" / "ablations.json")
-    for name in runs:
-        command = sweep.command(parsed, name, 4, ["--seed", "1"])
-        flags = command[command.index("--config") :]
-        cfg, _ = cli(mralign.Config, flags, "")
-        assert cfg.model == "Qwen/Qwen3-8B" and cfg.resume and cfg.seed == 1
-        assert cfg.lambda_r == runs[name]["settings"].get("lambda_r", 1.5)
-    assert len({sweep.folder(parsed, name) for name in runs}) == len(runs)
-
-
-def test_a_sweep_lends_files_once_and_prints_ours_beside_the_papers(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    runs = {"a": {"settings": {}, "paper": {"nq": [37.34, 7.2]}}, "b c": {"settings": {}, "paper": {}}}
-    write_json(tmp_path / "s.json", {"base": "x.json", "out": "runs", "runs": runs})
-    s = sweep.load(tmp_path / "s.json")
-    a, b = sweep.folder(s, "a"), sweep.folder(s, "b c")
-    share = {"metrics": {"mralign": {"acc": {"share": 0.5}, "mis": {"share": 0.125}}}}
-    write_json(a / "eval" / "scores.json", {"nq": share})
-    write_json(a / "done" / "sample.json", {})
-    (a / "samples.jsonl").write_text("1\n")
-    (a / "eval" / "nq").mkdir()
-    (a / "eval" / "nq" / "base.jsonl").write_text("2\n")
-    b.mkdir()
-    (b / "samples.jsonl").write_text("own\n")
-    sweep.lend(a, b)
-    assert (b / "samples.jsonl").read_text() == "own\n" and (b / "eval" / "nq" / "base.jsonl").read_text() == "2\n"
-    assert (b / "done" / "sample.json").exists() and not (b / "eval" / "scores.json").exists()
-    assert [line.split() for line in sweep.table(s).splitlines()[1:]] == [
-        ["a", "nq", "50.00", "12.50", "37.34", "7.20"]
-    ]
-    (tmp_path / "s.json").write_text(json.dumps({"runs": {}}))
-    with pytest.raises(InputError, match="must hold base, out and runs"):
-        sweep.load(tmp_path / "s.json")
-    write_json(tmp_path / "s.json", {"base": "x", "out": "y", "runs": {"a": {"lr": 1}}})
-    with pytest.raises(InputError, match="run 'a' must hold settings and paper"):
-        sweep.load(tmp_path / "s.json")
-    assert read_json(a / "eval" / "scores.json") == {"nq": share}
