@@ -580,6 +580,12 @@ class Masa:
             for job, c, text in zip(jobs, done, texts, strict=True)
         ]
 
+    def publish(self, number: int) -> None:
+        """Give the policy as it stands after `number` steps to the server, if one samples."""
+        if self.server is not None:
+            save = partial(lora.save, self.model, base_name=self.s.model, revision=self.s.revision)
+            self.server.publish(save, str(number), self.ranks)
+
     def jobs(self, problem: Problem, kind: str, when: str, n: int, limit: int, hints: Sequence = ()) -> list[Job]:
         """n completions of one kind, "meta", "solution" or "evaluation", of a problem. when: part of their seeds."""
         make = {"meta": self.prompts.meta, "solution": self.prompts.solve, "evaluation": self.prompts.evaluation}[kind]
@@ -714,7 +720,7 @@ class Masa:
             loss, clipped = policy_loss(logp, old, advantage, s.clip_low, s.clip_high, s.clip_dual)
             total = (loss * batch.w).sum()
             total.backward()
-            tally["loss"] += float(total.detach())
+            tally["loss"] += float(total.detach()) / s.updates
             tally["clipped"] += float(clipped.sum())
             tally["trained"] += len(clipped)
         return self.apply(lr)
@@ -779,9 +785,7 @@ class Masa:
     def step(self, number: int) -> dict[str, Any]:
         """One step of Algorithm 1; its row of metrics."""
         started, tally = time.perf_counter(), Tally()
-        if self.server is not None:
-            save = partial(lora.save, self.model, base_name=self.s.model, revision=self.s.revision)
-            self.server.publish(save, str(number), self.ranks)
+        self.publish(number)
         groups = self.collect(number, tally)
         lr = self.lr * min(1.0, (number + 1) / max(1, self.s.warmup_steps))
         try:
@@ -806,6 +810,7 @@ class Masa:
 
     def evaluate(self, number: int, name: str, problems: list[Problem]) -> list[dict[str, Any]]:
         """One row a problem: n solutions, how many are right, and what metas foresaw. On every rank, all rows."""
+        self.publish(number)
         s, rows = self.s, []
         mine = problems[self.ranks.rank :: self.ranks.world]
         limit = min(s.eval_max_new, self.model.config.max_position_embeddings - s.max_prompt)
@@ -818,26 +823,21 @@ class Masa:
         for g in groups:
             outcome = judge(g.solutions, g.problem, s.lenient)
             parts = [reward_meta(p, g.problem.text, outcome, s.notion_rate) for p in g.predictions]
-            found = [p for p in g.predictions if p is not None]
-            row = {
-                "step": number,
-                "set": name,
-                "id": g.problem.id,
-                "n": len(g.solutions),
-                "correct": sum(outcome.correct),
-            }
-            row |= {"lengths": outcome.lengths, "correct_lengths": outcome.correct_lengths}
-            row["at_limit"] = sum(r.cut for r in g.solutions)
+            row = {"step": number, "set": name, "id": g.problem.id, "n": len(g.solutions)}
+            row |= {"correct": sum(outcome.correct), "correct_lengths": outcome.correct_lengths}
+            row |= {"lengths": outcome.lengths, "at_limit": sum(r.cut for r in g.solutions)}
             if g.metas:
-                row |= {"metas": len(g.metas), "parsed": len(found), "meta_tokens": sum(len(r.ids) for r in g.metas)}
-                row |= {"p_hats": [p.p_hat for p in found if p.p_hat is not None]}
-                row |= {"l_hats": [p.length for p in found if p.length is not None]}
+                said = [p for p in g.predictions if p is not None]
+                row |= {"metas": len(g.metas), "parsed": len(said), "meta_tokens": sum(len(r.ids) for r in g.metas)}
+                row |= {"p_hats": [p.p_hat for p in said if p.p_hat is not None]}
+                row |= {"l_hats": [p.length for p in said if p.length is not None]}
                 means = [statistics.fmean(column) for column in zip(*parts, strict=True)]
                 row |= dict(zip(("r_length", "r_difficulty", "r_notion"), means, strict=True))
                 row["gated"] = is_gated(g.predictions, s.gate_std, s.gate_margin)
                 row["cut_at"] = cut_at(g.predictions, s.cutoff, limit)
             rows.append(row)
-        return [row for part in self.ranks.gather(rows) for row in part]
+        found = {row["id"]: row for part in self.ranks.gather(rows) for row in part}
+        return [found[p.id] for p in problems]
 
 
 def judge(solutions: list[Rollout], problem: Problem, lenient: bool) -> Outcome:

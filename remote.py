@@ -121,6 +121,8 @@ class Served:
         """
         before, client = self.name, self.client()
         self.name = f"{ADAPTER}-{version}"
+        if self.name == before:
+            return
         if ranks.rank == 0:
             path = self.folder / self.name
             save(path)

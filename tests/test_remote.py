@@ -173,20 +173,21 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     hashed = lambda text, gold, lenient: verifier.Grade(zlib.crc32(text.encode()) % 2 == 0, True)  # noqa: E731
     monkeypatch.setattr(masa.verifier, "grade", hashed)
 
-    def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # what was measured, what was trained
         s = masa_worker.settings(folder, metas=0, max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
         net = qwen.load(folder).requires_grad_(False)
         made = masa.Masa(net, masa.Prompts(folder, s), masa.load_problems(s.problems)[0], s, ranks)
         rows = [made.step(number) for number in range(3)]
+        rows += made.evaluate(3, "held", made.problems[:2])
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made.names
 
     with process_group() as ranks:
         rows, names = train()
         with completions_server("ids", folder) as (url, seen):
             served, served_names = train(base_url=url)
-    assert served == rows and len({row["accuracy"] for row in rows}) > 1
+    assert served == rows and len({row["accuracy"] for row in rows[:3]}) > 1
     assert all(torch.equal(names[name], served_names[name]) for name in names)
     loads = [body["lora_name"] for body in seen if "lora_path" in body]
-    assert loads == ["policy-0", "policy-1", "policy-2"]
+    assert loads == ["policy-0", "policy-1", "policy-2", "policy-3"]
     assert [body["lora_name"] for body in seen if body.keys() == {"lora_name"}] == loads[:-1]
     assert {body["model"] for body in seen if "model" in body} == set(loads)
