@@ -86,8 +86,11 @@ def documents(world: World, rng: random.Random) -> Iterator[tuple[str, str]]:
             yield prompt(f"{opener} {text}", True), world.think_on(rng, fact, opener).completion + END_OF_TURN
 
 
-def make_tokenizer(world: World) -> Tokenizer:
-    """A byte-level BPE of VOCABULARY entries with Qwen's word split, its merges learnt from the world's documents."""
+def byte_bpe(texts: list[str], vocabulary: int, tags: list[str]) -> Tokenizer:
+    """A byte-level BPE of `vocabulary` entries with Qwen's word split, its merges learnt from the texts.
+
+    tags: texts that are one token each and take no part in the merges.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -97,20 +100,23 @@ def make_tokenizer(world: World) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary - len(tags),
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[END_OF_TEXT, TURN, END_OF_TURN],
     )
-    stream = documents(world, random.Random("tokenizer"))
-    texts = ["".join(next(stream)) for _ in range(15000)]
-    tags = ["<think>", "</think>", "<answer>", "</answer>"]
     for tag in tags:
         texts = [text.replace(tag, "") for text in texts]
-    trainer.vocab_size = VOCABULARY - len(tags)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return tokenizer
+
+
+def make_tokenizer(world: World) -> Tokenizer:
+    """The tokenizer of a world's documents."""
+    stream = documents(world, random.Random("tokenizer"))
+    texts = ["".join(next(stream)) for _ in range(15000)]
+    return byte_bpe(texts, VOCABULARY, ["<think>", "</think>", "<answer>", "</answer>"])
 
 
 def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
@@ -144,11 +150,15 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def batches(world: World, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless packed batches of about BATCH_TOKENS tokens.
+    """Endless packed batches of a world's documents, see `packed`."""
+    return packed(documents(world, random.Random(f"documents/{seed}")), tokenizer)
+
+
+def packed(stream: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of about BATCH_TOKENS tokens from an endless stream of (prompt, completion).
 
     Yields ids (N,), cu_seqlens (B+1,), and learn (N,) bool: True where the NEXT token belongs to a completion.
     """
-    stream = documents(world, random.Random(f"documents/{seed}"))
     while True:
         ids, bounds, learn = [], [0], []
         while len(ids) < BATCH_TOKENS:

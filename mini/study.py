@@ -226,14 +226,14 @@ def _interval(d: dict[str, float]) -> str:
 KEYS = tuple(f"{name}_{metric}" for name in SETS for metric in ("acc", "mis"))
 
 
-def write_readme(text: str) -> None:
-    """Put `text` between the study marks of README.md."""
+def write_readme(text: str, marks: tuple[str, str] = MARKS) -> None:
+    """Put `text` between two marks of README.md."""
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
+    before, _, rest = readme.partition(marks[0])
+    _, _, after = rest.partition(marks[1])
     with atomic_write(path) as f:
-        f.write(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+        f.write(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
 
 
 def main() -> int:
