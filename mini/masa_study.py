@@ -9,8 +9,9 @@ that was stopped goes on. --record also puts the three where the README shows th
   efficient  experts are cloned, and halfway through metas take control: gate and cutoff
   grpo       no metas; trained for as many steps, and on until as many tokens have been sampled as masa had
 
-All figures are of held-out problems, at the temperature of training. Settings were chosen with seed 0 of an earlier
-base model and other held-out problems.
+All figures are of held-out problems, at the temperature of training. The settings were chosen on this base model and its
+seeds: with 8 metas, 16 problems a step and a learning rate of 1.5e-4 one of three seeds ended with a foreseen pass rate
+of 0 for every problem.
 """
 
 import argparse
@@ -43,9 +44,9 @@ MARKS = ("<!-- masa:begin -->", "<!-- masa:end -->")
 RECORD = {"study.json": "docs/results/masa.json", "calibration.png": "docs/masa_calibration.png"}
 SEEDS = (0, 1, 2)
 FLAGS = {
-    "masa": ["--preset", "v1", "--metas", "8"],
-    "shuffled": ["--preset", "v1", "--metas", "8", "--shuffle-statistics"],
-    "efficient": ["--preset", "test"],
+    "masa": ["--preset", "v1"],
+    "shuffled": ["--preset", "v1", "--shuffle-statistics"],
+    "efficient": ["--preset", "test", "--metas", "16"],
     "grpo": ["--preset", "grpo"],
 }
 # What the table shows of an evaluation: heading -> (path in passk.summary, is a share).
