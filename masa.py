@@ -897,10 +897,11 @@ def expert_of(g: Group, prompts: Prompts, least: float) -> Expert | None:
     ]
     if not ranked or max(ranked)[0] < least or not g.outcome.correct_lengths:
         return None
-    chosen = g.predictions[-max(ranked)[1]]
+    k = -max(ranked)[1]
+    chosen, end = g.predictions[k], prompts.end if g.metas[k].cut else g.metas[k].ids[-1]  # the policy's own way to end
     length = int(statistics.fmean(g.outcome.correct_lengths))
     text = meta_text(chosen.reasoning, chosen.notions, round(GRID * g.outcome.p), length)
-    return prompts.meta(g.problem.text), [*prompts.encode(text), prompts.end]
+    return prompts.meta(g.problem.text), [*prompts.encode(text), end]
 
 
 # ---------- the run

@@ -9,9 +9,9 @@ that was stopped goes on. --record also puts the three where the README shows th
   efficient  experts are cloned, and halfway through metas take control: gate and cutoff
   grpo       no metas; trained for as many steps, and on until as many tokens have been sampled as masa had
 
-All figures are of held-out problems, at the temperature of training. The settings were chosen on this base model and its
-seeds: with 8 metas, 16 problems a step and a learning rate of 1.5e-4 one of three seeds ended with a foreseen pass rate
-of 0 for every problem.
+All figures are of held-out problems, at the temperature of training. The settings were chosen on this base model and
+its seeds: with 8 metas, 16 problems a step and a learning rate of 1.5e-4 one of three seeds ended with a foreseen pass
+rate of 0 for every problem.
 """
 
 import argparse
