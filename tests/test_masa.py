@@ -471,6 +471,9 @@ def test_an_expert_is_the_best_meta_with_true_numbers(folder, group):
         assert found == masa.Prediction(f"thought 0 about {g.problem.id}", ("carry", "x0"), right * 2 / 8,
                                         int(sum(lengths) / right))  # fmt: skip
         assert masa.expert_of(g, made.prompts, 0.6) is None
+        other = made.prompts.encode("Paris")[0]
+        g.metas[0].ids[-1] = other  # a model with several end tokens: the expert ends with the one that was sampled
+        assert masa.expert_of(g, made.prompts, 0.2)[1][-1] == other
 
 
 def test_cloning_lowers_the_experts_loss_and_is_a_mean_over_response_tokens(folder, group):
