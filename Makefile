@@ -56,7 +56,7 @@ gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
 	$(PY) sweep.py configs/ablations.json --gpus $(RANKS) $(ARGS)
 
-masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table (a quarter of an hour)
+masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table (some 22 minutes)
 	$(PY) -m mini.masa_study
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)

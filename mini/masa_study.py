@@ -52,8 +52,8 @@ FLAGS = {
 # What the table shows of an evaluation: heading -> (path in passk.summary, is a share).
 COLUMNS = {
     "Pass@1": ("pass@1", "mean"),
-    "mean of p_hat - p, absolute": ("error",),
-    "best constant": ("error_of_constant",),
+    "abs(p_hat - p)": ("error",),
+    "constant": ("error_of_constant",),
     "meta reward": ("r_meta",),
     "length": ("r_length",),
     "difficulty": ("r_difficulty",),
@@ -175,7 +175,7 @@ def markdown(study: Mapping[str, Any]) -> str:
 
 def picture(bins: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Foreseen against measured pass rate, a panel each for before, MASA and the control; a dot's area is its metas."""
-    titles = {"before": "before", "masa": "MASA", "shuffled": "control: another problem's solutions"}
+    titles = {"before": "before", "masa": "MASA", "shuffled": "control: statistics shuffled"}
     figure, panels = plt.subplots(1, len(titles), figsize=(9.6, 3.6), sharey=True, layout="constrained")
     for ax, (name, title) in zip(panels, titles.items(), strict=True):
         most = max(dot["metas"] for dot in bins[name])
