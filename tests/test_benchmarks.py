@@ -309,7 +309,11 @@ def test_a_config_gets_the_files_it_names(tmp_path, monkeypatch):
     assert benchmarks.missing("c.json") == []
 
 
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs").glob("*.json")), ids=lambda p: p.stem)
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("config", [p for p in CONFIGS if p.stem != "masa-mini"], ids=lambda p: p.stem)
 def test_every_shipped_config_names_files_that_exist_or_can_be_fetched(config, monkeypatch):
+    """All but the miniature of MASA, which makes its own problems."""
     monkeypatch.chdir(Path(__file__).parents[1])
     benchmarks.missing(str(config))
