@@ -12,9 +12,10 @@ Problems come in three tiers. Easy ones fill most documents. Middle ones are lon
 some column. Hard ones are too long, or ask for a whole product in one statement, for so few documents. Both the chance
 of a right solution and its length can be read off a problem's look: its operation and its digits.
 
-What did not work, all weights trained: without descriptions no number of a meta depends on the problem, and under the rewards the foreseen
-pass rate becomes the same for all problems before it can begin to. The same happens when a third of the training
-problems is never solved: their metas have no noise from lengths and notions, so that "0" gets the largest advantages.
+What did not work, all weights trained: without descriptions no number of a meta depends on the problem, and under the
+rewards the foreseen pass rate becomes the same for all problems before it can begin to. The same happens when a third
+of the training problems is never solved: their metas have no noise from lengths and notions, so that "0" gets the
+largest advantages.
 
     kinds -> problems (train.jsonl, heldout.jsonl) -> documents about other problems -> model, in Hugging Face's format
 """
