@@ -184,6 +184,7 @@ def op_rows(size: dict[str, Any], rounds: int, device: torch.device) -> Table:
 
 
 def op_task(device: torch.device, size: dict[str, Any], candidate: str) -> dict[str, Any]:
+    """Memory of one candidate of the op, forward and backward, in MiB; to be called in a fresh process."""
     x = op_inputs(**size, device=device)
     return extra_memory(partial(op_call, op_candidates(default_impl(device))[candidate], x, grad=True), device)
 
@@ -390,6 +391,7 @@ def step_rows(size: StepSize, rounds: int, device: torch.device) -> Table:
 
 
 def step_task(device: torch.device, size: dict[str, Any], candidate: str, rounds: int) -> dict[str, Any]:
+    """MiB and median seconds of one candidate of the optimiser step; to be called in a fresh process."""
     from ranks import process_group
 
     s = StepSize(**size)

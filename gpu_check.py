@@ -78,6 +78,7 @@ TINY = Sizes(**FOR_OP, **FOR_MODEL, config=Config(**SMALL, **REST))
 
 
 def implementations(device: torch.device) -> list[str]:
+    """The implementations of the op that can run there."""
     return ["torch", "triton"] if op.default_impl(device) == "triton" else ["torch"]
 
 
@@ -239,6 +240,7 @@ def _op_row(candidate: bench.Candidate, x: bench.OpInputs, device: torch.device,
 
 
 def random_qwen(sizes: Sizes, device: torch.device) -> Qwen3:
+    """A bf16 model of these sizes with seeded random weights, made on the device."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -289,6 +289,7 @@ class Outcome:
     answered: tuple[bool, ...]  # whether there was an answer at all
     lengths: tuple[int, ...]  # tokens, with the end token
     texts: tuple[str, ...]
+    failed: int = 0  # solutions that are wrong only because the verifier failed
 
     @property
     def p(self) -> float:
@@ -392,7 +393,7 @@ def _head_logp(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_gated(predictions: Sequence[Prediction | None], std: float, margin: float) -> bool:
-    """Whether a problem is foreseen, with little spread, to be solved always or never: it would teach nothing."""
+    """Whether a problem is foreseen, with little spread, to be solved always or never (3.3): it would teach nothing."""
     # PAPER: v1 "std < 0.1" and beyond or below capacity; v2 "the mean prediction is 0 or 1".
     # HERE:  std < gate_std, the mean within gate_margin of 0 or 1, and at least half of the metas parsed.
     # WHY:   a mean that is exactly 0 or 1 has no spread, so the first test only means something with a margin.
@@ -404,7 +405,7 @@ def is_gated(predictions: Sequence[Prediction | None], std: float, margin: float
 
 
 def cut_at(predictions: Sequence[Prediction | None], times: float, max_new: int) -> int:
-    """Most tokens of a solution: `times` the median foreseen length, or max_new when fewer than half foresee one."""
+    """Most tokens of a solution (3.3): `times` the median foreseen length; max_new if fewer than half foresee one."""
     lengths = [p.length for p in predictions if p is not None and p.length is not None]
     if not times or 2 * len(lengths) < len(predictions):
         return max_new
@@ -465,25 +466,15 @@ Expert = tuple[list[int], list[int]]  # prompt_ids of a meta, its corrected comp
 
 # What a step counts, summed over ranks, and the metrics made of it: name -> (numerator, denominator).
 COUNTS = (
-    *(
-        "problems",
-        "gated",
-        "solutions",
-        "correct",
-        "answered",
-        "cut",
-        "at_limit",
-        "solution_tokens",
-        "flat",
-        "solved_groups",
-    ),
-    *("metas", "parsed", "estimates", "error", "meta_tokens", "flat_metas", "scored", "length", "difficulty", "notion"),
-    *("notions", "generic", "tokens", "loss", "clipped", "trained"),
+    *("problems", "gated", "solutions", "correct", "answered", "failed", "cut", "at_limit", "solution_tokens"),
+    *("solved_groups", "flat", "flat_metas", "metas", "parsed", "estimates", "error", "meta_tokens"),
+    *("scored", "length", "difficulty", "notion", "notions", "generic", "loss", "clipped", "trained"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
 )
 SHARES = {
     "accuracy": ("correct", "solutions"),
     "share/answered": ("answered", "solutions"),
+    "share/verifier_failed": ("failed", "solutions"),
     "solution_length": ("solution_tokens", "solutions"),
     "share/at_limit": ("at_limit", "solutions"),  # unfinished for want of room
     "share/cut": ("cut", "solutions"),  # ended by the cutoff
@@ -844,7 +835,8 @@ def judge(solutions: list[Rollout], problem: Problem, lenient: bool) -> Outcome:
     """The verifier's word on each solution; one that was cut off is judged as it stands."""
     grades = [verifier.grade(r.text, problem.answer, lenient) for r in solutions]
     correct, answered = tuple(g.correct for g in grades), tuple(g.found for g in grades)
-    return Outcome(correct, answered, tuple(len(r.ids) for r in solutions), tuple(r.text for r in solutions))
+    lengths, texts = tuple(len(r.ids) for r in solutions), tuple(r.text for r in solutions)
+    return Outcome(correct, answered, lengths, texts, sum(g.failed for g in grades))
 
 
 def spread(rollouts: list[Rollout]) -> None:
@@ -871,6 +863,7 @@ def count(tally: Tally, g: Group, max_new: int) -> None:
     tally["solutions"] += len(g.solutions)
     tally["correct"] += sum(g.outcome.correct)
     tally["answered"] += sum(g.outcome.answered)
+    tally["failed"] += g.outcome.failed
     tally["solution_tokens"] += sum(g.outcome.lengths)
     tally["cut"] += sum(r.cut and r.limit < max_new for r in g.solutions)
     tally["at_limit"] += sum(r.cut and r.limit == max_new for r in g.solutions)
@@ -1055,8 +1048,8 @@ def check(s: Settings) -> None:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
 
 
-def work(s: Settings, source: hub.Source, command: str) -> None:
-    """Join the other processes and train, or evaluate what a training left."""
+def work(s: Settings, source: hub.Source) -> None:
+    """Join the other processes, train, and leave adapter or model, log, evaluations and results in `s.out`."""
     with process_group() as ranks, ranks.stop.listen():
         prompts = Prompts(source.folder, s)
         problems, unreadable = load_problems(s.problems)
@@ -1098,7 +1091,7 @@ def main(argv: list[str] | None = None) -> int:
         check(s)
         source = hub.locate(s.model, s.revision)
         out = Path(s.out)
-        work(s, source, rest.command)
+        work(s, source)
     except ENDINGS as error:
         return settle(error, out)
     return settle(None, out)

@@ -119,6 +119,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def installed(package: str) -> bool:
+    """Whether a package is there, found without importing it."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -64,6 +64,7 @@ COLUMNS = {
 
 
 def folder(setting: str, seed: int) -> Path:
+    """Where a cell's files are."""
     return OUT / f"{setting}-seed{seed}"
 
 

@@ -20,6 +20,7 @@ import masa
 import model as qwen
 import passk
 import sample
+import verifier
 from files import InputError, read_jsonl, write_jsonl
 from ranks import Ranks, Stopped, process_group
 
@@ -420,6 +421,14 @@ def test_cut_solutions_are_shorter_and_graded_as_they_stand(folder, group):
         assert [len(r.ids) for r in g.solutions][0] == 32 and g.solutions[0].cut
         assert g.outcome.correct == (False, True, True, True)
     assert tally["cut"] == len(groups) and tally["at_limit"] == 0
+
+
+def test_a_verifier_that_fails_is_counted_and_not_taken_for_a_wrong_answer_alone(folder, group, monkeypatch):
+    fails = lambda text, gold, lenient: verifier.Grade(False, True, failed="so we carry on, so we" in text)  # noqa: E731
+    monkeypatch.setattr(masa.verifier, "grade", fails)
+    row = masa_worker.build(folder, group).step(0)
+    assert (row["accuracy"], row["share/answered"]) == (0.0, 1.0)
+    assert row["share/verifier_failed"] == 0.75  # the script's second, third and fourth draw repeat themselves
 
 
 def test_a_hint_stands_in_the_prompt_of_a_solution_only_in_control(folder, group):
