@@ -38,7 +38,7 @@ train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, 
 
 report: .venv/ready  ## every table and figure of the paper on the miniature, with its ablations over three seeds
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
-	$(PY) sweep.py configs/mini-ablations.json --jobs $(RANKS)
+	$(PY) -m tools.sweep configs/mini-ablations.json --jobs $(RANKS)
 
 test: .venv/ready-test  ## all tests
 	$(PY) -m pytest -q tests
@@ -48,13 +48,13 @@ lint: .venv/ready-test  ## style and formatting
 	$(PY) -m ruff format --check .
 
 bench: .venv/ready-bench  ## each part beside what one would run instead (six minutes; ARGS=--full: half an hour)
-	$(PY) bench.py $(ARGS)
+	$(PY) -m tools.bench $(ARGS)
 
 gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) gpu_check.py $(ARGS)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(ARGS)
 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
-	$(PY) sweep.py configs/ablations.json --gpus $(RANKS) $(ARGS)
+	$(PY) -m tools.sweep configs/ablations.json --gpus $(RANKS) $(ARGS)
 
 masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table (some 22 minutes)
 	$(PY) -m mini.masa_study

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import em
-from files import InputError, read_json
+from common.errors import InputError
+from common.files import read_json
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment

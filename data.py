@@ -6,7 +6,6 @@ token takes the weight of the segment that holds its first character. Left out: 
 are not byte-level BPE.
 """
 
-import json
 import math
 import random
 import re
@@ -15,21 +14,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import numpy as np
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from files import InputError, read_bytes, read_json, read_jsonl
-from hub import member
-
-Span = tuple[int, int]  # characters [c0, c1) of a completion
+from common.errors import InputError
+from common.files import read_jsonl
+from common.template import TAGS, opens_thought
+from common.tokens import Span, token_offsets
 
 # ---------- questions, prompts
 
@@ -74,221 +70,7 @@ def _check_id(value: Any, seen: set[str]) -> None:
     seen.add(value)
 
 
-def load_prompt(path: str | Path) -> str:
-    """A prompt template, without the line end its file closes with. Raises InputError when it is missing."""
-    return _read_text(path).rstrip("\r\n")
-
-
-def _read_text(path: str | Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-
-
-def fill(template: str, **fields: str) -> str:
-    """Put `fields` into the {places} of a prompt, in one pass: braces inside a field are text, not places.
-
-    >>> fill("Q: {question}", question="what is {question}?")
-    'Q: what is {question}?'
-
-    Raises InputError when the template has a place without a field or lacks one.
-    """
-    places = set(re.findall(r"\{(\w+)\}", template))
-    if odd := sorted(places ^ set(fields)):
-        wanted = ", ".join(f"{{{name}}}" for name in sorted(fields))
-        raise InputError(f"prompt: {{{odd[0]}}} does not fit; the template must hold exactly the places {wanted}")
-    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own would escape <, > and & for HTML
-
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-SPECIAL = re.compile(r"<[|｜][^<>\s]+?[|｜]>")  # how Qwen, Llama and DeepSeek write special tokens
-
-
-class ChatTemplate:
-    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion.
-
-    `strftime_now` is left undefined: Llama's templates then write a fixed date, and a prompt does not change overnight.
-    """
-
-    def __init__(self, folder: str | Path, system: str = "") -> None:
-        """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none.
-
-        system: a system turn for every prompt, "" for none; {thinking} in it becomes on or off.
-        """
-        config_path, own = member(folder, "tokenizer_config.json"), member(folder, "chat_template.jinja")
-        config = read_json(config_path)
-        self.system = system
-        self.path = own if own.exists() else config_path
-        source = _read_text(own) if own.exists() else config.get("chat_template")
-        if not isinstance(source, str):
-            raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
-        self.special = {name: t for name, t in tokens.items() if t is not None}
-        try:
-            self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self.path}: the chat template does not parse ({error}); restore the file") from None
-
-    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
-        """`messages` [{role, content}] as one text. Raises InputError when the template refuses them."""
-        try:
-            return self.template.render(messages=messages, **self.special, **variables)
-        except Exception as error:  # a template is a program from outside: it can fail in every way a program can
-            reason = " ".join(str(error).split())
-            raise InputError(f"{self.path}: the chat template fails ({reason}); check the prompt") from None
-
-    def prompt(self, text: str, thinking: bool) -> str:
-        """One user turn up to where the completion starts.
-
-        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template that
-        always opens the thought (R1-Distill) has no switch: thinking=False closes the thought at once, which gives the
-        closed empty block of Qwen3. Raises InputError when none of the three is there to switch it off.
-        """
-        on, off = (self._turns(text, mode) for mode in (True, False))
-        if thinking:
-            return on
-        # PAPER: does not say how R1-Distill, which always thinks, answers with thinking off.
-        # HERE:  its thought is closed as soon as the template has opened it.
-        # WHY:   the usual way, and the very block that Qwen3's own template writes.
-        if opens_thought(off):
-            return off.rstrip() + "\n\n</think>\n\n"
-        if on == off:
-            raise InputError(
-                f"{self.path}: the chat template cannot switch thinking off; for a Nemotron model give --system "
-                "'detailed thinking {thinking}', else use a model that can"
-            )
-        return off
-
-    def _turns(self, text: str, thinking: bool) -> str:
-        turns = [{"role": "user", "content": text}]
-        if self.system:
-            system = self.system.replace("{thinking}", "on" if thinking else "off")
-            turns.insert(0, {"role": "system", "content": system})
-        return self.render(turns, add_generation_prompt=True, enable_thinking=thinking)
-
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Raise InputError unless each special token of the prompts, and the end of a turn, is one token."""
-        marks = {*SPECIAL.findall(self.prompt("Hello", True))}
-        if "eos_token" in self.special:
-            marks.add(self.special["eos_token"])
-        odd = sorted(mark for mark in marks if len(encode(tokenizer, mark)) != 1)
-        if odd:
-            raise InputError(
-                f"{self.path}: {', '.join(odd)} is not one token of tokenizer.json; take both files from one checkpoint"
-            )
-
-
-def opens_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends in <think>, so that the completion starts inside the thought."""
-    return prompt.rstrip().endswith(TAGS[0])
-
-
 # ---------- tokens and characters
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer.json of a checkpoint directory. Raises InputError when it is missing, bad or not byte-level."""
-    path = member(folder, "tokenizer.json")
-    text = _read_text(path)
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise than Exception
-        raise InputError(f"{path}: not a tokenizer ({error}); restore the file") from None
-    _check_byte_level(tokenizer)
-    return tokenizer
-
-
-def _check_byte_level(tokenizer: Tokenizer) -> None:
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        raise InputError(f"tokenizer: the decoder is {tokenizer.decoder}, not ByteLevel; use a byte-level BPE model")
-
-
-def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
-    """Tokens that end a completion: eos_token_id of generation_config.json if it is there, else of config.json.
-
-    Raises InputError when there is none, or one the tokenizer does not have.
-    """
-    paths = [member(folder, name) for name in ("generation_config.json", "config.json")]
-    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
-    path, ids = next(((path, ids) for path, ids in found if ids is not None), (paths[-1], []))
-    ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and i >= 0 and tokenizer.id_to_token(i) is not None for i in ids):
-        raise InputError(f"{path}: eos_token_id is {ids}; it must name tokens of tokenizer.json, restore both files")
-    return set(ids)
-
-
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a rendered prompt. The chat template has written the special tokens, so none are added."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes every byte as one visible character: itself where it is one, else from U+0100 upwards."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(0x100 + k): b for k, b in enumerate(others)}
-
-
-BYTE_OF_CHAR = _byte_alphabet()
-
-
-@lru_cache(maxsize=1 << 18)
-def _token_bytes(token: str) -> bytes:
-    """The bytes a byte-level BPE token stands for. Raises KeyError at a character outside the alphabet."""
-    return bytes([BYTE_OF_CHAR[c] for c in token])
-
-
-def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Span]]:
-    """The text of sampled ids and the character range of each: what decoding gives, added tokens included.
-
-    A token's range runs from the character that holds its first byte to the one that holds its last byte, so the tokens
-    of a split character share it. Bytes that are not UTF-8 show up as U+FFFD, as in `tokenizer.decode`. For ids that
-    `tokenizer.encode` gave, the starts are those of its own offsets.
-    Raises InputError at an id the tokenizer does not have, or when it is not byte-level.
-    """
-    _check_byte_level(tokenizer)
-    added = {i: token.content.encode("utf-8") for i, token in tokenizer.get_added_tokens_decoder().items()}
-    pieces = []
-    for i in ids:
-        token = tokenizer.id_to_token(i)
-        if token is None:
-            raise InputError(f"token id {i} is not in the tokenizer; use the tokenizer the text was sampled with")
-        pieces.append(added[i] if i in added else _token_bytes(token))
-    text, char_of_byte = _decode(b"".join(pieces))
-    lengths = np.array([len(p) for p in pieces], dtype=np.int64)
-    ends = lengths.cumsum()
-    first, last = char_of_byte[ends - lengths], char_of_byte[ends - 1]
-    return text, list(zip(first.tolist(), (last + 1).tolist(), strict=True))
-
-
-def _decode(raw: bytes) -> tuple[str, np.ndarray]:
-    """`raw` as text, U+FFFD for what is not UTF-8, and the index of the character each byte is part of, (bytes,)."""
-    text, index = "", [np.empty(0, dtype=np.int64)]
-    while raw:
-        try:
-            part, good, bad = raw.decode("utf-8"), len(raw), 0
-        except UnicodeDecodeError as error:  # the longest broken sequence is one U+FFFD, as everywhere
-            part, good, bad = raw[: error.start].decode("utf-8"), error.start, error.end - error.start
-        opens = (np.frombuffer(raw[:good], dtype=np.uint8) & 0xC0) != 0x80  # a byte 10xxxxxx continues a character
-        index += [len(text) + opens.cumsum() - 1, np.full(bad, len(text) + len(part))]
-        text += part + ("\ufffd" if bad else "")
-        raw = raw[good + bad :]
-    return text, np.concatenate(index)
 
 
 def count_think_tokens(offsets: Sequence[Span], span: Span) -> int:

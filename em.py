@@ -29,7 +29,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from files import InputError
+from common.errors import InputError
 
 MACRO = {
     "meta-cognitive regulation": ("framing", "backtracking", "self_verification", "evaluation"),

@@ -21,7 +21,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import data
-from files import InputError, read_jsonl, write_jsonl
+from common.errors import InputError
+from common.files import read_jsonl, write_jsonl
+from common.tokens import token_offsets
 
 SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "text", "finish")
 Z95 = 1.959963984540054  # standard normal quantile at 0.975
@@ -44,7 +46,7 @@ def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict
     truncated = sample["finish"] == "length" or parsed.outcome in ("no_close", "cut")
     n_think_tokens = None
     if tokenizer is not None:
-        _, offsets = data.token_offsets(tokenizer, sample["ids"])
+        _, offsets = token_offsets(tokenizer, sample["ids"])
         n_think_tokens = data.count_think_tokens(offsets, parsed.span or (0, 0))
     return {name: sample[name] for name in ("id", "mode", "draw")} | {
         "outcome": parsed.outcome,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from files import InputError, atomic_write, read_json, write_json
-from model import read_tensors
+from common.errors import InputError
+from common.files import atomic_write, read_json, write_json
+from common.weights import read_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

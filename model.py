@@ -1,8 +1,8 @@
 """Qwen3, Qwen2 and Llama 3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
 
-The three are one model with three explicit differences, fields of `Config`: queries and keys are normalised (Qwen3),
-the q, k and v projections have a bias (Qwen2), RoPE's slow rotations are slowed further (`rope_scaling`, Llama 3.1).
-The class keeps the name of the first of them.
+The three are one model with three explicit differences, fields of `ModelConfig`: queries and keys are normalised
+(Qwen3), the q, k and v projections have a bias (Qwen2), RoPE's slow rotations are slowed further (`rope_scaling`, Llama
+3.1). The class keeps the name of the first of them.
 
 Letters: B rows, T tokens of one row, N tokens of all rows of a packed batch, E hidden size, V vocabulary, L layers,
 H query heads, G key/value heads, D head size.
@@ -21,7 +21,6 @@ weights, models that bring their own code. A config that asks for one of them is
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,225 +28,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, atomic_write, read_json, write_json
-from hub import member
+from common.errors import InputError
+from common.files import atomic_write, write_json
+from common.hub import member
+from common.model_config import ModelConfig
+from common.weights import read_tensors, weight_files
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-# model_type -> (the class that transformers calls it, qk_norm, qkv_bias)
-ARCHITECTURES = {
-    "qwen3": ("Qwen3ForCausalLM", True, False),
-    "qwen2": ("Qwen2ForCausalLM", False, True),
-    "llama": ("LlamaForCausalLM", False, False),
-}
-# Other fields of config.json that change the computation. Absent means the value here, transformers' own default for
-# all three; any other value is an architecture this file does not compute.
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "use_mrope": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "auto_map": None,  # names Python files of the checkpoint, which are never run
-}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 # Attention over the cache reads whole blocks of positions, the unused ones masked: so the CPU kernel sums in the same
 # order however long the longest row of the batch is, and a row's result does not depend on its neighbours; and a CUDA
 # graph is needed for each number of blocks only. A decode step attends in groups of neighbouring slots, each only as
 # wide as its own longest row: a caller that keeps slots of similar length together saves the rest.
 BLOCK = {"cpu": 64, "cuda": 512}  # positions
 GROUP = {"cpu": 32, "cuda": 1 << 30}  # slots
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's "llama3" scaling, under Hugging Face's names; see `frequencies`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int  # positions
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The shape of a model, under the field names of Hugging Face's config.json where it has them."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    eos_token_id: int | tuple[int, ...]
-    model_type: str = "qwen3"
-    qk_norm: bool = True  # RMS norm of each query and key head
-    qkv_bias: bool = False
-    rope_scaling: RopeScaling | None = None
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "Config":
-        """Read a Hugging Face config.json. Raises InputError naming the field, its value and what is supported.
-
-        Shapes must be written out, with one exception: Qwen2 and Llama configs may lack head_dim, which is then
-        hidden_size // num_attention_heads, as in transformers.
-        """
-        raw = read_json(path)
-        kind = raw.get("model_type") if isinstance(raw, dict) else raw
-        if not isinstance(kind, str) or kind not in ARCHITECTURES:
-            raise InputError(f"{path}: model_type is {kind!r}; supported: {', '.join(map(repr, ARCHITECTURES))}")
-        name, qk_norm, qkv_bias = ARCHITECTURES[kind]
-        if raw.get("architectures") not in (None, [name]):
-            raise InputError(f"{path}: architectures is {raw['architectures']!r}; supported: {[name]!r}")
-        for field, value in ONLY.items():
-            if raw.get(field, value) != value:
-                raise InputError(f"{path}: {field} is {raw[field]!r}; supported: {value!r}")
-        if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-            raise InputError(
-                f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' in each layer"
-            )
-        theta, scaling = _rope(path, raw)
-        fields = {**raw, "rope_theta": theta, "rope_scaling": scaling, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
-        if fields.get("head_dim") is None and kind != "qwen3":
-            fields["head_dim"] = _head_dim(path, raw)
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in fields]
-        if missing:
-            raise InputError(f"{path}: field {', '.join(missing)} is missing; every shape must be written out")
-        config = cls(**{name: fields[name] for name in names})
-        config.check(path)
-        return config
-
-    def check(self, where: str | Path) -> None:
-        """Raise InputError, its message starting with `where`, unless the values make a computable model."""
-        for name in SIZES:
-            if not _is_size(getattr(self, name)):
-                raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive integer")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not _is_positive(getattr(self, name)):
-                raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive number")
-        if type(self.tie_word_embeddings) is not bool:
-            raise InputError(f"{where}: tie_word_embeddings is {self.tie_word_embeddings!r}; supported: true, false")
-        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        if not ends or not all(type(i) is int and 0 <= i < self.vocab_size for i in ends):
-            shown = list(ends) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-            raise InputError(f"{where}: eos_token_id is {shown!r}; supported: an id below vocab_size, or several")
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"{self.num_attention_heads} over {self.num_key_value_heads}"
-            raise InputError(f"{where}: num_attention_heads over num_key_value_heads is {heads}; supported: a multiple")
-        if self.head_dim % 2:
-            raise InputError(f"{where}: head_dim is {self.head_dim}; supported: an even number (RoPE turns pairs)")
-
-    def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The config.json from which transformers builds the same model."""
-        name, *implied = ARCHITECTURES[self.model_type]
-        assert implied == [self.qk_norm, self.qkv_bias], (self, "model_type says which of the two there are")
-        fields = dataclasses.asdict(self)
-        del fields["qk_norm"], fields["qkv_bias"]
-        theta, scaling = fields.pop("rope_theta"), fields.pop("rope_scaling")
-        rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling}
-        return {
-            "architectures": [name],
-            **fields,
-            "rope_theta": theta,  # transformers 4
-            "rope_scaling": None if scaling is None else rope,  # transformers 4
-            "rope_parameters": {**rope, "rope_theta": theta},  # transformers 5
-            "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4
-            "dtype": str(dtype).removeprefix("torch."),  # transformers 5
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "mlp_bias": False,
-            "use_sliding_window": False,
-        }
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
-
-
-def _head_dim(path: str | Path, raw: dict[str, Any]) -> int:
-    """hidden_size over num_attention_heads, for a config without head_dim."""
-    size, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-    if not _is_size(size) or not _is_size(heads) or size % heads:
-        raise InputError(
-            f"{path}: head_dim is missing and hidden_size {size!r} over num_attention_heads {heads!r} is no size; "
-            "supported: a multiple, or head_dim written out"
-        )
-    return size // heads
-
-
-def _rope(path: str | Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """RoPE's base and scaling: transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    found = []
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise InputError(f"{path}: {name} is {rope!r}; supported: an object")
-        theta = rope.get("rope_theta", raw.get("rope_theta"))
-        if raw.get("rope_theta", theta) != theta:
-            raise InputError(f"{path}: rope_theta is {raw['rope_theta']!r} but {name} is {rope!r}; make them equal")
-        found.append((theta, _rope_scaling(path, name, rope)))
-    if not found:
-        found.append((raw.get("rope_theta"), None))
-    if found[0] != found[-1]:
-        raise InputError(f"{path}: rope_parameters and rope_scaling differ; make them equal or delete one")
-    if found[0][0] is None:
-        raise InputError(f"{path}: field rope_theta is missing; every shape must be written out")
-    return found[0]
-
-
-def _rope_scaling(path: str | Path, name: str, rope: dict[str, Any]) -> RopeScaling | None:
-    """The scaling that one of the two objects asks for; None for the default RoPE."""
-    values = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
-    if values.get("partial_rotary_factor") == 1:
-        del values["partial_rotary_factor"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    names = [field.name for field in dataclasses.fields(RopeScaling)]
-    if kind == "default" and not values:
-        return None
-    if kind != "llama3" or set(values) != set(names):
-        supported = f"rope_type 'default', or 'llama3' with {', '.join(names)}"
-        raise InputError(f"{path}: {name} is {rope!r}; supported: {supported}")
-    scaling = RopeScaling(**values)
-    good = all(map(_is_positive, values.values())) and scaling.low_freq_factor < scaling.high_freq_factor
-    if not good or not _is_size(scaling.original_max_position_embeddings):
-        raise InputError(f"{path}: {name} is {rope!r}; supported: positive numbers, the low factor below the high one")
-    return scaling
 
 
 class KVCache:
@@ -257,7 +58,7 @@ class KVCache:
     lens: (slots,) int64, tokens held; on the CPU, so that no shape needs to ask the device.
     """
 
-    def __init__(self, config: Config, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
+    def __init__(self, config: ModelConfig, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
         assert slots > 0 and max_len > 0, (slots, max_len)
         kind = torch.device(device).type
         self.block, self.group = BLOCK[kind], GROUP[kind]
@@ -282,7 +83,7 @@ class KVCache:
         return merged
 
     @staticmethod
-    def bytes(config: Config, max_len: int, dtype: torch.dtype, device: torch.device | str) -> int:
+    def bytes(config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device | str) -> int:
         """Size of one slot."""
         block = BLOCK[torch.device(device).type]
         a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -314,7 +115,7 @@ class Rows:
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
 
 
-def frequencies(config: Config, device: torch.device) -> Tensor:
+def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """(D/2,) fp32: the angle each pair of dimensions turns from one position to the next, theta^(-2i/D).
 
     With "llama3" scaling (the Llama 3.1 models, after 8,192 positions) a pair that turns fewer than low_freq_factor
@@ -333,7 +134,7 @@ def frequencies(config: Config, device: torch.device) -> Tensor:
     return (1 - kept) * turn / scaling.factor + kept * turn
 
 
-def angles(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * frequency, each (N, 1, D); computed in fp32 whatever the dtype.
 
     The first half of the sine is negative: the minus sign of the rotation, see `rotate`.
@@ -399,7 +200,7 @@ def _stack(linears: list[nn.Module]) -> Stack | None:
 class Attention(nn.Module):
     """Grouped-query attention."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -437,7 +238,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -453,7 +254,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
@@ -468,7 +269,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm: everything that Hugging Face names `model.*`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
@@ -478,7 +279,7 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """The model. A new one has Hugging Face's initial weights: normal, deviation 0.02; norms at one, biases at zero."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each layer in the backward pass instead of keeping it
@@ -587,7 +388,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     misshapen tensor before any weight is read.
     """
     path = Path(path)
-    config = Config.from_json(member(path, "config.json"))
+    config = ModelConfig.from_json(member(path, "config.json"))
     with torch.device("meta"):
         model = Qwen3(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -600,99 +401,6 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
             raise InputError(f"{path}: {name} differs from the embedding; set tie_word_embeddings to false")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model
-
-
-def weight_files(path: Path) -> list[Path]:
-    """model.safetensors if it is there, otherwise the shards that the index names.
-
-    Raises InputError at a shard that is missing or whose name leads out of the folder, before any is opened.
-    """
-    single, index = member(path, "model.safetensors"), member(path, "model.safetensors.index.json")
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise InputError(
-            f"{path}: neither {single.name} nor {index.name} is there; give a folder of safetensors weights"
-        )
-    listing = read_json(index)
-    if not isinstance(listing, dict) or not isinstance(listing.get("weight_map"), dict) or not listing["weight_map"]:
-        raise InputError(f"{index}: weight_map is missing or empty; fetch the file again")
-    shards = sorted({str(shard) for shard in listing["weight_map"].values()})
-    for shard in shards:
-        if not shard.endswith(".safetensors"):
-            raise InputError(f"{index}: shard {shard!r} is not a *.safetensors name; fetch the file again")
-        if not member(path, shard).is_file():
-            raise InputError(f"{path / shard}: no such file, but {index.name} names it; fetch the shard")
-    return [path / shard for shard in shards]
-
-
-def read_tensors(
-    files: list[Path],
-    shapes: dict[str, tuple[int, ...]],
-    optional: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Tensors of safetensors files in `dtype` on `device`: exactly those of `shapes`, and of `optional` what is there.
-
-    The files are mapped, not read: a tensor is copied from the mapping to where it will live, and a file's mapping is
-    given up before the next. Raises InputError when a file cannot be read, and, before the first copy, one InputError
-    that names every tensor that does not fit.
-    """
-    expected = shapes | optional
-    where, problems = {}, {}
-    for file in files:
-        with _opened(file) as f:
-            for name in f.keys():  # safe_open is no mapping
-                entry = f.get_slice(name)
-                shape, stored = tuple(entry.get_shape()), entry.get_dtype()
-                if name not in expected:
-                    problems[name] = "extra"
-                elif name in where:
-                    problems[name] = "in two files"
-                elif shape != expected[name]:
-                    problems[name] = f"of shape {shape}, not {expected[name]}"
-                elif stored not in DTYPES:
-                    problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
-                else:
-                    where[name] = file
-    problems |= {name: "missing" for name in shapes if name not in where and name not in problems}
-    if problems:
-        listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
-        raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
-    tensors = {}
-    for file in files:
-        with _opened(file) as f:
-            for name in f.keys():
-                tensors[name] = torch.empty(expected[name], dtype=dtype, device=device).copy_(f.get_tensor(name))
-    return tensors
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped on the host. Raises InputError, with both sizes when it is cut short."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as f:
-            yield f
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: not a readable safetensors file ({error}{_sizes(file)}); fetch or write it again"
-        ) from None
-
-
-def _sizes(file: Path) -> str:
-    """Of a file that cannot be read: how long it is and how long its header says it should be, "" if neither is known.
-
-    The format: eight bytes, the length of the header; the header, JSON with the offsets of each tensor; the tensors.
-    """
-    try:
-        with open(file, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(min(length, 100_000_000)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return f"; {file.stat().st_size} bytes of {8 + length + max(ends)}"
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return ""
 
 
 def save(model: Qwen3, path: str | Path, dtype: torch.dtype | None = None) -> None:

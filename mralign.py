@@ -47,37 +47,31 @@ from typing import Any
 
 import torch
 
-import analysis
 import annotate
-import benchmarks
-import charts
 import data
 import em
 import eval as evaluation
-import export
-import hub
-import judge
-import labelling
 import lora
 import model as qwen
-import page
-import plan
-import remote
-import report
-import retrieve
 import sample
-import tables
 import train
-import veriscore
-from client import Client, parse_endpoint
-from endings import ENDINGS, settle
-from files import InputError, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common import benchmarks, hub
+from common.endings import ENDINGS, settle
+from common.errors import InputError
+from common.files import ROOT, Journal, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.model_config import ModelConfig
+from common.ranks import Progress, Ranks, process_group
+from common.settings import cli, opt
+from common.template import ChatTemplate, fill, load_prompt, opens_thought
+from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets
 from kernels.segment_logprob import default_impl, segment_logprob
-from ledger import Ledger
-from ranks import Progress, Ranks, process_group
-from settings import cli, opt
+from llm import judge, labelling, remote, retrieve, veriscore
+from llm.client import Client, parse_endpoint
+from llm.ledger import Ledger
+from pipeline import plan
+from report import analysis, charts, figures, page, tables
+from tools import export
 
-ROOT = Path(__file__).resolve().parent
 REFINE, RET = "refine", "+ret"  # settings beside thinkoff, base and the methods
 
 
@@ -143,13 +137,13 @@ class Run:
         self.methods = [m.strip() for m in cfg.method.split(",")]
         self.eval_sets = dict(part.split("=", 1) for part in cfg.eval_sets.split(",") if part)
         self.also = [part.strip() for part in cfg.also.split(",") if part.strip()]
-        self.settings = ["thinkoff", "base", *self.methods, *self.also]  # what is evaluated
+        self.settings = ["thinkoff", "thinkon", *self.methods, *self.also]  # what is evaluated
         self.impl = cfg.kernel or default_impl(ranks.device)
-        self.tokenizer = data.load_tokenizer(source.folder)
-        self.template = data.ChatTemplate(source.folder, cfg.system)
+        self.tokenizer = load_tokenizer(source.folder)
+        self.template = ChatTemplate(source.folder, cfg.system)
         self.template.check(self.tokenizer)
-        self.user_turn = data.load_prompt(cfg.prompt)
-        self.stop_ids = data.stop_ids(source.folder, self.tokenizer)
+        self.user_turn = load_prompt(cfg.prompt)
+        self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the unit under way, see `perform`
 
     def base_model(self, device: torch.device | None = None) -> qwen.Qwen3:
@@ -163,7 +157,7 @@ class Run:
 
     def turn(self, question: str) -> str:
         """What the user says: the question in its template."""
-        return data.fill(self.user_turn, question=question)
+        return fill(self.user_turn, question=question)
 
     def prompt(self, turn: str, mode: str) -> str:
         """The rendered prompt of a user turn, thinking "on" or "off"."""
@@ -190,14 +184,14 @@ def sampler(run: Run, setting: str) -> Callable[..., None]:
         name = method or cfg.served_model or run.source.name
         endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
         client = Client(endpoint, concurrency=max(1, cfg.concurrency // run.ranks.world), limits=remote.PATIENCE)
-        eos = qwen.Config.from_json(run.source.folder / "config.json").eos_token_id
+        eos = ModelConfig.from_json(run.source.folder / "config.json").eos_token_id
         end_id = eos if isinstance(eos, int) else eos[0]
 
         def by_server(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
-            encode = functools.partial(data.encode, run.tokenizer)
+            to_ids = functools.partial(encode, run.tokenizer)
             stops = {"stop_ids": run.stop_ids, "end_id": end_id}
             again = remote.generate(
-                client, encode, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
+                client, to_ids, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
             )
             if again:
                 run.ranks.log(f"{again} of {len(prompts)} completions came without ids and were encoded again")
@@ -235,7 +229,7 @@ def draw(
     ranks, cfg = run.ranks, run.cfg
     mine = jobs[ranks.rank :: ranks.world]
     prompts = [run.prompt(turn(q, k) if turn else run.turn(q["question"]), mode) for q, mode, k in mine]
-    prompt_ids = [data.encode(run.tokenizer, text) for text in prompts]
+    prompt_ids = [encode(run.tokenizer, text) for text in prompts]
     seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
     part = path.with_suffix(f".rank{ranks.rank}.jsonl")
     journal = Journal(part, digest([run.key, str(path), ranks.world]))
@@ -256,7 +250,7 @@ def draw(
     rows = []
     for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
         c = done[i]
-        text, _ = data.token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+        text, _ = token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
         row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
         rows.append(row | {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish})
     share = path.with_suffix(f".share{ranks.rank}.jsonl")
@@ -280,7 +274,7 @@ def stage_sample(run: Run) -> dict[str, Any]:
         raise InputError(f"{cfg.questions}: {odd[0]['dataset']} is for evaluation only; train on other questions")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
-    speed = draw(run, sampler(run, "base"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
+    speed = draw(run, sampler(run, "thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
     return {"tokens_per_second_per_rank": round(speed)}
 
 
@@ -445,13 +439,13 @@ def stage_eval(run: Run, setting: str) -> None:
         jobs = [(q, mode, k) for q in questions for k in range(cfg.eval_draws)]
         turn = plain = with_results(run, name) if setting.endswith(RET) else lambda q, k: run.turn(q["question"])
         if bare == REFINE:
-            source = run.samples_path(name, "base" + setting.removeprefix(REFINE))
+            source = run.samples_path(name, "thinkon" + setting.removeprefix(REFINE))
             first, what = answers_of(source), f"{setting} on {name}: feedback"
-            feedback = data.load_prompt(ROOT / "prompts" / "refine_feedback.txt")
+            feedback = load_prompt(ROOT / "prompts" / "refine_feedback.txt")
             told = run.file(name, setting, "feedback")
 
             def criticise(q: dict[str, Any], k: int, text: str = feedback, first: dict = first) -> str:
-                return data.fill(text, question=q["question"], answer=first[q["id"], k])
+                return fill(text, question=q["question"], answer=first[q["id"], k])
 
             draw(run, generate, jobs, told, what, cfg.max_new, how, criticise)
             turn = refined(plain, first, answers_of(told))
@@ -460,11 +454,11 @@ def stage_eval(run: Run, setting: str) -> None:
 
 def with_results(run: Run, name: str) -> Callable[[dict[str, Any], int], str]:
     """User turns with the search results of each question in front (4.1)."""
-    template = data.load_prompt(ROOT / "prompts" / "retrieval.txt")
+    template = load_prompt(ROOT / "prompts" / "retrieval.txt")
     found = {r["id"]: r["results"] for r in read_jsonl(run.out / "eval" / name / "snippets.jsonl", ("id", "results"))}
 
     def turn(q: dict[str, Any], k: int) -> str:
-        return data.fill(template, snippets=retrieve.as_text(found[q["id"]]), prompt=run.turn(q["question"]))
+        return fill(template, snippets=retrieve.as_text(found[q["id"]]), prompt=run.turn(q["question"]))
 
     return turn
 
@@ -482,10 +476,10 @@ def refined(
     PAPER: Self-Refine, no prompts, no number of rounds.  HERE: one round with our own prompts.
     WHY:   a round costs two more completions, and how many the paper ran is not said.
     """
-    template = data.load_prompt(ROOT / "prompts" / "refine.txt")
+    template = load_prompt(ROOT / "prompts" / "refine.txt")
 
     def turn(q: dict[str, Any], k: int) -> str:
-        return data.fill(template, prompt=plain(q, k), answer=first[q["id"], k], feedback=told[q["id"], k])
+        return fill(template, prompt=plain(q, k), answer=first[q["id"], k], feedback=told[q["id"], k])
 
     return turn
 
@@ -501,7 +495,7 @@ def stage_labels(run: Run) -> dict[str, Any]:
     annotator = annotate.CueAnnotator(annotate.read_cues(run.cfg.cues))
     labelled = {}
     for name in run.eval_sets:
-        for setting in ("base", *run.methods):
+        for setting in ("thinkon", *run.methods):
             rows = analysis.to_label(read_jsonl(run.samples_path(name, setting)), run.cfg.label_eval)
             records, _ = annotate.annotate(rows, annotator)
             labelled[f"{name}, {setting}"] = write_jsonl(run.file(name, setting, "labels"), records)
@@ -622,11 +616,11 @@ def stage_analysis(run: Run) -> None:
         for setting in plain:
             samples = read_jsonl(run.samples_path(name, setting))
             out["positions"][f"{name}, {setting}"] = analysis.positions(samples)
-        out["strata"][name] = {s: analysis.strata(scored["base"], scored[s]) for s in plain if s != "base"}
+        out["strata"][name] = {s: analysis.strata(scored["thinkon"], scored[s]) for s in plain if s != "thinkon"}
         if run.cfg.label_eval:
-            labels = {s: read_labels(run, name, s) for s in ("base", *run.methods)}
+            labels = {s: read_labels(run, name, s) for s in ("thinkon", *run.methods)}
             out["outcomes"][name] = {s: analysis.label_outcomes(scored[s], of) for s, of in labels.items()}
-            before = list(labels["base"].values())
+            before = list(labels["thinkon"].values())
             out["change"][name] = {
                 m: analysis.change(before, list(labels[m].values()), fitter(run.cfg), seed=run.cfg.seed)
                 for m in run.methods
@@ -675,7 +669,7 @@ def units(run: Run) -> list[Unit]:
     fitted = [out / "transitions.json", out / "train.jsonl"]
     scores, analysed = out / "eval" / "scores.json", out / "eval" / "analysis.json"
     snippets = [out / "eval" / name / "snippets.jsonl" for name in run.eval_sets]
-    labels = [run.file(name, s, "labels") for name in run.eval_sets for s in ("base", *run.methods)]
+    labels = [run.file(name, s, "labels") for name in run.eval_sets for s in ("thinkon", *run.methods)]
     judged = out / "eval" / "judge.json"
     judging = (
         "judge",
@@ -756,7 +750,7 @@ def reads(run: Run, setting: str) -> list[Path]:
         files += [out / "eval" / name / "snippets.jsonl" for name in run.eval_sets]
     if setting.startswith(REFINE):
         files += [ROOT / "prompts" / name for name in ("refine_feedback.txt", "refine.txt")]
-        files += [run.samples_path(name, "base" + setting.removeprefix(REFINE)) for name in run.eval_sets]
+        files += [run.samples_path(name, "thinkon" + setting.removeprefix(REFINE)) for name in run.eval_sets]
     return files
 
 
@@ -795,7 +789,7 @@ def unit_key(run: Run, unit: Unit) -> str:
     """What the unit depends on: its settings, the bytes of its inputs, the program."""
     settings = {name: getattr(run.cfg, name) for name in unit.settings}
     inputs = [[str(p), checksum(p)] for p in unit.inputs]
-    code = [[p.name, checksum(p)] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")])]
+    code = [[str(p.relative_to(ROOT)), checksum(p)] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])]
     return digest([unit.name, settings, inputs, code])
 
 
@@ -829,7 +823,7 @@ def stage_report(run: Run) -> dict[str, Any]:
     if run.methods != ["sft"]:  # SFT has no reward to draw
         story = one_question(run, shown[0], rows, transitions)
         write_json(out / "figures" / "one_question.json", story)
-        report.one_question_figure(story, out / "figures" / "one_question.svg")
+        figures.one_question_figure(story, out / "figures" / "one_question.svg")
     stages = {u.name: read_json(p) for u in units(run) if (p := receipt_path(run, u)).exists()}
     results = {
         "receipt": receipt(run),
@@ -874,16 +868,16 @@ def draw_figures(
     for name, of in analysed["change"].items():
         file = "change.png" if name == next(iter(analysed["change"])) else f"change-{name}.png"
         caption = f"How the thinking changed on {name} (Fig. 4)"
-        add(caption, file, lambda p, of=of: charts.change_figure(of[method], "base", method, p))
+        add(caption, file, lambda p, of=of: charts.change_figure(of[method], "thinkon", method, p))
     for name, of in analysed["outcomes"].items():
         file = "outcomes.png" if name == next(iter(analysed["outcomes"])) else f"outcomes-{name}.png"
-        two = {s: of[s] for s in ("base", method)}
+        two = {s: of[s] for s in ("thinkon", method)}
         add(f"Labels and outcomes on {name}", file, lambda p, two=two: charts.outcomes_figure(two, p))
     caption = "Transition matrices and step weights (Fig. 7)"
-    add(caption, "transitions.png", lambda p: report.transition_figure(transitions, p))
-    add("Weights of all steps", "weights.png", lambda p: report.weights_figure(rows, p))
+    add(caption, "transitions.png", lambda p: figures.transition_figure(transitions, p))
+    add("Weights of all steps", "weights.png", lambda p: figures.weights_figure(rows, p))
     curves = {m: read_jsonl(run.out / m / "metrics.jsonl") for m in run.methods}
-    add("Training", "curves.png", lambda p: report.curves_figure(curves, p))
+    add("Training", "curves.png", lambda p: figures.curves_figure(curves, p))
     return images
 
 
@@ -918,10 +912,11 @@ def before_and_after(run: Run, n: int = 6) -> list[dict[str, Any]]:
     for name in list(short_sets(run))[:1]:
         kinds: dict[str, list[dict[str, Any]]] = {"found, then used": [], "made worse": [], "wrong in both": []}
         sides = {
-            s: {r["id"]: r for r in read_jsonl(run.samples_path(name, s)) if r["draw"] == 0} for s in ("base", method)
+            s: {r["id"]: r for r in read_jsonl(run.samples_path(name, s)) if r["draw"] == 0}
+            for s in ("thinkon", method)
         }
         labels = {s: read_labels(run, name, s) if run.cfg.label_eval else {} for s in sides}
-        for key, sample_before in sides["base"].items():
+        for key, sample_before in sides["thinkon"].items():
             before, after = evaluation.score(sample_before), evaluation.score(sides[method][key])
             good = [x["em_t"] and x["em_a_equal"] for x in (before, after)]
             if good == [False, True] and before["em_t"]:
@@ -931,7 +926,7 @@ def before_and_after(run: Run, n: int = 6) -> list[dict[str, Any]]:
             else:
                 continue
             if len(kinds[kind]) < n // 2:
-                told = {s: report.told(sides[s][key], labels[s].get(key)) for s in sides}
+                told = {s: figures.told(sides[s][key], labels[s].get(key)) for s in sides}
                 pair = {"id": key, "question": sample_before["question"], "golds": sample_before["answers"]}
                 kinds[kind].append(pair | {"kind": kind, "set": name, "sides": told})
         return [pair for of in kinds.values() for pair in of][:n]
@@ -985,7 +980,7 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
     model = run.base_model()
     lora.load(model, run.out / weighted_method(run))
     for r in picked:
-        steps = report.step_records(r, records[r["id"]], transitions)
+        steps = figures.step_records(r, records[r["id"]], transitions)
         *per_step, rest = step_logratios(model, r, run)
         for s, (tokens, logratio) in zip(steps, per_step, strict=True):
             s |= {"tokens": tokens, "logratio": logratio}
@@ -1008,7 +1003,7 @@ def traces(run: Run, rows: list[dict[str, Any]], transitions: dict[str, Any], n:
 
 def parsed(row: dict[str, Any]) -> data.Parsed:
     """The completion of a training row."""
-    return data.parse(row["completion"], opened=data.opens_thought(row["prompt"]))
+    return data.parse(row["completion"], opened=opens_thought(row["prompt"]))
 
 
 def weighted_method(run: Run) -> str:
@@ -1026,7 +1021,7 @@ def one_question(
     drawn = read_jsonl(run.out / "samples.jsonl")
     off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
     last = read_jsonl(run.out / weighted_method(run) / "metrics.jsonl")[-1]
-    return report.build_story(
+    return figures.build_story(
         row,
         annotation,
         transitions,
@@ -1052,7 +1047,7 @@ def step_logratios(model: qwen.Qwen3, row: dict[str, Any], run: Run) -> list[tup
         with context:
             hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]
             logp.append(segment_logprob(hidden, model.head, batch.targets, batch.w, each, run.impl)[1].double().cpu())
-    _, offsets = data.token_offsets(run.tokenizer, completion)
+    _, offsets = token_offsets(run.tokenizer, completion)
     owner = data.token_steps(offsets, row["spans"])  # step of each token, -1 outside
     ratio = logp[0] - logp[1]
     return [(int((owner == k).sum()), float(ratio[owner == k].sum())) for k in [*range(len(row["spans"])), -1]]
@@ -1094,13 +1089,13 @@ def check_settings(cfg: Config) -> None:
     """Refuse evaluation settings that do not exist or lack what they need. Raises InputError."""
     methods = [m.strip() for m in cfg.method.split(",")]
     also = [part.strip() for part in cfg.also.split(",") if part.strip()]
-    known = {REFINE, *(s + RET for s in ("thinkoff", "base", REFINE, *methods))}
+    known = {REFINE, *(s + RET for s in ("thinkoff", "thinkon", REFINE, *methods))}
     for k, setting in enumerate(also):
         if setting not in known or setting in also[:k]:
             raise InputError(f"--also {setting!r} is not one of {', '.join(sorted(known))}, each once")
         if setting.endswith(RET) and not cfg.search:
             raise InputError(f"--also {setting} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
-        if setting == REFINE + RET and "base" + RET not in also[:k]:
+        if setting == REFINE + RET and "thinkon" + RET not in also[:k]:
             raise InputError(f"--also {setting} refines the samples of base{RET}; put base{RET} before it")
     for name in ("eval_draws", "search_results"):
         if getattr(cfg, name) < 1:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import InputError
+from common.errors import InputError
 from model import KVCache, Qwen3
 
 # At least this many rows are decoded at a time, the spare ones unused: below it the CPU's matrix library picks other

@@ -40,26 +40,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import data
 import kto
 import lora
-from files import InputError, read_jsonl, write_jsonl
+from common import checkpoint
+from common.errors import InputError, MemoryFull, NumericsError, Stopped
+from common.files import read_jsonl, write_jsonl
+from common.ranks import Progress, Ranks
+from common.settings import opt
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
-from ranks import Progress, Ranks, Stopped
-from settings import opt
 
 METHODS = ("sft", "kto", "mralign", "shuffled")
 NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
-
-
-class NumericsError(RuntimeError):
-    """A loss or gradient that is not finite, or a first step that is not what the formulas demand."""
-
-
-class MemoryFull(RuntimeError):
-    """A pass did not fit in memory. The message names its rows, the peak and the flags that help."""
 
 
 @dataclass(frozen=True)

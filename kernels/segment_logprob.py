@@ -38,7 +38,7 @@ Left out: a head that trains (an error here), a bias, soft-capping, a temperatur
 import torch
 from torch import Tensor
 
-from files import InputError
+from common.errors import InputError
 
 try:
     import triton

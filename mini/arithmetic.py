@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 
 import model as qwen3
-from files import write_jsonl
+from common.files import write_jsonl
+from common.model_config import ModelConfig
 from mini import build
 
 VOCABULARY = 400
@@ -215,7 +216,7 @@ def make(out: Path, seed: int, steps: int) -> None:
     tokenizer = build.byte_bpe(texts, VOCABULARY, ["<meta>", "</meta>"])
     build.write_tokenizer(tokenizer, out)
     torch.manual_seed(seed)
-    config = qwen3.Config(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(build.END_OF_TURN), **SHAPE)
+    config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(build.END_OF_TURN), **SHAPE)
     net = qwen3.Qwen3(config)
     build.train(net, build.packed(documents(random.Random(f"documents/{seed}"), used), tokenizer), steps)
     qwen3.save(net, out)

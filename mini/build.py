@@ -27,7 +27,9 @@ from torch import Tensor
 import data
 import model as qwen3
 import sample
-from files import atomic_write, read_jsonl, write_json
+from common.files import atomic_write, read_jsonl, write_json
+from common.model_config import ModelConfig
+from common.tokens import encode
 from mini.world import World
 
 HERE = Path(__file__).parent
@@ -209,7 +211,7 @@ def accuracy(net: qwen3.Qwen3, tokenizer: Tokenizer, questions: list[dict], seed
     stop = {tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)}
     result = {}
     for mode in ("on", "off"):
-        prompts = [data.encode(tokenizer, prompt(q["question"], mode == "on")) for q in questions]
+        prompts = [encode(tokenizer, prompt(q["question"], mode == "on")) for q in questions]
         seeds = [sample.seed_of(seed, q["id"], mode, 0) for q in questions]
         done = sample.generate(net, prompts, seeds, max_new=320, stop_ids=stop)
         hits = []
@@ -231,7 +233,7 @@ def build(world: World, out: Path, steps: int) -> dict[str, float]:
     torch.manual_seed(world.seed)
     tokenizer = make_tokenizer(world)
     write_tokenizer(tokenizer, out)
-    config = qwen3.Config(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **SHAPE)
+    config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **SHAPE)
     net = qwen3.Qwen3(config)
     size = sum(p.numel() for p in net.parameters())
     print(f"{size:,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)

@@ -12,7 +12,7 @@ They test the path and say nothing about truthfulness or long answers: this mode
 from pathlib import Path
 from typing import Any
 
-from files import read_json, read_jsonl, write_jsonl
+from common.files import read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
 FEW = 20

@@ -33,11 +33,11 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from files import InputError, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
-from masa import GRID  # noqa: E402
+from common.errors import InputError
+from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
+from masa.run import GRID  # noqa: E402
 from mini.study import write_readme  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs" / "masa"
 CONFIG = ROOT / "configs" / "masa-mini.json"
 MARKS = ("<!-- masa:begin -->", "<!-- masa:end -->")
@@ -82,7 +82,7 @@ def run(setting: str, seed: int) -> None:
         flags += ["--eval-every", str(steps), "--steps", str(equal_tokens(seed))]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "a", encoding="utf-8") as log:
-        command = [sys.executable, "masa.py", "--config", str(CONFIG), *flags]
+        command = [sys.executable, "-m", "masa", "--config", str(CONFIG), *flags]
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
     if done.returncode:
         raise InputError(f"{out}/log.txt: this cell ended with exit code {done.returncode}; see its last lines")

@@ -30,9 +30,9 @@ import numpy as np
 import annotate
 import data
 import eval as evaluation
-from files import InputError, atomic_write, read_json, read_jsonl, write_json
+from common.errors import InputError
+from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs" / "study"
 RESULT = ROOT / "docs" / "results" / "study.json"
 MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
@@ -44,7 +44,7 @@ NOISE = (0.2, 0.5)
 RATES = (3e-4, 1.5e-4)  # beside the configured one
 HALF = RATES[0]
 NULL_DRAWS = {"draws": 1, "draw-temperature": 1.0}
-PAIRS = (("kto", "base"), ("mralign", "base"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
+PAIRS = (("kto", "thinkon"), ("mralign", "thinkon"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
 SETS = ("test", "ood")
 N_BOOT = 10_000
 
@@ -85,8 +85,8 @@ def run(cell: Cell) -> float:
     cell.out.mkdir(parents=True, exist_ok=True)
     if not cell.plain and cell.world != "null":  # the draws depend on neither dial: share them
         source = Cell(cell.world, cell.seed).out
-        shared = ["samples.jsonl", "done/sample.json", "done/eval-base.json", "done/eval-thinkoff.json"]
-        shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("base", "thinkoff")]
+        shared = ["samples.jsonl", "done/sample.json", "done/eval-thinkon.json", "done/eval-thinkoff.json"]
+        shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("thinkon", "thinkoff")]
         for name in shared:
             if not (cell.out / name).exists():
                 (cell.out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def group_summary(group: list[Cell], methods: tuple[str, ...]) -> dict[str, Any]
     annotator = annotate.CueAnnotator(annotate.read_cues(ROOT / "mini" / "cues.json"))
     result: dict[str, Any] = {"cells": len(group), "settings": {}, "differences": {}}
     values: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
-    for setting in ("base", *methods):
+    for setting in ("thinkon", *methods):
         row: dict[str, Any] = {}
         shares: dict[str, list[float]] = defaultdict(list)
         for name in SETS:
@@ -171,7 +171,7 @@ def group_summary(group: list[Cell], methods: tuple[str, ...]) -> dict[str, Any]
         row["labels"] = {label: float(np.mean(v)) for label, v in sorted(shares.items())}
         result["settings"][setting] = row
     for a, b in PAIRS:
-        if {a, b} <= {"base", *methods}:
+        if {a, b} <= {"thinkon", *methods}:
             entry = {}
             for name in SETS:
                 for metric in ("acc", "mis"):

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-import data  # noqa: E402
+from common import tokens  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,4 +64,4 @@ def tiny_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> Tokenizer:
     """The real Qwen3 tokenizer; skips where there is no public data."""
-    return data.load_tokenizer(shared_data() / "qwen3_tokenizer")
+    return tokens.load_tokenizer(shared_data() / "qwen3_tokenizer")

@@ -16,10 +16,11 @@ import torch  # noqa: E402
 from conftest import build_tokenizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-import masa  # noqa: E402
 import model as qwen  # noqa: E402
-from files import write_json, write_jsonl  # noqa: E402
-from ranks import Ranks, process_group  # noqa: E402
+from common.files import write_json, write_jsonl  # noqa: E402
+from common.model_config import ModelConfig  # noqa: E402
+from common.ranks import Ranks, process_group  # noqa: E402
+from masa import run as masa  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -36,7 +37,7 @@ def make_folder(folder: Path, n: int = 12) -> Path:
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     end = tokenizer.token_to_id("<|im_end|>")
     kind = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True, num_key_value_heads=2)
-    config = qwen.Config(
+    config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, eos_token_id=end, **kind, **sizes
     )
     torch.manual_seed(0)

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import agreement
 import em
-from agreement import compare, confusion, entails, histogram, mean_l1, rates, report, segment_sets
 from annotate import Step
+from llm import agreement
+from llm.agreement import compare, confusion, entails, histogram, mean_l1, rates, report, segment_sets
 
 
 def step(segments, labels, confidence=None, source="x"):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import analysis
 import data
 import em
 import eval as evaluation
-from files import InputError
+from common.errors import InputError
+from report import analysis
 
 F, R, E, B = "framing", "retrieval", "evaluation", "backtracking"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import annotate
 import em
 from annotate import CueAnnotator, Step
-from files import InputError
+from common.errors import InputError
 
 CUES = {
     "framing": ["The question asks", "okay"],

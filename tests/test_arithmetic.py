@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import masa
-import passk
-import verifier
-from files import read_json
+from common import verifier
+from common.files import read_json
+from masa import passk
+from masa import run as masa
 from mini import arithmetic, build, masa_study, study
 
-ROOT = Path(masa.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def value(term: str) -> int:

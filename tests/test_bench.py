@@ -8,15 +8,15 @@ import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import gpu_check
 import kernels.segment_logprob as op
 import lora
-import measure
 import model as qwen
 import train
-from files import read_json
-from ranks import process_group
+from common.errors import Disagreement
+from common.files import read_json
+from common.model_config import ModelConfig
+from common.ranks import process_group
+from tools import bench, gpu_check, measure
 
 CPU = torch.device("cpu")
 SIZE = dict(M=24, E=16, V=301, dtype="float32")
@@ -107,9 +107,9 @@ def test_every_candidate_here_computes_the_same(dtype):
 
 def test_a_candidate_that_computes_something_else_is_refused():
     x = bench.op_inputs(**SIZE, device=CPU)
-    with pytest.raises(bench.Disagreement, match="twice"):
+    with pytest.raises(Disagreement, match="twice"):
         bench.agreement({"twice": lambda x, hidden: 2 * bench._naive(x, hidden)}, x)
-    with pytest.raises(bench.Disagreement, match="no gradient"):
+    with pytest.raises(Disagreement, match="no gradient"):
         bench.agreement({"no gradient": lambda x, h: bench._naive(x, h.detach()) + 0 * h.sum()}, x)
 
 
@@ -148,9 +148,9 @@ def test_our_steps_have_trls_losses(alone, monkeypatch):
 def test_losses_that_differ_stop_the_comparison():
     both = {"ours": [0.625, 0.5], "TRL, default": [0.625, 0.5]}
     assert bench.same_losses(both)["TRL, default"]["later losses off by"] == 0.0
-    with pytest.raises(bench.Disagreement, match="TRL, default"):
+    with pytest.raises(Disagreement, match="TRL, default"):
         bench.same_losses(both | {"TRL, default": [0.6252, 0.5]})
-    with pytest.raises(bench.Disagreement, match="TRL, default"):
+    with pytest.raises(Disagreement, match="TRL, default"):
         bench.same_losses(both | {"TRL, default": [0.625, 0.502]})
     other_pairs = "TRL, precomputed, no checkpointing, batch 4"
     assert bench.same_losses(both | {other_pairs: [0.625, 0.502]})[other_pairs]["later losses off by"] == 0.502 - 0.5
@@ -248,7 +248,7 @@ def test_the_flops_of_a_forward_by_hand():
     shape |= dict(num_key_value_heads=1, head_dim=3, tie_word_embeddings=True)
     # Products a token and layer: q 4*6, k and v 4*3 each, o 6*4, three of 4*6 = 144 multiply-adds. Rank 2 adapters:
     # 2 * (10 + 7 + 7 + 10 + 10 + 10 + 10) = 128. Rows of 3 and 2 tokens: 6 + 3 causal pairs of 2 * 6 multiply-adds.
-    found = gpu_check.forward_flops(qwen.Config(**shape, **gpu_check.REST), 2, [3, 2], predicted=3)
+    found = gpu_check.forward_flops(ModelConfig(**shape, **gpu_check.REST), 2, [3, 2], predicted=3)
     assert found == {
         "base": 2 * 5 * 2 * 144,
         "lora": 2 * 5 * 2 * 128,
@@ -260,7 +260,7 @@ def test_the_flops_of_a_forward_by_hand():
 def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
     """Without attention, which torch does not count on a CPU; the first layer's inputs want no gradient."""
     shape = gpu_check.SMALL | dict(num_hidden_layers=6, tie_word_embeddings=True)
-    config = qwen.Config(**shape, **gpu_check.REST)
+    config = ModelConfig(**shape, **gpu_check.REST)
     rows, r = bench.random_rows(4, 12, 20, config.vocab_size), 4
     settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0)
     torch.manual_seed(0)

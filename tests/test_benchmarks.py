@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import shared_data
 
-import benchmarks
 import data
-from files import InputError, read_json, read_jsonl, write_json, write_jsonl
+from common import benchmarks
+from common.errors import InputError
+from common.files import read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"nq_open": "nq_open", "sciq": "sciq", "simpleqa": "simpleqa", "truthfulqa": "truthfulqa"}
@@ -163,7 +164,16 @@ def test_what_cannot_be_had_is_said_in_one_line(site, tmp_path, monkeypatch, cap
 
 
 def test_sciq_from_the_hub_without_a_network_says_what_to_run(tmp_path):
-    command = [sys.executable, "benchmarks.py", "sciq", "--out", str(tmp_path / "q"), "--cache", str(tmp_path / "raw")]
+    command = [
+        sys.executable,
+        "-m",
+        "common.benchmarks",
+        "sciq",
+        "--out",
+        str(tmp_path / "q"),
+        "--cache",
+        str(tmp_path / "raw"),
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 3 and "Traceback" not in done.stderr

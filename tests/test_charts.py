@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import analysis
-import charts
 import em
+from report import analysis, charts
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_strata_bars_are_the_gains(drawn):
     chance = [line for line in ax.lines if list(line.get_ydata()) == [10.0, 10.0]]
     assert len(chance) == 2
     names = [t.get_text() for t in drawn[0].legends[0].get_texts()]
-    assert names == ["kto", "mralign", "draws, each alone", "base, another draw: chance alone"]
+    assert names == ["kto", "mralign", "draws, each alone", "ThinkOn, another draw: chance alone"]
     dots = [line for line in ax.lines if line.get_marker() == "."]
     assert [y for line in dots for y in line.get_ydata()] == [70.0, 90.0]
 
@@ -101,7 +100,7 @@ def test_change_graph_has_an_arrow_and_a_number_for_every_move(drawn):
         ]
 
     change = analysis.change(traces(60, 0.3), traces(60, 0.9), n_boot=20)
-    charts.change_figure(change, "base", "mralign", "x.png")
+    charts.change_figure(change, "thinkon", "mralign", "x.png")
     for ax, key in zip(drawn[0].axes, ("up", "down"), strict=True):
         arrows = [p for p in ax.patches if type(p).__name__ == "FancyArrowPatch"]
         assert len(arrows) == len(change[key]) > 0
@@ -129,13 +128,13 @@ def test_outcomes_are_those_of_the_json(drawn):
     )
     labels = [{"name": "framing", "steps": 0.5, "with": with_, "without": without}]
     labels.append({"name": "self_verification", "steps": 0.0, "with": None, "without": with_})
-    outcomes = {"base": {"n": 6, "labels": labels, "moves": [labels[0] | {"name": "a → b"}]}}
+    outcomes = {"thinkon": {"n": 6, "labels": labels, "moves": [labels[0] | {"name": "a → b"}]}}
     charts.outcomes_figure(outcomes, "x.png")
     (ax,) = drawn[0].axes
     dots = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in ax.lines if line.get_marker() == "o"]
     assert [x for x, _ in dots] == [75.0, 50.0] and dots[1][1] == "white"
-    assert texts(ax) == ["4"] and ax.get_title(loc="left") == "base, 6 traces"
-    rows = charts.outcome_rows(outcomes["base"], "labels")
+    assert texts(ax) == ["4"] and ax.get_title(loc="left") == "thinkon, 6 traces"
+    rows = charts.outcome_rows(outcomes["thinkon"], "labels")
     assert rows[0] == {
         "label": "framing",
         "share of labels": "50.0 %",
@@ -144,7 +143,7 @@ def test_outcomes_are_those_of_the_json(drawn):
         "traces without": 2,
         "Acc without (95 %)": "50.0 [40.0, 60.0]",
     }
-    assert rows[1]["Acc with (95 %)"] == "–" and charts.outcome_rows(outcomes["base"], "moves")[0]["move"] == "a → b"
+    assert rows[1]["Acc with (95 %)"] == "–" and charts.outcome_rows(outcomes["thinkon"], "moves")[0]["move"] == "a → b"
 
 
 def test_figures_are_files_that_do_not_change(tmp_path):

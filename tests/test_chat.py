@@ -3,9 +3,10 @@
 import pytest
 from fake_server import FakeServer
 
-from chat import Chat
-from client import Client, Endpoint, Limits, Refused, Unanswered
-from ledger import Ledger
+from common.errors import Refused, Unanswered
+from llm.chat import Chat
+from llm.client import Client, Endpoint, Limits
+from llm.ledger import Ledger
 
 QUICK = Limits(backoff=0.001, backoff_cap=0.002, connect=1, read=1, exchange=2)
 ASK = [{"role": "user", "content": "How do you do?"}]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import files
-from files import InputError, read_json, write_json
+from common import checkpoint, files
+from common.errors import InputError
+from common.files import read_json, write_json
 
 
 class Faults:

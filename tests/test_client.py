@@ -7,9 +7,9 @@ import traceback
 import pytest
 from fake_server import FakeServer
 
-import client
-from client import Client, Endpoint, Limits, Refused, ServiceError, Stopped, Unanswered, in_threads, parse_endpoint
-from files import InputError
+from common.errors import CallsStopped, InputError, Refused, ServiceError, Unanswered
+from llm import client
+from llm.client import Client, Endpoint, Limits, in_threads, parse_endpoint
 
 CANARY = "sk-canary-7f3a9b2c"
 QUICK = Limits(backoff=0.01, backoff_cap=0.02, retry_after_cap=0.3, connect=1, read=0.3, exchange=0.6, body=1_000_000)
@@ -258,7 +258,7 @@ def test_finished_work_survives_a_final_error_and_calls_under_way_may_finish(ser
             pass
     assert len(saved) == 3  # they were in flight when the 403 came
 
-    with pytest.raises(Stopped):
+    with pytest.raises(CallsStopped):
         ask(c)
 
 

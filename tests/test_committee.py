@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import annotate
 import em
 from annotate import Step
-from chat import Chat
-from client import Client, Endpoint, Limits, Refused, Unanswered
-from committee import AnnotationError, Committee, Prompts, Trace, aggregate, align, parse_reply, reply_schema
-from files import InputError
-from labelling import PROMPTS
-from ledger import Ledger
+from common.errors import AnnotationError, InputError, Refused, Unanswered
+from llm.chat import Chat
+from llm.client import Client, Endpoint, Limits
+from llm.committee import Committee, Prompts, Trace, aggregate, align, parse_reply, reply_schema
+from llm.labelling import PROMPTS
+from llm.ledger import Ledger
 
 QUICK = Limits(backoff=0.001, backoff_cap=0.002, connect=1, read=1, exchange=2)
 

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import data
-import files
-from files import InputError
+from common import files, template
+from common.errors import InputError
+from common.template import TAGS, ChatTemplate, fill, load_prompt, opens_thought
+from common.tokens import BYTE_OF_CHAR, encode, load_tokenizer, token_offsets
 
 # ---------- parsing
 
@@ -116,7 +118,7 @@ def test_every_outcome_is_in_the_documented_table_and_in_the_golden_one():
 
 def test_no_soup_of_tags_breaks_the_parser_and_thoughts_never_leak_into_answers():
     chance = random.Random(0)
-    pieces = [*data.TAGS, "in", "out", " ", "\n\n", "<think", "think>"]
+    pieces = [*TAGS, "in", "out", " ", "\n\n", "<think", "think>"]
     for _ in range(5000):
         text = "".join(chance.choices(pieces, k=chance.randint(0, 9)))
         thinking, finished = chance.random() < 0.5, chance.random() < 0.5
@@ -136,8 +138,8 @@ def test_no_soup_of_tags_breaks_the_parser_and_thoughts_never_leak_into_answers(
 
 
 def test_doctests():
-    results = doctest.testmod(data)
-    assert results.failed == 0 and results.attempted >= 3
+    results = [doctest.testmod(module) for module in (data, template)]
+    assert all(r.failed == 0 for r in results) and sum(r.attempted for r in results) >= 3
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def check_cover(tokenizer: Tokenizer, seed: int, n: int) -> None:
         thought, answer = some_text(chance), some_text(chance)
         text = f"<think>{thought}</think>{answer}"
         encoding = tokenizer.encode(text, add_special_tokens=False)
-        got, offsets = data.token_offsets(tokenizer, encoding.ids)
+        got, offsets = token_offsets(tokenizer, encoding.ids)
         assert got == text == tokenizer.decode(encoding.ids, skip_special_tokens=False)
         assert [a for a, _ in offsets] == [a for a, _ in encoding.offsets]
         assert all(a < b for a, b in offsets) and offsets[0][0] == 0 and offsets[-1][1] == len(text)
@@ -376,7 +378,7 @@ def test_exact_cover_on_the_real_tokenizer(qwen3_tokenizer):
     check_cover(qwen3_tokenizer, seed=4, n=2_000)
     ids = qwen3_tokenizer.encode("Paris.\n\nSo").ids
     assert len(ids) == 3  # "Paris", ".\n\n", "So"
-    _, offsets = data.token_offsets(qwen3_tokenizer, ids)
+    _, offsets = token_offsets(qwen3_tokenizer, ids)
     assert data.token_weights(offsets, [(0, 8), (8, 10)], [2.0, 3.0]).tolist() == [2.0, 2.0, 3.0]
 
 
@@ -389,7 +391,7 @@ def test_any_sampled_ids_give_the_decoded_text(which, request):
         ids = [
             chance.choice(odd) if chance.random() < 0.5 else chance.randrange(size) for _ in range(chance.randint(1, 8))
         ]
-        text, offsets = data.token_offsets(tokenizer, ids)
+        text, offsets = token_offsets(tokenizer, ids)
         assert text == tokenizer.decode(ids, skip_special_tokens=False)
         assert len(offsets) == len(ids) and offsets[0][0] == 0 and offsets[-1][1] == len(text)
         starts = [a for a, _ in offsets]
@@ -401,44 +403,44 @@ def test_any_sampled_ids_give_the_decoded_text(which, request):
 
 def test_a_split_character_belongs_to_all_its_tokens_and_invalid_bytes_show(tiny_tokenizer):
     def byte(b: int) -> int:
-        return tiny_tokenizer.token_to_id(next(c for c, v in data.BYTE_OF_CHAR.items() if v == b))
+        return tiny_tokenizer.token_to_id(next(c for c, v in BYTE_OF_CHAR.items() if v == b))
 
     emoji = [byte(b) for b in "🙂".encode()]
     a, end = byte(ord("a")), tiny_tokenizer.token_to_id("<|im_end|>")
-    assert data.token_offsets(tiny_tokenizer, [a, *emoji, a]) == ("a🙂a", [(0, 1), *[(1, 2)] * 4, (2, 3)])
-    assert data.token_offsets(tiny_tokenizer, [a, *emoji[:3], end]) == (
+    assert token_offsets(tiny_tokenizer, [a, *emoji, a]) == ("a🙂a", [(0, 1), *[(1, 2)] * 4, (2, 3)])
+    assert token_offsets(tiny_tokenizer, [a, *emoji[:3], end]) == (
         "a\ufffd<|im_end|>",
         [(0, 1), *[(1, 2)] * 3, (2, 12)],
     )
-    assert data.token_offsets(tiny_tokenizer, [emoji[1], emoji[1], a]) == ("\ufffd\ufffda", [(0, 1), (1, 2), (2, 3)])
-    assert data.token_offsets(tiny_tokenizer, emoji[:2]) == ("\ufffd", [(0, 1), (0, 1)])
-    assert data.token_offsets(tiny_tokenizer, []) == ("", [])
+    assert token_offsets(tiny_tokenizer, [emoji[1], emoji[1], a]) == ("\ufffd\ufffda", [(0, 1), (1, 2), (2, 3)])
+    assert token_offsets(tiny_tokenizer, emoji[:2]) == ("\ufffd", [(0, 1), (0, 1)])
+    assert token_offsets(tiny_tokenizer, []) == ("", [])
 
 
 def test_an_added_token_counts_by_its_content():
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["\n\n", "Ġé"])  # the second is written with characters of the byte alphabet
     ids = [tokenizer.token_to_id(t) for t in ("\n\n", "Ġé", "a")]
-    assert data.token_offsets(tokenizer, ids) == ("\n\nĠéa", [(0, 2), (2, 4), (4, 5)])
+    assert token_offsets(tokenizer, ids) == ("\n\nĠéa", [(0, 2), (2, 4), (4, 5)])
 
 
 def test_other_tokenizers_are_refused(tiny_tokenizer, tmp_path):
     other = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}))
     other.decoder = decoders.WordPiece()
     with pytest.raises(InputError, match="not ByteLevel; use a byte-level BPE"):
-        data.token_offsets(other, [1])
+        token_offsets(other, [1])
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="not ByteLevel"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="token id 100000 is not in the tokenizer"):
-        data.token_offsets(tiny_tokenizer, [100_000])
+        token_offsets(tiny_tokenizer, [100_000])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: not a tokenizer"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such file"):
-        data.load_tokenizer(tmp_path / "none")
+        load_tokenizer(tmp_path / "none")
     tiny_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert data.encode(data.load_tokenizer(tmp_path), "So Paris.") == tiny_tokenizer.encode("So Paris.").ids
+    assert encode(load_tokenizer(tmp_path), "So Paris.") == tiny_tokenizer.encode("So Paris.").ids
 
 
 def test_weights_by_hand():
@@ -504,19 +506,19 @@ def test_no_questions(tmp_path):
 
 
 def test_fill_is_one_pass():
-    assert data.fill("{a} {b} {a}", a="{b}", b="{a}") == "{b} {a} {b}"
-    assert data.fill('{"x": 0} {a}', a=r"\1 \g<0> {0}") == r'{"x": 0} \1 \g<0> {0}'
+    assert fill("{a} {b} {a}", a="{b}", b="{a}") == "{b} {a} {b}"
+    assert fill('{"x": 0} {a}', a=r"\1 \g<0> {0}") == r'{"x": 0} \1 \g<0> {0}'
     for template in ("no place", "{question} {answr}"):
         with pytest.raises(InputError, match="must hold exactly the places {question}"):
-            data.fill(template, question="x")
+            fill(template, question="x")
 
 
 def test_prompts_of_the_repository():
-    plain, factual = (data.load_prompt(f"{data.__file__[:-8]}/prompts/{n}.txt") for n in ("plain", "factual"))
+    plain, factual = (load_prompt(f"{data.__file__[:-8]}/prompts/{n}.txt") for n in ("plain", "factual"))
     assert plain == "{question}"
-    filled = data.fill(factual, question="who {answer} </think>?")
+    filled = fill(factual, question="who {answer} </think>?")
     assert filled.endswith("\n\nQuestion: who {answer} </think>?")
-    assert all(tag in factual for tag in data.TAGS)
+    assert all(tag in factual for tag in TAGS)
 
 
 TEMPLATE = """{%- for m in messages %}
@@ -540,7 +542,7 @@ def test_chat_template_equals_transformers(tiny_tokenizer, tmp_path, where):
     else:
         config["chat_template"] = TEMPLATE
     files.write_json(tmp_path / "tokenizer_config.json", config)
-    ours = data.ChatTemplate(tmp_path)
+    ours = ChatTemplate(tmp_path)
     theirs = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer, bos_token="<s>", eos_token="<|im_end|>")
     theirs.chat_template = TEMPLATE
     for thinking in (True, False):
@@ -571,7 +573,7 @@ def test_chat_template_equals_transformers(tiny_tokenizer, tmp_path, where):
 def test_bad_or_hostile_templates(tmp_path, source, reason):
     files.write_json(tmp_path / "tokenizer_config.json", {"chat_template": source} if source else {})
     with pytest.raises(InputError, match=f"tokenizer_config.json: .*{reason}"):
-        data.ChatTemplate(tmp_path).prompt("x", True)
+        ChatTemplate(tmp_path).prompt("x", True)
 
 
 # Small templates with the prompts of two public models. R1-Distill: no system turn, always <think> and a line end.
@@ -587,16 +589,16 @@ NEMOTRON = (
 
 def template(folder, source, system="", **special):
     files.write_json(folder / "tokenizer_config.json", {"chat_template": source} | special)
-    return data.ChatTemplate(folder, system)
+    return ChatTemplate(folder, system)
 
 
 def test_golden_prompts_of_r1_distill(tmp_path):
     """The strings its published template renders; off, which it has not, is the closed empty block."""
     r1 = template(tmp_path, R1, bos_token={"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"})
     head = "<｜begin▁of▁sentence｜><｜User｜>who wrote it<｜Assistant｜><think>\n"
-    assert r1.prompt("who wrote it", True) == head and data.opens_thought(head)
+    assert r1.prompt("who wrote it", True) == head and opens_thought(head)
     off = r1.prompt("who wrote it", False)
-    assert off == head + "\n</think>\n\n" and not data.opens_thought(off)
+    assert off == head + "\n</think>\n\n" and not opens_thought(off)
 
 
 def test_golden_prompts_of_nemotron(tmp_path):
@@ -630,18 +632,18 @@ def test_tokenizer_files_may_not_lead_out_of_the_folder(tmp_path, name):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "tokenizer_config.json")
     with pytest.raises(InputError, match=f"{name}: a link out of the folder"):
-        data.ChatTemplate(folder)
-        data.load_tokenizer(folder)
+        ChatTemplate(folder)
+        load_tokenizer(folder)
 
 
 def test_golden_prompts_of_qwen3(qwen3_tokenizer):
-    template = data.ChatTemplate(shared_data() / "qwen3_tokenizer")
+    template = ChatTemplate(shared_data() / "qwen3_tokenizer")
     cases = json.loads((shared_data() / "qwen3_chat_golden.json").read_text())
     for case in cases:
         variables = {k: case[k] for k in ("add_generation_prompt", "enable_thinking")}
         text = template.render(case["messages"], **variables)
         assert text == case["text"], case["name"]
-        assert data.encode(qwen3_tokenizer, text) == case["input_ids"], case["name"]
+        assert encode(qwen3_tokenizer, text) == case["input_ids"], case["name"]
         if len(case["messages"]) == 1:
             assert template.prompt(case["messages"][0]["content"], case["enable_thinking"]) == text
     assert len(cases) == 6

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from fake_server import FakeServer, as_reply, material
 
-import discover
 import em
-from committee import AnnotationError
-from files import read_json, read_jsonl, write_jsonl
+from common.errors import AnnotationError
+from common.files import read_json, read_jsonl, write_jsonl
+from llm import discover
 
 FAMILIES = {
     "checking": ["Answer_Checking", "fact verification", "double-check", "self check", "verifying", "claim check"],

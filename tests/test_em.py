@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import em
-from files import InputError
+from common.errors import InputError
 
 TINY = ("<start>", "a", "b", "<stop>")
 FIVE = ("<start>", "F", "R", "E", "<stop>")

@@ -10,8 +10,9 @@ from scipy import stats
 
 import data
 import eval as evaluation
-import files
-from files import InputError
+from common import files
+from common.errors import InputError
+from common.template import fill
 
 
 def sample(text, golds=("Paris",), mode="on", finish="stop", name="q", draw=0, question="capital of France?"):
@@ -279,10 +280,7 @@ def test_a_truncated_share_above_one_percent_is_said():
 
 
 def test_braces_in_a_question_are_text():
-    assert (
-        data.fill("Q: {question}\nA: {answer}", question="{answer}", answer="{question}")
-        == "Q: {answer}\nA: {question}"
-    )
+    assert fill("Q: {question}\nA: {answer}", question="{answer}", answer="{question}") == "Q: {answer}\nA: {question}"
 
 
 def test_substring_and_word_containment_differ_where_they_should():

@@ -16,12 +16,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import client
-import export
-import hub
 import lora
 import model as qwen
-from files import InputError, write_json
+from common import hub
+from common.errors import InputError
+from common.files import write_json
+from llm import client
+from tools import export
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant"
@@ -164,10 +165,10 @@ def test_serve_commands_for_a_model_of_the_hub(tmp_path: Path) -> None:
     assert lines == [
         "serve with vLLM:",
         f"  vllm serve {model} --max-lora-rank 32 --lora-modules {modules}",
-        f"  python export.py serve-check {path} mralign@http://127.0.0.1:8000/v1",
+        f"  python -m tools.export serve-check {path} mralign@http://127.0.0.1:8000/v1",
         "serve with SGLang:",
         f"  python -m sglang.launch_server --model-path {model} --max-lora-rank 20 --lora-paths {modules}",
-        f"  python export.py serve-check {path} Qwen/Qwen3-8B:mralign@http://127.0.0.1:30000/v1",
+        f"  python -m tools.export serve-check {path} Qwen/Qwen3-8B:mralign@http://127.0.0.1:30000/v1",
     ]
     local = export.serve_commands(hub.Source(tmp_path, "."), tmp_path / "x", 64)
     assert f"vllm serve {tmp_path} --enable-lora --max-lora-rank 64" in local and "--revision" not in local

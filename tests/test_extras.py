@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from files import read_jsonl
+from common.files import read_jsonl
 from mini import extras
 
 HERE = Path(extras.__file__).parent

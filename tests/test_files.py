@@ -17,8 +17,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import files
-from files import InputError, Journal
+from common import files
+from common.errors import InputError
+from common.files import Journal
 
 OLD, NEW = "old content\n", "new content, longer than the old one\n" * 50
 
@@ -116,7 +117,7 @@ def test_an_exception_in_the_body_keeps_the_old_file(tmp_path):
 
 CHILD = """
 import sys; sys.path.insert(0, {root!r})
-import files
+from common import files
 k = 0
 print("go", flush=True)
 while True:
@@ -258,7 +259,7 @@ def test_json_is_readable_text(tmp_path):
 def test_a_journal_keeps_what_was_added_before_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "new" / "journal.jsonl"
     script = (
-        "import os, sys; from files import Journal\n"
+        "import os, sys; from common.files import Journal\n"
         f"j = Journal({str(path)!r}, 'k')\n"
         "for i in range(5): j.add({'i': i, 'text': 'ö\\u2028'})\n"
         "os.kill(os.getpid(), 9)"

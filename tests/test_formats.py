@@ -7,8 +7,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
-import formats
-from files import InputError, read_json, read_jsonl, write_json, write_jsonl
+from common.errors import InputError
+from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.tokens import encode
+from tools import formats
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -41,8 +43,8 @@ def ours(tmp_path, chat: formats.Chat) -> Path:
         start, end = len("<think>"), completion.index("</think>")
         cut = completion.index("\n\n", start) + 2
         row = {"id": f"q{n}#0", "prompt": prompt_of(question), "completion": completion, "label": label}
-        row |= {"prompt_ids": data.encode(chat.tokenizer, row["prompt"])}
-        row |= {"completion_ids": data.encode(chat.tokenizer, completion + "<|im_end|>")}
+        row |= {"prompt_ids": encode(chat.tokenizer, row["prompt"])}
+        row |= {"completion_ids": encode(chat.tokenizer, completion + "<|im_end|>")}
         row |= {"spans": [[start, cut], [cut, end]], "labels": [["retrieval"], ["backtracking", "evaluation"]]}
         rows.append(row | {"w": [1.25, 0.75]})
     write_jsonl(tmp_path / "train.jsonl", rows)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_hub import COMMIT, NAME, TOKEN, FakeHub
 
-import hub
-from files import InputError
+from common import hub
+from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 WANTED = {
@@ -24,8 +24,8 @@ WANTED = {
 UNWANTED = {name: b"!" for name in ("pytorch_model.bin", "modeling.py", "README.md", "original/model.safetensors")}
 PROGRAM = """
 import json, os, sys
-import hub
-from files import InputError
+from common import hub
+from common.errors import InputError
 try:
     source = hub.locate(*sys.argv[1:])
     print(json.dumps([str(source.folder), source.name, source.commit, sorted(os.listdir(source.folder))]))

@@ -7,10 +7,10 @@ import threading
 import pytest
 from fake_server import FakeServer
 
-import judge
-from client import Client, Limits, Refused, parse_endpoint
-from files import InputError
-from ledger import Ledger
+from common.errors import InputError, Refused
+from llm import judge
+from llm.client import Client, Limits, parse_endpoint
+from llm.ledger import Ledger
 
 
 def scripted(*replies):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from fake_server import FakeServer, labeller
 
-import discover
 import mralign
-from files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from llm import discover
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"

@@ -6,10 +6,9 @@ import threading
 
 import pytest
 
-import ledger
-from client import Stopped
-from files import InputError
-from ledger import BudgetSpent, Call, Ledger, Price
+from common.errors import BudgetSpent, CallsStopped, InputError
+from llm import ledger
+from llm.ledger import Call, Ledger, Price
 
 PRICE = Price(2.0, 10.0)
 
@@ -63,7 +62,7 @@ def test_requests_under_way_are_noted_when_the_file_is_closed(tmp_path):
     with Ledger(tmp_path / "calls.jsonl") as book:
         late = call(book, "late")
         late.reserve()
-    with pytest.raises(Stopped):
+    with pytest.raises(CallsStopped):
         late.settle({}, content="too late", finish="stop")
     with Ledger(tmp_path / "calls.jsonl") as book:
         assert book.tokens == 1100 and not book.replies
@@ -138,7 +137,7 @@ def test_a_call_waits_for_others_that_may_leave_room(tmp_path):
         call(book, "second").reserve()  # fits exactly once the first has come back with 500
         assert book.tokens == 500
         book.stop.set()
-        with pytest.raises(Stopped):
+        with pytest.raises(CallsStopped):
             call(book, "third").reserve()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import lora
 import model as qwen
-from files import InputError
+from common.errors import InputError
 
 CONFIG = Qwen3Config(
     vocab_size=97,

@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 
 import data
 import lora
-import masa
 import model as qwen
-import passk
 import sample
-import verifier
-from files import InputError, read_jsonl, write_jsonl
-from ranks import Ranks, Stopped, process_group
+from common import verifier
+from common.errors import InputError, Stopped
+from common.files import read_jsonl, write_jsonl
+from common.ranks import Ranks, process_group
+from masa import passk
+from masa import run as masa
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-ROOT = Path(masa.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -709,7 +710,7 @@ def test_the_command_trains_evaluates_and_resumes(tmp_path, folder):
     s = masa_worker.settings(folder, out=str(tmp_path / "run"), eval_sets=f"held={folder / 'problems.jsonl'}",
                              preset="grpo", steps=2, max_new=12, eval_max_new=12, full=True)  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps({k: v for k, v in dataclasses.asdict(s).items() if k != "metas"}))
-    command = [sys.executable, "masa.py", "--config", str(tmp_path / "c.json"), "--resume"]
+    command = [sys.executable, "-m", "masa", "--config", str(tmp_path / "c.json"), "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run/results.json").read_text())

@@ -11,7 +11,10 @@ import torch
 import data
 import em
 import model as qwen3
-from files import read_json, read_jsonl
+from common.files import read_json, read_jsonl
+from common.model_config import ModelConfig
+from common.template import ChatTemplate
+from common.tokens import encode, load_tokenizer
 from mini import build
 from mini.world import BODIES, CAREFUL, CARELESS, GOLD, MIN_SEGMENTS, NONE, World, consequence, load_facts
 
@@ -206,7 +209,7 @@ def test_worlds_repeat_by_seed_and_differ_between_seeds():
 
 def test_loss_falls_on_completions_only():
     folder = MODELS[0]
-    tokenizer, world = data.load_tokenizer(folder), World(0)
+    tokenizer, world = load_tokenizer(folder), World(0)
     ids, cu_seqlens, learn = next(build.batches(world, tokenizer, seed=3))
     stream = build.documents(world, random.Random("documents/3"))
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -221,8 +224,8 @@ def test_loss_falls_on_completions_only():
 
 
 def test_training_repeats_bit_for_bit():
-    tokenizer, world = data.load_tokenizer(MODELS[0]), World(0)
-    config = qwen3.Config.from_json(MODELS[0] / "config.json")
+    tokenizer, world = load_tokenizer(MODELS[0]), World(0)
+    config = ModelConfig.from_json(MODELS[0] / "config.json")
     weights = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -242,7 +245,7 @@ def test_there_is_a_default_model_and_all_of_it_is_small():
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda p: p.name)
 def test_tokenizer(folder):
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     world, rng = World(0), random.Random(2)
     for fact in world.facts[::100]:
         opener, question = world.question(rng, fact)
@@ -261,9 +264,9 @@ def test_transformers_loads_the_same_model_and_prompt(folder):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
-    own, tokenizer = qwen3.load(folder), data.load_tokenizer(folder)
+    own, tokenizer = qwen3.load(folder), load_tokenizer(folder)
     auto = transformers.AutoTokenizer.from_pretrained(folder)
-    template = data.ChatTemplate(folder)
+    template = ChatTemplate(folder)
     world, rng = World(0), random.Random(4)
     for fact in world.facts[::400]:
         opener, question = world.question(rng, fact)
@@ -274,9 +277,9 @@ def test_transformers_loads_the_same_model_and_prompt(folder):
                 turn, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
             )
             assert text == rendered == template.prompt(question, thinking)
-            ids = data.encode(tokenizer, text)
+            ids = encode(tokenizer, text)
             assert ids == auto(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(data.encode(tokenizer, text + world.think_on(rng, fact, opener).completion))
+        ids = torch.tensor(encode(tokenizer, text + world.think_on(rng, fact, opener).completion))
         with torch.no_grad():
             expected = theirs(ids[None]).logits[0]
             found = own.logits(own(ids, torch.tensor([0, len(ids)])))

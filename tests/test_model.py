@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import lora
 import model as qwen
-from files import InputError
+from common import weights
+from common.errors import InputError
+from common.model_config import ModelConfig, RopeScaling
 
 # What is compared: every shape for one architecture, one shape for the others.
 CASES = [("qwen3", shape) for shape in SHAPES.values()] + [("qwen2", SHAPES["ratio 2"]), ("llama", SHAPES["ratio 4"])]
@@ -100,13 +102,11 @@ def test_bf16_is_as_exact_as_transformers_in_bf16(tmp_path: Path, kind: str) -> 
 
 def test_llama3_frequencies_by_hand() -> None:
     """8 positions, low 1, high 4: 2 pi turns once a position; 0.5 x 2 pi / 8 is below low; 2.5 x is the middle."""
-    scaling = qwen.RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8
-    )
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
     for turns, slowed in ((0.5, 1 / 8), (1.0, 1 / 8), (2.5, (1 + 1 / 8) / 2), (4.0, 1.0), (8.0, 1.0)):
         frequency = turns * 2 * math.pi / 8
         # Heads of size 4: the second pair turns theta^(-1/2) a position.
-        config = qwen.Config(9, 8, 8, 1, 2, 1, 4, 1e-6, frequency**-2, True, 64, 1, rope_scaling=scaling)
+        config = ModelConfig(9, 8, 8, 1, 2, 1, 4, 1e-6, frequency**-2, True, 64, 1, rope_scaling=scaling)
         got = qwen.frequencies(config, torch.device("cpu"))[1]
         assert got.item() == pytest.approx(frequency * slowed, rel=1e-6)
 
@@ -240,7 +240,7 @@ def test_dtype_of_the_loaded_model(folder: Path) -> None:
 
 
 def test_new_model_has_the_initial_weights_of_transformers() -> None:
-    config = qwen.Config(400, 64, 96, 2, 4, 2, 16, 1e-6, 1e4, True, 128, 1, qkv_bias=True)
+    config = ModelConfig(400, 64, 96, 2, 4, 2, 16, 1e-6, 1e4, True, 128, 1, qkv_bias=True)
     torch.manual_seed(0)
     m = qwen.Qwen3(config)
     for name, p in m.named_parameters():
@@ -309,9 +309,9 @@ def test_refused_config(folder: Path, changes: dict[str, object], words: list[st
 
 def test_config_of_transformers_4(folder: Path) -> None:
     """There rope_theta stands at the top level."""
-    config = qwen.Config.from_json(folder / "config.json")
+    config = ModelConfig.from_json(folder / "config.json")
     edit(folder, rope_parameters=..., rope_theta=5e4, rope_scaling=None)
-    assert qwen.Config.from_json(folder / "config.json") == config
+    assert ModelConfig.from_json(folder / "config.json") == config
     values = (VOCAB, 48, 56, 3, 4, 2, 16, 1e-6, 5e4, False, 512, 3, "qwen3", True, False, None)
     assert dataclasses.astuple(config) == values
 
@@ -376,13 +376,13 @@ LLAMA_31_8B = {
 def test_public_configs_without_head_dim(tmp_path: Path, public: dict, parameters: int) -> None:
     """The parameter counts are those on the models' Hub pages."""
     (tmp_path / "config.json").write_text(json.dumps(public))
-    config = qwen.Config.from_json(tmp_path / "config.json")
+    config = ModelConfig.from_json(tmp_path / "config.json")
     assert config.head_dim == 128 and config.qkv_bias == (config.model_type == "qwen2") and not config.qk_norm
     with torch.device("meta"):
         assert sum(p.numel() for p in qwen.Qwen3(config).parameters()) == parameters
     edit(tmp_path, num_attention_heads=27)
     with pytest.raises(InputError, match="head_dim is missing and hidden_size .* over num_attention_heads 27"):
-        qwen.Config.from_json(tmp_path / "config.json")
+        ModelConfig.from_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -491,7 +491,7 @@ def test_malicious_shards_are_refused_before_they_are_opened(
     index = {"weight_map": {"model.norm.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     opened = []
-    monkeypatch.setattr(qwen, "safe_open", lambda file, **how: opened.append(file))
+    monkeypatch.setattr(weights, "safe_open", lambda file, **how: opened.append(file))
     with pytest.raises(InputError, match=words) as error:
         qwen.load(folder)
     assert not opened and "\n" not in str(error.value)

@@ -13,8 +13,10 @@ import kto
 import lora
 import model as qwen
 import train
-from files import write_jsonl
-from ranks import process_group
+from common.files import write_jsonl
+from common.model_config import ModelConfig
+from common.ranks import process_group
+from common.tokens import encode
 
 if importlib.util.find_spec("trl") is None:
     pytest.skip("trl is not installed; requirements-test.txt has it", allow_module_level=True)
@@ -37,7 +39,7 @@ def base(tmp_path_factory, tiny_tokenizer) -> Path:
     """A tiny random Qwen3 with weights large enough for log-ratios worth measuring."""
     path = tmp_path_factory.mktemp("base")
     torch.manual_seed(2)
-    config = qwen.Config(
+    config = ModelConfig(
         vocab_size=tiny_tokenizer.get_vocab_size(),
         hidden_size=32,
         intermediate_size=48,
@@ -76,9 +78,9 @@ def train_file(tmp_path_factory, tiny_tokenizer) -> Path:
         start = len("<think>")
         cut = completion.index(".\n\n") + 3
         spans = [[start, cut], [cut, completion.index("</think>")]]
-        ids = data.encode(tiny_tokenizer, completion + "<|im_end|>")
+        ids = encode(tiny_tokenizer, completion + "<|im_end|>")
         row = {"id": f"row{i}", "prompt": prompt, "completion": completion, "label": i % 3 != 2}
-        row |= {"prompt_ids": data.encode(tiny_tokenizer, prompt), "completion_ids": ids, "spans": spans}
+        row |= {"prompt_ids": encode(tiny_tokenizer, prompt), "completion_ids": ids, "spans": spans}
         rows.append(row | {"labels": [["framing"], ["retrieval"]], "w": [1.3, 0.8]})
     path = tmp_path_factory.mktemp("rows") / "train.jsonl"
     write_jsonl(path, rows)

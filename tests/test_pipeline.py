@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 import data
 import em
-from files import InputError, read_json, read_jsonl, write_json, write_jsonl
+from common.errors import InputError
+from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.tokens import load_stop_ids, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]
@@ -91,7 +93,7 @@ def test_weights_are_the_clipped_ratio_of_the_matrices(run):
 
 def test_results_add_up_and_the_report_stands_alone(run):
     results = read_json(run / "results.json")
-    for setting in ("base", "kto", "mralign"):
+    for setting in ("thinkon", "kto", "mralign"):
         m = results["scores"]["test"]["metrics"][setting]
         assert m["n"] == sum(m["table"].values()) == 40
         assert m["acc"]["k"] == m["table"]["thought_and_answer"]
@@ -132,16 +134,16 @@ def test_the_prompt_is_shown_once_a_run(run, slices):
 
 
 def test_tokens_that_end_a_completion(tmp_path):
-    tokenizer = data.load_tokenizer(ROOT / "mini/model")
+    tokenizer = load_tokenizer(ROOT / "mini/model")
     cases = [({"eos_token_id": 7}, {"eos_token_id": [3, 5]}, {3, 5}), ({"eos_token_id": 7}, {"top_k": 20}, {7})]
     for config, generation, expected in cases:
         write_json(tmp_path / "config.json", config)
         write_json(tmp_path / "generation_config.json", generation)
-        assert data.stop_ids(tmp_path, tokenizer) == expected
+        assert load_stop_ids(tmp_path, tokenizer) == expected
     for config in ({}, {"eos_token_id": 10**6}, {"eos_token_id": "</s>"}, {"eos_token_id": [3, -1]}):
         write_json(tmp_path / "config.json", config)
         with pytest.raises(InputError, match="config.json: eos_token_id is .* must name tokens of tokenizer.json"):
-            data.stop_ids(tmp_path, tokenizer)
+            load_stop_ids(tmp_path, tokenizer)
 
 
 def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):
@@ -162,17 +164,17 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     shutil.copytree(run, out)
     long = tmp_path / "long.jsonl"
     write_jsonl(long, read_jsonl(ROOT / "mini/questions/long.jsonl")[:3])
-    wanted = ["--eval-sets", f"test={slices['few']},long={long}", "--also", "refine,base+ret", "--eval-draws", 2]
+    wanted = ["--eval-sets", f"test={slices['few']},long={long}", "--also", "refine,thinkon+ret", "--eval-draws", 2]
     wanted += ["--search", "mini/snippets.jsonl", "--label-eval", 9, "--judge", "stand-in", "--judge-sets", "test"]
     stages = ["search", "eval", "labels", "judge", "scores", "analysis", "report"]
     done = mralign(*flags(slices, out), *wanted, *stages)
     assert done.returncode == 0, done.stderr
     results, analysed = read_json(out / "results.json"), read_json(out / "eval/analysis.json")
     metrics = results["scores"]["test"]["metrics"]
-    assert list(metrics) == ["thinkoff", "base", "kto", "mralign", "refine", "base+ret"]
+    assert list(metrics) == ["thinkoff", "thinkon", "kto", "mralign", "refine", "thinkon+ret"]
     assert all(m["n"] == 2 * m["questions"] == 20 and len(m["draws"]["acc"]["all"]) == 2 for m in metrics.values())
     assert list(results["scores"]) == ["test"]  # long answers are not matched exactly
-    ret = read_jsonl(out / "eval/test/base+ret.jsonl")
+    ret = read_jsonl(out / "eval/test/thinkon+ret.jsonl")
     found = {r["id"]: r["results"] for r in read_jsonl(out / "eval/test/snippets.jsonl")}
     assert all(found[s["id"]][0]["snippet"] in s["prompt"] and s["question"] in s["prompt"] for s in ret)
     assert all(s["answers"][0] in found[s["id"]][0]["snippet"] for s in ret)  # the stand-in finds the fact first
@@ -181,13 +183,13 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     for s in read_jsonl(out / "eval/test/refine.jsonl"):
         answer = data.parse(first[s["id"], s["draw"]]["text"]).answer
         assert f"Answer: {answer}" in told[s["id"], s["draw"]]["prompt"] and answer in s["prompt"]
-    graded = results["judge"]["sets"]["test"]["base"]
-    assert graded["rows"] == 20 and graded["correct"]["k"] == metrics["base"]["em_answer_exact"]["k"]
+    graded = results["judge"]["sets"]["test"]["thinkon"]
+    assert graded["rows"] == 20 and graded["correct"]["k"] == metrics["thinkon"]["em_answer_exact"]["k"]
     long_scores = results["judge"]["sets"]["long"]
     assert len({s["k"] for s in long_scores.values()}) == 1 and all(0 <= s["f1"] <= 1 for s in long_scores.values())
     parts = analysed["strata"]["test"]["mralign"]
     gain = sum(p["n"] * p["gain"] for p in parts.values() if p["n"]) / 20
-    assert gain == pytest.approx(metrics["mralign"]["acc"]["share"] - metrics["base"]["acc"]["share"])
+    assert gain == pytest.approx(metrics["mralign"]["acc"]["share"] - metrics["thinkon"]["acc"]["share"])
     assert analysed["change"]["test"]["mralign"]["n_before"] <= 9
     page = (out / "report.html").read_text()
     assert "Before and after" in page and "stand-in" in page and "Fig. 4" in page
@@ -228,9 +230,9 @@ def test_no_settings_at_all():
         (["--eval-sets", "test"], ["--eval-sets", "name=path"]),
         (["--dtype", "int8"], ["--dtype", "bfloat16"]),
         (["smaple"], ["unknown stage 'smaple'", "sample"]),
-        (["--also", "dpo+ret"], ["--also 'dpo+ret'", "base+ret"]),
-        (["--also", "base+ret"], ["base+ret needs --search"]),
-        (["--also", "refine+ret", "--search", "mini/snippets.jsonl"], ["put base+ret before it"]),
+        (["--also", "dpo+ret"], ["--also 'dpo+ret'", "thinkon+ret"]),
+        (["--also", "thinkon+ret"], ["thinkon+ret needs --search"]),
+        (["--also", "refine+ret", "--search", "mini/snippets.jsonl"], ["put thinkon+ret before it"]),
         (["--eval-draws", 0], ["--eval-draws is 0"]),
         (["--judge", "gpt-4o"], ["MODEL@BASE_URL"]),
     ],

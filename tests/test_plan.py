@@ -6,20 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import lora
 import model as qwen
 import mralign
-import plan
 import train
-from files import InputError, write_json, write_jsonl
-from settings import cli
+from common.errors import InputError
+from common.files import write_json, write_jsonl
+from common.model_config import ModelConfig
+from common.settings import cli
+from common.tokens import encode
+from pipeline import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.json") if "ablations" not in p.stem and "masa" not in p.stem)
 SHAPES = sorted((ROOT / "configs" / "shapes").glob("*.json"))
 
-SMALL = qwen.Config(
+SMALL = ModelConfig(
     vocab_size=97,
     hidden_size=64,
     intermediate_size=160,
@@ -78,7 +80,7 @@ def test_sizes_of_the_public_models():
     }
     assert {p.stem for p in SHAPES} == set(given)
     for path in SHAPES:
-        n = plan.counts(qwen.Config.from_json(path), 32)
+        n = plan.counts(ModelConfig.from_json(path), 32)
         assert (n["layers"] + n["rest"]) / 1e9 == pytest.approx(given[path.stem], abs=0.006), path.stem
     assert plan.counts(plan.shape_of("Qwen/Qwen3-8B")[0], 32)["adapters"] == 87_293_952
 
@@ -166,10 +168,10 @@ def test_a_run_with_rows_shows_labels_weights_and_one_row_token_by_token(tmp_pat
     spans = [[7, completion.index("Wait")], [completion.index("Wait"), completion.index("</think>")]]
     row = {"id": "q", "prompt": "Where?", "completion": completion, "label": True, "spans": spans}
     row |= {
-        "prompt_ids": data.encode(tiny_tokenizer, "Where?"),
+        "prompt_ids": encode(tiny_tokenizer, "Where?"),
         "labels": [["retrieval"], ["retrieval", "backtracking"]],
     }
-    row |= {"completion_ids": data.encode(tiny_tokenizer, completion), "w": [1.5, 0.5]}
+    row |= {"completion_ids": encode(tiny_tokenizer, completion), "w": [1.5, 0.5]}
     write_jsonl(out / "train.jsonl", [row, row | {"id": "r", "label": False}])
     text = plan.report_text(str(folder), out, "mralign", "bfloat16", train.TrainSettings(), "h100", 1)
     lines = text.splitlines()

@@ -15,16 +15,16 @@ import masa_worker
 import pytest
 import torch
 
-import data
 import lora
-import masa
 import model as qwen
-import remote
 import sample
-import verifier
-from client import ServiceError
-from files import read_jsonl, write_jsonl
-from ranks import process_group
+from common import verifier
+from common.errors import ServiceError
+from common.files import read_jsonl, write_jsonl
+from common.ranks import process_group
+from common.tokens import load_tokenizer, token_offsets
+from llm import remote
+from masa import run as masa
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "mini" / "model"
@@ -36,7 +36,7 @@ def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, 
 
     It also loads and unloads adapters as vLLM does, from folders, and says in words that it has.
     """
-    base, tokenizer, lock = qwen.load(folder), data.load_tokenizer(folder), threading.Lock()
+    base, tokenizer, lock = qwen.load(folder), load_tokenizer(folder), threading.Lock()
     seen: list[dict[str, Any]] = []
     adapters: dict[str, qwen.Qwen3] = {}
 
@@ -72,7 +72,7 @@ def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, 
                 )
             shown = c.ids[:-1] if c.finish == "stop" else c.ids
             choice = {"index": 0, "finish_reason": c.finish, "stop_reason": None}
-            choice["text"] = data.token_offsets(tokenizer, shown)[0]
+            choice["text"] = token_offsets(tokenizer, shown)[0]
             if style != "text":
                 choice["token_ids"] = shown  # without the end token, as some versions have it
             self.answer(200, {"choices": [choice]})

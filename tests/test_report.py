@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 import em
 import kto
-import page
-import report
-from files import InputError
+from common.errors import InputError
+from report import figures, page
 
 SMALL = ("<start>", "framing", "retrieval", "evaluation", "<stop>")
 F, R, E = "framing", "retrieval", "evaluation"
@@ -71,7 +70,7 @@ def story(transitions: dict[str, Any], chosen: bool = True, **changes: Any) -> d
     """The worked example: steps .2, -.1, .3, answer .4, z0 .05, beta .1."""
     lambda_ = 1.0 if chosen else 1.5
     row = train_row(transitions, chosen) | changes
-    return report.build_story(
+    return figures.build_story(
         row,
         ANNOTATION,
         transitions,
@@ -117,8 +116,8 @@ def test_story_gradient_is_autograds(transitions: dict[str, Any], chosen: bool) 
 
 
 def test_sigmoid_does_not_overflow() -> None:
-    assert [report.sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
-    assert report.sigmoid(1.3) == pytest.approx(1 / (1 + math.exp(-1.3)), rel=1e-15)
+    assert [figures.sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
+    assert figures.sigmoid(1.3) == pytest.approx(1 / (1 + math.exp(-1.3)), rel=1e-15)
 
 
 def test_steps_that_were_merged_or_skipped(transitions: dict[str, Any]) -> None:
@@ -130,7 +129,7 @@ def test_steps_that_were_merged_or_skipped(transitions: dict[str, Any]) -> None:
     row |= {"labels": labels, "w": w}
     steps = [([0], F, 9.0), ([1, 2], R, 8.0), ([4], E, 7.0)]
     record = {"steps": [{"segments": s, "labels": [a], "confidence": [c], "source": "cue"} for s, a, c in steps]}
-    got = report.step_records(row, record, transitions)
+    got = figures.step_records(row, record, transitions)
     assert [g["text"] for g in got] == ["a", "b\n\nc", "d", "e"]
     assert [g["confidence"] for g in got] == [[9.0], [8.0], [], [7.0]]
     assert [g["source"] for g in got] == ["cue", "cue", "none", "cue"]
@@ -148,11 +147,11 @@ def test_files_of_different_runs(transitions: dict[str, Any]) -> None:
         story(transitions, labels=labels, w=em.segment_weights(labels, P_pos, P))
     story(transitions, labels=other, w=em.segment_weights(other, P_pos, P))  # one of the two labels was kept
     with pytest.raises(InputError, match="transitions: 'states' are not the 17"):
-        report.matrices(transitions | {"states": list(SMALL)})
+        figures.matrices(transitions | {"states": list(SMALL)})
     with pytest.raises(InputError, match="transitions: 'C_neg' is missing"):
-        report.matrices({k: v for k, v in transitions.items() if k != "C_neg"})
+        figures.matrices({k: v for k, v in transitions.items() if k != "C_neg"})
     with pytest.raises(InputError, match=r"transitions: 'P' has shape \(2, 2\)"):
-        report.matrices(transitions | {"P": [[1.0, 0.0], [0.0, 1.0]]})
+        figures.matrices(transitions | {"P": [[1.0, 0.0], [0.0, 1.0]]})
 
 
 # Figures: what is drawn is read back from the figure
@@ -161,9 +160,9 @@ def test_files_of_different_runs(transitions: dict[str, Any]) -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures that were about to be written."""
-    figures: list[Figure] = []
-    monkeypatch.setattr(report, "save", lambda figure, path, dpi=0: figures.append(figure))
-    return figures
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, dpi=0: drawn.append(figure))
+    return drawn
 
 
 def test_weight_matrix_by_hand() -> None:
@@ -171,7 +170,7 @@ def test_weight_matrix_by_hand() -> None:
     P_class = np.zeros((17, 17))
     P[1, 1:5], P_class[1, 1:5] = [0.2, 0.2, 0.2, 0.4], [0.1, 0.6, 0.05, 0.5]
     P[P == 0] = P_class[P_class == 0] = 0.01
-    w, mark = report.weight_matrix(P_class, P)
+    w, mark = figures.weight_matrix(P_class, P)
     assert w[1, 1:5] == pytest.approx([0.5, math.e, 1 / math.e, 1.25])
     assert mark[1, 1:5].tolist() == [0, 1, -1, 0]
     assert np.isnan(w[:, 0]).all() and np.isnan(w[16, :16]).all() and w[16, 16] == 1
@@ -194,7 +193,7 @@ def test_transition_figure_shows_support_and_clips(drawn: list[Figure]) -> None:
     t["C"][f, r], t["C_pos"][f, r], t["C_neg"][f, r] = 12.6, 12.2, 0.4
     t["P"][f, r], t["P_pos"][f, r], t["P_neg"][f, r] = 0.10, 0.123, 0.01
     t["C_pos"][0, f], t["P"][0, f], t["P_pos"][0, f] = 23456.0, 0.1, 0.9
-    report.transition_figure({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in t.items()}, "x.png")
+    figures.transition_figure({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in t.items()}, "x.png")
     p_all, p_pos, p_neg, _, w_pos, w_neg = drawn[0].axes[:6]
     assert cells(p_all) == {(f, r): "13"}
     assert cells(p_pos) == {(f, r): "12", (0, f): "23k"}
@@ -211,7 +210,7 @@ def test_transition_figure_shows_support_and_clips(drawn: list[Figure]) -> None:
 def test_curves_are_the_metrics(drawn: list[Figure]) -> None:
     row = {"loss": 0.6, "kl": 0.1, "logps/chosen": -9.0, "grad_norm": 0.2, "learning_rate": 1e-4}
     rows = [row | {"step": 1, "rewards/chosen": 0.01}, row | {"step": 2}, row | {"step": 3, "rewards/chosen": 0.03}]
-    report.curves_figure({"sft": [row | {"step": 1, "loss": 2.0, "rewards/chosen": 0.0}], "kto": rows}, "x.png")
+    figures.curves_figure({"sft": [row | {"step": 1, "loss": 2.0, "rewards/chosen": 0.0}], "kto": rows}, "x.png")
     lines = {ax.get_title(loc="left"): ax.lines for ax in drawn[0].axes}
     chosen = lines["rewards/chosen: β r"]
     assert [line.get_xydata().tolist() for line in chosen] == [[[1, 0.01], [3, 0.03]]]  # a step without the class: none
@@ -222,12 +221,12 @@ def test_curves_are_the_metrics(drawn: list[Figure]) -> None:
     ]
     assert lines["loss of SFT, nats a token"][0].get_ydata().tolist() == [2.0]
     assert "logps/rejected, nats a row" not in lines  # nobody has it
-    assert lines["grad_norm before clipping"][1].get_color() == report.METHOD_COLOURS["kto"]
+    assert lines["grad_norm before clipping"][1].get_color() == figures.METHOD_COLOURS["kto"]
 
 
 def test_weights_figure_counts_steps(drawn: list[Figure]) -> None:
     rows = [{"label": True, "w": [1.0, math.e, 1 / math.e]}, {"label": False, "w": [1.0]}]
-    report.weights_figure(rows, "x.png")
+    figures.weights_figure(rows, "x.png")
     heights = [[bar.get_height() for bar in ax.patches] for ax in drawn[0].axes]
     assert [i for i, h in enumerate(heights[0]) if h] == [0, 20, 40] and sum(heights[0]) == 3
     assert sum(heights[1]) == 1
@@ -236,8 +235,8 @@ def test_weights_figure_counts_steps(drawn: list[Figure]) -> None:
 def test_figures_are_deterministic(tmp_path: Path, transitions: dict[str, Any]) -> None:
     s = story(transitions)
     for name in ("a", "b"):
-        report.one_question_figure(s, tmp_path / f"{name}.svg")
-        report.weights_figure([{"label": True, "w": W}], tmp_path / f"{name}.png")
+        figures.one_question_figure(s, tmp_path / f"{name}.svg")
+        figures.weights_figure([{"label": True, "w": W}], tmp_path / f"{name}.png")
     for kind in ("svg", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
@@ -245,7 +244,7 @@ def test_figures_are_deterministic(tmp_path: Path, transitions: dict[str, Any]) 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_one_question_has_every_number_as_text(tmp_path: Path, transitions: dict[str, Any], chosen: bool) -> None:
     s = story(transitions, chosen)
-    report.one_question_figure(s, tmp_path / "x.svg")
+    figures.one_question_figure(s, tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     joined = " ".join(texts)
@@ -274,7 +273,7 @@ def test_one_question_fits_its_canvas(drawn: list[Figure], transitions: dict[str
         "labels": ["self_verification", "causal_reasoning"],
         "logratio": -1234.5,
     }
-    report.one_question_figure(s, "x.svg")
+    figures.one_question_figure(s, "x.svg")
     figure = drawn[0]
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in figure.axes[0].texts if t.get_text()]
@@ -289,13 +288,13 @@ def test_one_question_fits_its_canvas(drawn: list[Figure], transitions: dict[str
 
 def test_wrap_keeps_all_words_or_says_so() -> None:
     text = "one two three four five six seven eight nine ten"
-    lines = report.wrap(text, 80, 9, 99)
+    lines = figures.wrap(text, 80, 9, 99)
     assert " ".join(lines) == text and len(lines) > 2
-    assert all(report.text_width(line, 9) <= 80 for line in lines)
-    cut = report.wrap(text, 80, 9, 2)
-    assert len(cut) == 2 and cut[1].endswith("…") and report.text_width(cut[1], 9) <= 80
-    assert "".join(report.wrap("x" * 60, 80, 9, 99)) == "x" * 60
-    assert report.wrap("", 80, 9, 2) == []
+    assert all(figures.text_width(line, 9) <= 80 for line in lines)
+    cut = figures.wrap(text, 80, 9, 2)
+    assert len(cut) == 2 and cut[1].endswith("…") and figures.text_width(cut[1], 9) <= 80
+    assert "".join(figures.wrap("x" * 60, 80, 9, 99)) == "x" * 60
+    assert figures.wrap("", 80, 9, 2) == []
 
 
 # The page
@@ -329,7 +328,7 @@ EVIL = "<script>alert('x')</script> \"' onload=1 & \x00\x1b \ud800 </div></li> h
 
 
 def trace(transitions: dict[str, Any]) -> dict[str, Any]:
-    segments = report.step_records(train_row(transitions), ANNOTATION, transitions)
+    segments = figures.step_records(train_row(transitions), ANNOTATION, transitions)
     segments[0] |= {"tokens": 6, "logratio": -0.25}
     for w in (1 / math.e, math.e, 1.0, 0.8, 1.25):
         segments.append(segments[1] | {"text": EVIL, "w": w})
@@ -340,9 +339,9 @@ def trace(transitions: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any]) -> tuple[str, Checker]:
     tmp_path = tmp_path_factory.mktemp("page")
-    report.weights_figure([{"label": True, "w": W}], tmp_path / "w.png")
+    figures.weights_figure([{"label": True, "w": W}], tmp_path / "w.png")
     before, after = told(f"<think>Paris {EVIL}</think>Rome", [(F,)]), told("<think>Paris</think>Paris")
-    sides = {"sides": {"base": before, "mralign": after}}
+    sides = {"sides": {"thinkon": before, "mralign": after}}
     page.trace_page(
         [trace(transitions), trace(transitions) | {"chosen": False, "golds": []}],
         tmp_path / "report.html",
@@ -418,8 +417,8 @@ def test_gold_answers_are_underlined() -> None:
 
 def test_tables() -> None:
     assert page.column([74.8, 77.25, None, 3, "not run", -0.5]) == ["74.80", "77.25", "–", "3", "not run", "−0.50"]
-    markdown = "|      | Acc (95 %) | k/n |\n| ---- | ---------: | --: |\n| base | 34.1 [1, 2] | 3/9 |"
-    assert page.markdown_rows(markdown) == [{"": "base", "Acc (95 %)": "34.1 [1, 2]", "k/n": "3/9"}]
+    markdown = "|      | Acc (95 %) | k/n |\n| ---- | ---------: | --: |\n| thinkon | 34.1 [1, 2] | 3/9 |"
+    assert page.markdown_rows(markdown) == [{"": "thinkon", "Acc (95 %)": "34.1 [1, 2]", "k/n": "3/9"}]
     html = page.table_html([{"a": 1}, {"b": 2.5}])
     assert html.count("<td>–</td>") == 2 and "<th>a</th><th>b</th>" in html
 
@@ -438,7 +437,7 @@ def told(text: str, labels: Any = None, **more: Any) -> dict[str, Any]:
         "ids": [],
         "prompt": "",
     }
-    return report.told(sample | {"text": text} | more, labels)
+    return figures.told(sample | {"text": text} | more, labels)
 
 
 def test_told_is_what_was_written_and_how_it_scored() -> None:
@@ -457,5 +456,5 @@ def test_extremes_are_the_outer_fifteen_percent_of_supported_moves() -> None:
     w, support = np.full((17, 17), np.nan), np.zeros((17, 17))
     w[1, 1:], support[1, 1:] = np.arange(16), 1.0
     w[2, 1], support[2, 1] = 99.0, 0.4  # no support: not counted
-    assert np.flatnonzero(report.extremes(w, support)[1]).tolist() == [1, 2, 3, 14, 15, 16]
-    assert not report.extremes(w, support)[2].any() and not report.extremes(w, support * 0).any()
+    assert np.flatnonzero(figures.extremes(w, support)[1]).tolist() == [1, 2, 3, 14, 15, 16]
+    assert not figures.extremes(w, support)[2].any() and not figures.extremes(w, support * 0).any()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from files import read_json
+from common.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,9 +5,10 @@ import json
 import pytest
 from fake_server import FakeServer
 
-import retrieve
-from client import Limits, Refused, ServiceError
-from files import InputError, read_jsonl, write_jsonl
+from common.errors import InputError, Refused, ServiceError
+from common.files import read_jsonl, write_jsonl
+from llm import retrieve
+from llm.client import Limits
 
 FAST = Limits(attempts=3, backoff=0.01, read=2.0)
 

@@ -10,11 +10,12 @@ from scipy.stats import chisquare
 
 import model as qwen
 import sample
-from files import InputError
+from common.errors import InputError
+from common.model_config import ModelConfig
 from sample import Completion, Sampling, generate, pick, uniform
 
 VOCAB = 300  # above SHORTLIST, so that the shortcut can fail to settle a row
-CONFIG = qwen.Config(VOCAB, 32, 64, 2, 4, 2, 16, 1e-6, 1e4, True, 512, 1)
+CONFIG = ModelConfig(VOCAB, 32, 64, 2, 4, 2, 16, 1e-6, 1e4, True, 512, 1)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from files import InputError
+from common.errors import InputError
 from kernels import segment_logprob as op
 
 HERE = Path(__file__).resolve()
@@ -382,7 +382,7 @@ def test_fp64_is_for_torch(impl, device):
 WITHOUT_TRITON = """
 import sys; sys.modules["triton"] = None  # import triton raises ImportError
 import torch
-from files import InputError
+from common.errors import InputError
 from kernels import segment_logprob as op
 h, y, w, cu = torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2), torch.tensor([0, 2])
 assert op.default_impl("cuda") == "torch"

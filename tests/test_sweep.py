@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import charts
-import hub
 import mralign
-import sweep
-from files import InputError, read_json, write_json
-from ranks import Ranks
-from settings import cli
+from common import hub
+from common.errors import InputError
+from common.files import read_json, write_json
+from common.ranks import Ranks
+from common.settings import cli
+from report import charts
+from tools import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +111,7 @@ def test_draws_are_lent_within_a_seed_only(tmp_path, monkeypatch):
 
 def test_newer_files_are_linked_receipts_included_and_paid_replies_are_copied_once(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    for name in ("samples.jsonl", "candidates.jsonl", "eval/nq/base.jsonl", "done/sample.json", sweep.PAID):
+    for name in ("samples.jsonl", "candidates.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json", sweep.PAID):
         (a / name).parent.mkdir(parents=True, exist_ok=True)
         (a / name).write_text("lent")
     (a / "eval" / "scores.json").write_text("a's own")
@@ -121,7 +122,7 @@ def test_newer_files_are_linked_receipts_included_and_paid_replies_are_copied_on
         os.utime(b / name, (then, then))
     sweep.lend(a, b)
     assert (b / "candidates.jsonl").read_text() == "own"
-    for name in ("samples.jsonl", "eval/nq/base.jsonl", "done/sample.json"):
+    for name in ("samples.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json"):
         assert (b / name).samefile(a / name), name
     assert not (b / "eval" / "scores.json").exists()
     assert (b / sweep.PAID).read_text() == "lent" and not (b / sweep.PAID).samefile(a / sweep.PAID)
@@ -137,7 +138,7 @@ def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_fo
 
     def keys(cfg: mralign.Config) -> list[str]:
         run = mralign.Run(cfg, hub.locate(cfg.model, ""), ranks)
-        return [mralign.unit_key(run, u) for u in mralign.units(run) if u.name in ("sample", "eval base")]
+        return [mralign.unit_key(run, u) for u in mralign.units(run) if u.name in ("sample", "eval thinkon")]
 
     first, *others = parsed["runs"]
     for seed in parsed["seeds"]:
@@ -200,8 +201,8 @@ def rows(codes: str) -> list[dict]:
 BASE = {0: "RR RW WW RR", 1: "RR RW RW WW"}
 FIRST = {0: "RR RR WW RR", 1: "RR RR RR RR"}
 OTHER = {0: "RR WR WW RR", 1: "RR RR WW RW"}
-SAMPLES = {f"a-seed{s}": {"base": rows(BASE[s]), "mralign": rows(FIRST[s])} for s in (0, 1)}
-SAMPLES |= {f"b-c-seed{s}": {"base": rows(BASE[s]), "kto": rows(OTHER[s])} for s in (0, 1)}
+SAMPLES = {f"a-seed{s}": {"thinkon": rows(BASE[s]), "mralign": rows(FIRST[s])} for s in (0, 1)}
+SAMPLES |= {f"b-c-seed{s}": {"thinkon": rows(BASE[s]), "kto": rows(OTHER[s])} for s in (0, 1)}
 
 
 def table_of(path: Path, heading: str) -> list[list[str]]:
@@ -226,7 +227,7 @@ def test_mean_spread_difference_and_strata_by_hand(tmp_path, monkeypatch, capsys
     assert a["acc"] == {"mean": 0.875, "sd": pytest.approx(0.25 / 2**0.5), "all": [0.75, 1.0]}
     assert a["mis"] == {"mean": 0.0, "sd": 0.0, "all": [0.0, 0.0]} and a["difference"] is None
     assert b["acc"]["all"] == [0.5, 0.5] and b["mis"]["all"] == [0.25, 0.25]
-    assert result["base"]["nq"]["acc"]["all"] == [0.5, 0.25] and result["base"]["nq"]["mis"]["mean"] == 0.375
+    assert result["thinkon"]["nq"]["acc"]["all"] == [0.5, 0.25] and result["thinkon"]["nq"]["mis"]["mean"] == 0.375
     # Questions' differences, seeds pooled: 0, -1/2 | -1/2 | -1/2. Three facts drawn with replacement: the mean is -1/4
     # when the first comes up thrice (1 of 27), -1/2 when it never does (8 of 27), so these are the 95 % limits.
     expected = {"difference": -0.375, "low": -0.5, "high": -0.25, "p": None}
@@ -240,7 +241,7 @@ def test_mean_spread_difference_and_strata_by_hand(tmp_path, monkeypatch, capsys
 
     head, _, *lines = table_of(tmp_path / "runs" / "sweep.md", "Acc and Mis")
     assert head == ["run", "set", "seeds", "Acc", "Mis", "paper Acc", "paper Mis", "Acc − a (95 %)", "Mis − a (95 %)"]
-    assert lines[0][:5] == ["base, not aligned", "nq", "2", "37.5 ± 17.7", "37.5 ± 17.7"]
+    assert lines[0][:5] == ["ThinkOn", "nq", "2", "37.5 ± 17.7", "37.5 ± 17.7"]
     assert lines[1] == ["a", "nq", "2", "87.5 ± 17.7", "0.0 ± 0.0", "37.34", "7.20", "–", "–"]
     assert lines[2][:5] == ["b c", "nq", "2", "50.0 ± 0.0", "25.0 ± 0.0"]
     assert lines[2][5:8] == ["–", "–", "−37.5 [−50.0, −25.0]"]
@@ -305,7 +306,7 @@ def test_the_result_is_json_and_holds_the_settings(tmp_path, monkeypatch, capsys
     sweep.main([str(path)])
     result = json.loads((tmp_path / "runs" / "sweep.json").read_text())
     about = result["receipt"]
-    assert (about["command"], about["seeds"], about["commit"]) == (f"sweep.py {path}", "0 1", "x")
+    assert (about["command"], about["seeds"], about["commit"]) == (f"python -m tools.sweep {path}", "0 1", "x")
     assert {name: of["settings"] for name, of in result["runs"].items()} == {
         "a": {"method": "mralign"},
         "b c": {"method": "kto"},

@@ -5,8 +5,8 @@ import re
 import pytest
 
 import eval as evaluation
-import tables
-from files import read_json, write_json
+from common.files import read_json, write_json
+from report import tables
 
 PAPER = read_json(tables.PAPER)["backbones"]
 
@@ -24,11 +24,11 @@ def test_the_papers_numbers():
     assert eight["thinkoff"]["nq_open"] == [22.66, None] and eight["mralign+ret"]["simpleqa"] == [67.11, 7.48]
     assert PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]["nq_open"] == [1.19, 12.13]
     assert "longfact" not in PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]
-    assert PAPER["Qwen3-14B"]["base"]["sciq"] == [70.6, 11.5]
+    assert PAPER["Qwen3-14B"]["thinkon"]["sciq"] == [70.6, 11.5]
 
 
 def test_spec_and_paper_tables_have_every_setting():
-    assert set(tables.SETTINGS) >= set(PAPER["Qwen3-8B"]) and set(tables.SETS) == set(PAPER["Qwen3-8B"]["base"])
+    assert set(tables.SETTINGS) >= set(PAPER["Qwen3-8B"]) and set(tables.SETS) == set(PAPER["Qwen3-8B"]["thinkon"])
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def results(tmp_path):
     judged = {"judge": "gpt-4o@https://x/v1", "sets": {}, "abstentions": {}}
     share = evaluation.share(3, 4)
     truthful = {"kind": "truthful", "rows": 5, "errors": 1, "no_answer": 0, "truthful": share, "informative": share}
-    judged["sets"]["truthfulqa"] = {"base": truthful | {"both": share, "again": {"n": 1, "same": 1}}}
+    judged["sets"]["truthfulqa"] = {"thinkon": truthful | {"both": share, "again": {"n": 1, "same": 1}}}
     claims = {"answers": 2, "k": 3, "claims": 2.5, "claims_median": 2.5, "f1": None, "low": None, "high": None}
-    judged["sets"]["longfact"] = {"base": claims | {"precision": None, "errors": 0, "abstained": 1}}
-    scores = {"nq": {"metrics": {"base": metrics}, "differences": {}, "seen_in_training": 0}}
+    judged["sets"]["longfact"] = {"thinkon": claims | {"precision": None, "errors": 0, "abstained": 1}}
+    scores = {"nq": {"metrics": {"thinkon": metrics}, "differences": {}, "seen_in_training": 0}}
     path = tmp_path / "results.json"
     write_json(path, {"receipt": receipt, "scores": scores, "judge": judged})
     return path
@@ -115,7 +115,7 @@ def test_rows_of_judges():
         "f1": 0.5,
         "again": {"n": 1, "same": 0},
     }
-    (got,) = tables.judge_rows({"base": short})
+    (got,) = tables.judge_rows({"thinkon": short})
     assert (
         got["correct given attempted"] == "50.0" and got["agrees with itself"] == "0/1" and got["grader errors"] == "0"
     )
@@ -130,9 +130,9 @@ def test_rows_of_judges():
         "errors": 0,
         "abstained": 1,
     }
-    (got,) = tables.judge_rows({"base": claims})
+    (got,) = tables.judge_rows({"thinkon": claims})
     assert got["F1@3 (95 %)"] == "50.0 [40.0, 60.0]" and got["answers without claims"] == "1/2"
-    (got,) = tables.judge_rows({"base": claims | {"f1": None, "precision": None}})
+    (got,) = tables.judge_rows({"thinkon": claims | {"f1": None, "precision": None}})
     assert got["F1@3 (95 %)"] == "no evidence: claims only"
 
 
@@ -144,18 +144,18 @@ def test_markdown_escapes_and_aligns():
 
 def test_form_of_the_completions():
     rows = [row(0, 1, 1), row(1, 1, 0) | {"form": "truncated"}, row(2, 0, 0) | {"form": "empty"}, row(3, 0, 0)]
-    (got,) = tables.form_rows({"base": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
+    (got,) = tables.form_rows({"thinkon": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
     assert [got[n] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
     assert (got["thinking tokens, median"], got["golds that never match"]) == ("5", "6")
 
 
 def test_quadrants_and_differences():
     m = evaluation.metrics([row(0, 1, 1), row(1, 1, 0), row(2, 0, 0), row(3, 1, 1)])
-    (got,) = tables.quadrant_rows({"base": m})
+    (got,) = tables.quadrant_rows({"thinkon": m})
     assert list(got.values()) == ["ThinkOn", "2", "1", "0", "1"]
     d = {
         "acc": {"difference": 0.0125, "low": -0.01, "high": 0.035, "p": 0.031},
         "mis": {"difference": 0, "low": 0, "high": 0, "p": None},
     }
-    (got,) = tables.difference_rows({"kto - base": d})
+    (got,) = tables.difference_rows({"kto - thinkon": d})
     assert got["Acc"] == "+1.2 [−1.0, +3.5]" and got["Acc, McNemar p"] == "0.031" and "Mis, McNemar p" not in got

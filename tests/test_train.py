@@ -20,22 +20,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import data
-import endings
 import kto
 import lora
 import model as qwen
 import train
-from files import InputError
-from ranks import Ranks, process_group
+from common import checkpoint, endings
+from common.errors import InputError, MemoryFull, NumericsError
+from common.model_config import ModelConfig
+from common.ranks import Ranks, process_group
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
 def tiny_model(path: Path) -> Path:
-    config = qwen.Config(
+    config = ModelConfig(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
@@ -257,7 +257,7 @@ def test_first_loss_must_be_half_the_mean_lambda(base, group):
     assert trainer.step(0, 10, list(range(9)), reference)["loss"] == pytest.approx(10.5 / 18, abs=1e-5)
     trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "mralign", s, group, "torch")
     shifted = {k: v + 1 for k, v in reference.items()}  # a reference that is not the base model
-    with pytest.raises(train.NumericsError, match="must be 0.583333"):
+    with pytest.raises(NumericsError, match="must be 0.583333"):
         trainer.step(0, 10, list(range(9)), shifted)
 
 
@@ -267,7 +267,7 @@ def test_a_row_that_is_not_finite_stops_the_step_and_is_named(base, group):
     s = train.TrainSettings(lora_r=2, lora_alpha=4.0)
     trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "mralign", s, group, "torch")
     reference = trainer.reference_sums()
-    with pytest.raises(train.NumericsError, match="row2"):
+    with pytest.raises(NumericsError, match="row2"):
         trainer.step(0, 10, [0, 1, 2, 3], reference)
 
 
@@ -466,7 +466,7 @@ def test_out_of_memory_names_the_rows_the_peak_and_the_flags(base, group, monkey
 
     reference = trainer.reference_sums()
     monkeypatch.setattr(train, "sequence_sums", too_large)
-    with pytest.raises(train.MemoryFull) as caught, trainer.memory_named():
+    with pytest.raises(MemoryFull) as caught, trainer.memory_named():
         trainer.backward(list(range(8)), reference, torch.tensor(0.0))
     message = str(caught.value)
     for i in longest:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verifier
-from files import InputError
-from verifier import Grade, answer, equal, grade, last_boxed, parse, usable
+from common import verifier
+from common.errors import InputError
+from common.verifier import Grade, answer, equal, grade, last_boxed, parse, usable
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 
-import judge
-import veriscore
+from llm import judge, veriscore
 
 STOP = threading.Event
 

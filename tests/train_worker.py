@@ -25,11 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
-import endings  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from ranks import process_group  # noqa: E402
+from common import endings  # noqa: E402
+from common.ranks import process_group  # noqa: E402
 
 
 def interrupt(step: int, number: int) -> None:

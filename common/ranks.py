@@ -1,0 +1,167 @@
+"""Which of the processes am I: the process group, sums over ranks, orderly ends, and what only rank 0 says.
+
+Under torchrun there are WORLD_SIZE processes, on one machine or several; a plain `python` start is a world of one with
+the same code path. nccl joins GPUs, gloo joins CPUs. When a rank dies, torchrun ends the others of its machine, and
+those elsewhere fail in their next sum. Results go to stdout, everything here to stderr.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
+PATIENCE = datetime.timedelta(days=7)  # how long ranks wait while one of them works alone
+
+
+class Stop:
+    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`)."""
+
+    def __init__(self) -> None:
+        self.held, self.number = False, 0
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.number = self.number or number
+        if not self.held:
+            self.end(self.number)
+
+    def end(self, number: int) -> NoReturn:
+        """Raise Stopped, deaf to further signals: torchrun repeats what a terminal has sent already."""
+        for n in SIGNALS:
+            signal.signal(n, signal.SIG_IGN)
+        raise Stopped(number)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, the two signals come here. Main thread only."""
+        before = [signal.signal(n, self) for n in SIGNALS]
+        try:
+            yield
+        finally:
+            for n, handler in zip(SIGNALS, before, strict=True):
+                signal.signal(n, handler)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, a signal only leaves a note for `Ranks.check_stop`. Raises Stopped at the end if one came."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        if self.number:
+            self.end(self.number)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its number, how many there are, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+    stop: Stop = field(default_factory=Stop)
+    patient: dist.ProcessGroup | None = None  # for waits that may be long; None: the group of the sums
+    restarted: bool = False  # torchrun has started the processes again after one of them died
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all ranks, in place, and returned. Its shape must not depend on data."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every rank has come here, however long one of them works alone."""
+        dist.barrier(self.patient)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of the ranks, on all of them. Not for tensors."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.patient)
+        return found
+
+    def check_stop(self) -> None:
+        """Raise Stopped on every rank if any was asked to stop. All ranks must come here equally often."""
+        asked = self.sum(torch.tensor([float(self.stop.number == n) for n in SIGNALS], device=self.device)).tolist()
+        for number, count in zip(SIGNALS, asked, strict=True):
+            if count:
+                self.stop.end(number)
+
+    def log(self, text: str) -> None:
+        """One line on stderr, from rank 0 alone."""
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
+    """Join the process group torchrun describes in the environment (a group of one without torchrun).
+
+    timeout_minutes: a sum that takes longer than this ends the run; `Ranks.wait` may take longer.
+    """
+    launched = "RANK" in os.environ
+    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        torch.cuda.set_device(device)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store = dist.HashStore()
+    if launched:  # a restarted group must not meet the addresses of the one before it, which the store still holds
+        store = dist.PrefixStore(f"attempt{restarts}", next(dist.rendezvous("env://"))[0])
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=world,
+        store=store,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
+    finally:
+        dist.destroy_process_group()
+
+
+class Progress:
+    """A tqdm bar on rank 0 in a terminal; elsewhere a plain line every ten seconds; silence on other ranks."""
+
+    def __init__(self, ranks: Ranks, total: int | None, what: str, unit: str) -> None:
+        self.what, self.unit, self.total = what, unit, total
+        self.done, self.started = 0, time.perf_counter()
+        self.said = self.started
+        self.quiet = ranks.rank != 0
+        terminal = sys.stderr.isatty() and not self.quiet
+        self.bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True) if terminal else None
+
+    def __call__(self, n: int = 1) -> None:
+        """Count `n` more units."""
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif not self.quiet and time.perf_counter() - self.said > 10:
+            self.said = time.perf_counter()
+            self._line()
+
+    def close(self) -> float:
+        """End the bar, say the total, return units per second of this rank."""
+        if self.bar is not None:
+            self.bar.close()
+        elif not self.quiet:
+            self._line()
+        return self.done / (time.perf_counter() - self.started)
+
+    def _line(self) -> None:
+        rate = self.done / (time.perf_counter() - self.started)
+        of = f"/{self.total:,}" if self.total else ""
+        print(f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f} a second", file=sys.stderr, flush=True)

@@ -1,0 +1,132 @@
+"""Prompts: the project's own templates with {places}, and a checkpoint's chat template rendered in a sandbox."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from common.errors import InputError
+from common.files import read_json, read_text
+from common.hub import member
+from common.tokens import encode
+
+
+def load_prompt(path: str | Path) -> str:
+    """A prompt template, without the line end its file closes with. Raises InputError when it is missing."""
+    return read_text(path).rstrip("\r\n")
+
+
+def fill(template: str, **fields: str) -> str:
+    """Put `fields` into the {places} of a prompt, in one pass: braces inside a field are text, not places.
+
+    >>> fill("Q: {question}", question="what is {question}?")
+    'Q: what is {question}?'
+
+    Raises InputError when the template has a place without a field or lacks one.
+    """
+    places = set(re.findall(r"\{(\w+)\}", template))
+    if odd := sorted(places ^ set(fields)):
+        wanted = ", ".join(f"{{{name}}}" for name in sorted(fields))
+        raise InputError(f"prompt: {{{odd[0]}}} does not fit; the template must hold exactly the places {wanted}")
+    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own would escape <, > and & for HTML
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SPECIAL = re.compile(r"<[|｜][^<>\s]+?[|｜]>")  # how Qwen, Llama and DeepSeek write special tokens
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion.
+
+    `strftime_now` is left undefined: Llama's templates then write a fixed date, and a prompt does not change overnight.
+    """
+
+    def __init__(self, folder: str | Path, system: str = "") -> None:
+        """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none.
+
+        system: a system turn for every prompt, "" for none; {thinking} in it becomes on or off.
+        """
+        config_path, own = member(folder, "tokenizer_config.json"), member(folder, "chat_template.jinja")
+        config = read_json(config_path)
+        self.system = system
+        self.path = own if own.exists() else config_path
+        source = read_text(own) if own.exists() else config.get("chat_template")
+        if not isinstance(source, str):
+            raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        self.special = {name: t for name, t in tokens.items() if t is not None}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{self.path}: the chat template does not parse ({error}); restore the file") from None
+
+    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
+        """`messages` [{role, content}] as one text. Raises InputError when the template refuses them."""
+        try:
+            return self.template.render(messages=messages, **self.special, **variables)
+        except Exception as error:  # a template is a program from outside: it can fail in every way a program can
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: the chat template fails ({reason}); check the prompt") from None
+
+    def prompt(self, text: str, thinking: bool) -> str:
+        """One user turn up to where the completion starts.
+
+        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template that
+        always opens the thought (R1-Distill) has no switch: thinking=False closes the thought at once, which gives the
+        closed empty block of Qwen3. Raises InputError when none of the three is there to switch it off.
+        """
+        on, off = (self._turns(text, mode) for mode in (True, False))
+        if thinking:
+            return on
+        # PAPER: does not say how R1-Distill, which always thinks, answers with thinking off.
+        # HERE:  its thought is closed as soon as the template has opened it.
+        # WHY:   the usual way, and the very block that Qwen3's own template writes.
+        if opens_thought(off):
+            return off.rstrip() + "\n\n</think>\n\n"
+        if on == off:
+            raise InputError(
+                f"{self.path}: the chat template cannot switch thinking off; for a Nemotron model give --system "
+                "'detailed thinking {thinking}', else use a model that can"
+            )
+        return off
+
+    def _turns(self, text: str, thinking: bool) -> str:
+        turns = [{"role": "user", "content": text}]
+        if self.system:
+            system = self.system.replace("{thinking}", "on" if thinking else "off")
+            turns.insert(0, {"role": "system", "content": system})
+        return self.render(turns, add_generation_prompt=True, enable_thinking=thinking)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raise InputError unless each special token of the prompts, and the end of a turn, is one token."""
+        marks = {*SPECIAL.findall(self.prompt("Hello", True))}
+        if "eos_token" in self.special:
+            marks.add(self.special["eos_token"])
+        odd = sorted(mark for mark in marks if len(encode(tokenizer, mark)) != 1)
+        if odd:
+            raise InputError(
+                f"{self.path}: {', '.join(odd)} is not one token of tokenizer.json; take both files from one checkpoint"
+            )
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a rendered prompt ends in <think>, so that the completion starts inside the thought."""
+    return prompt.rstrip().endswith(TAGS[0])

@@ -1,0 +1,113 @@
+"""Safetensors files of a checkpoint, read one tensor at a time straight to where it will live.
+
+The files are memory-mapped: the host never holds more than about one shard besides what it computes with.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import read_json
+from common.hub import member
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight_files(path: Path) -> list[Path]:
+    """model.safetensors if it is there, otherwise the shards that the index names.
+
+    Raises InputError at a shard that is missing or whose name leads out of the folder, before any is opened.
+    """
+    single, index = member(path, "model.safetensors"), member(path, "model.safetensors.index.json")
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InputError(
+            f"{path}: neither {single.name} nor {index.name} is there; give a folder of safetensors weights"
+        )
+    listing = read_json(index)
+    if not isinstance(listing, dict) or not isinstance(listing.get("weight_map"), dict) or not listing["weight_map"]:
+        raise InputError(f"{index}: weight_map is missing or empty; fetch the file again")
+    shards = sorted({str(shard) for shard in listing["weight_map"].values()})
+    for shard in shards:
+        if not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: shard {shard!r} is not a *.safetensors name; fetch the file again")
+        if not member(path, shard).is_file():
+            raise InputError(f"{path / shard}: no such file, but {index.name} names it; fetch the shard")
+    return [path / shard for shard in shards]
+
+
+def read_tensors(
+    files: list[Path],
+    shapes: dict[str, tuple[int, ...]],
+    optional: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Tensors of safetensors files in `dtype` on `device`: exactly those of `shapes`, and of `optional` what is there.
+
+    The files are mapped, not read: a tensor is copied from the mapping to where it will live, and a file's mapping is
+    given up before the next. Raises InputError when a file cannot be read, and, before the first copy, one InputError
+    that names every tensor that does not fit.
+    """
+    expected = shapes | optional
+    where, problems = {}, {}
+    for file in files:
+        with _opened(file) as f:
+            for name in f.keys():  # safe_open is no mapping
+                entry = f.get_slice(name)
+                shape, stored = tuple(entry.get_shape()), entry.get_dtype()
+                if name not in expected:
+                    problems[name] = "extra"
+                elif name in where:
+                    problems[name] = "in two files"
+                elif shape != expected[name]:
+                    problems[name] = f"of shape {shape}, not {expected[name]}"
+                elif stored not in DTYPES:
+                    problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
+                else:
+                    where[name] = file
+    problems |= {name: "missing" for name in shapes if name not in where and name not in problems}
+    if problems:
+        listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
+        raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
+    tensors = {}
+    for file in files:
+        with _opened(file) as f:
+            for name in f.keys():
+                tensors[name] = torch.empty(expected[name], dtype=dtype, device=device).copy_(f.get_tensor(name))
+    return tensors
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped on the host. Raises InputError, with both sizes when it is cut short."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as f:
+            yield f
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file}: not a readable safetensors file ({error}{_sizes(file)}); fetch or write it again"
+        ) from None
+
+
+def _sizes(file: Path) -> str:
+    """Of a file that cannot be read: how long it is and how long its header says it should be, "" if neither is known.
+
+    The format: eight bytes, the length of the header; the header, JSON with the offsets of each tensor; the tensors.
+    """
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(length, 100_000_000)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return f"; {file.stat().st_size} bytes of {8 + length + max(ends)}"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return ""

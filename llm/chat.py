@@ -1,0 +1,160 @@
+"""One model is asked one thing: a chat request in the words its server understands, paid for once.
+
+`Chat.ask` turns messages into a request body, looks the body up in the ledger, and only if it is not there sends it.
+The key is a hash of everything that shapes the reply: address, model, messages, temperature, seed, length limit, reply
+format. The first call to a server finds out its dialect: whether it takes a JSON schema, only "some JSON object" or no
+format at all, whether the length limit is called max_tokens or max_completion_tokens, and whether temperature and seed
+may be set (reasoning models refuse them). The dialect is kept in the ledger, because it is part of every key.
+
+Left out: streaming, tools, images, several choices.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import Refused, Unanswered
+from llm.client import Client, Endpoint
+from llm.ledger import Call, Ledger, Price, sha256_json
+
+PATH = "/chat/completions"
+FORMATS = ("json_schema", "json_object", "none")
+OVERHEAD = 256  # tokens a server's chat template may put around a message
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server wants to be asked. format: one of FORMATS. length: name of the length limit."""
+
+    format: str = FORMATS[0]
+    length: str = "max_tokens"
+    temperature: bool = True
+    seed: bool = True
+
+    def easier(self, message: str) -> "Dialect | None":
+        """The next dialect to try after a refusal with this message; None when there is none left."""
+        if "max_tokens" in message and self.length == "max_tokens":
+            return dataclasses.replace(self, length="max_completion_tokens")
+        for name in ("temperature", "seed"):
+            if name in message and getattr(self, name):
+                return dataclasses.replace(self, **{name: False})
+        later = FORMATS[FORMATS.index(self.format) + 1 :]
+        return dataclasses.replace(self, format=later[0]) if later else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: what the model wrote, "" for nothing. finish: the server's reason to end. cached: not paid for now."""
+
+    text: str
+    finish: str
+    cached: bool
+
+
+class Chat:
+    """One model in one role ("a", "b", "judge", ...).
+
+    client: None to build requests without sending any. price: None for a server that costs nothing. schema: JSON schema
+    of every reply, None for free text.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        endpoint: Endpoint,
+        client: Client | None,
+        ledger: Ledger,
+        price: Price | None,
+        schema: dict[str, Any] | None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.role, self.client, self.ledger, self.price = role, client, ledger, price
+        self.endpoint = endpoint
+        self.schema, self.max_tokens, self.temperature, self.seed = schema, max_tokens, temperature, seed
+        self.dialect, self.known = Dialect(), False
+        self._recall()
+
+    def _recall(self) -> None:
+        learnt = self.ledger.dialects.get(str(self.endpoint), {})
+        if learnt.keys() == dataclasses.asdict(Dialect()).keys():
+            self.dialect, self.known = Dialect(**learnt), True
+
+    def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """The request for these messages in the current dialect."""
+        d = self.dialect
+        body: dict[str, Any] = {"model": self.endpoint.model, "messages": messages, d.length: self.max_tokens}
+        if d.temperature:
+            body["temperature"] = self.temperature
+        if d.seed:
+            body["seed"] = self.seed
+        if self.schema is not None and d.format == "json_schema":
+            named = {"name": "reply", "strict": True, "schema": self.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        elif self.schema is not None and d.format == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        return body
+
+    def key(self, body: dict[str, Any]) -> str:
+        """Under which the reply to this request is kept."""
+        return sha256_json([self.endpoint.base_url, PATH, body])
+
+    def bounds(self, messages: list[dict[str, str]]) -> tuple[int, int]:
+        """Most tokens (prompt, completion) of a call: a token is at least one byte, of the messages or the schema."""
+        schema = len(json.dumps(self.schema).encode()) if self.schema else 0
+        return sum(len(m["content"].encode()) + OVERHEAD for m in messages) + schema, self.max_tokens
+
+    def ask(self, messages: list[dict[str, str]]) -> Answer:
+        """The model's answer, from the ledger if it is there. Raises ServiceError as client.post does."""
+        if not self.known:
+            with self.ledger.probing:  # one call finds the dialect, the others wait for it
+                self._recall()
+                if not self.known:
+                    return self._probe(messages)
+        return self._ask(messages)
+
+    def _probe(self, messages: list[dict[str, str]]) -> Answer:
+        while True:
+            try:
+                answer = self._ask(messages)
+            except (Refused, Unanswered) as error:
+                # 500: servers are known to crash on a reply format they cannot do
+                easier = self.dialect.easier(str(error)) if error.status in (400, 422, 500) else None
+                if easier is None:
+                    raise
+                self.dialect = easier
+                continue
+            self.ledger.learn(str(self.endpoint), dataclasses.asdict(self.dialect))
+            self.known = True
+            return answer
+
+    def _ask(self, messages: list[dict[str, str]]) -> Answer:
+        body = self.body(messages)
+        key = self.key(body)
+        if row := self.ledger.replies.get(key):
+            return Answer(row["content"], str(row["finish"]), cached=True)
+        facts = {"role": self.role, "endpoint": str(self.endpoint), "key": key, "prompt_sha256": sha256_json(messages)}
+        prompt_bound, completion_bound = self.bounds(messages)
+        call = Call(self.ledger, facts, self.price, prompt_bound, completion_bound)
+        assert self.client is not None, self.role
+        # For tokens a minute servers count about a quarter of the bytes, and the length limit whether used or not.
+        reply = self.client.post(PATH, body, tokens=prompt_bound // 4 + completion_bound, account=call)
+        text, finish = _content(reply)
+        call.settle(reply.get("usage"), id=str(reply.get("id", "")), content=text, finish=finish)
+        return Answer(text, finish, cached=False)
+
+
+def _content(reply: dict[str, Any]) -> tuple[str, str]:
+    """(text, finish reason) of a chat completion, ("", ...) when it holds none.
+
+    A server that splits thoughts from answers may put the answer on the wrong side: a thought that is alone counts.
+    """
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+    texts = [message.get(name) for name in ("content", "reasoning_content", "reasoning")]
+    text = next((t for t in texts if isinstance(t, str) and t.strip()), "")
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which no request can hold, becomes "?"
+    return text, str(choice.get("finish_reason"))

@@ -1,0 +1,301 @@
+"""From candidates to annotations.jsonl, with the annotator the user chose, and what that costs.
+
+  cues        phrases (annotate.py): offline, for the miniature
+  committee   language models (committee.py): everything they answer and cost goes to annotation/calls.jsonl under the
+              run's folder, both annotators' own labels to annotation/votes.jsonl, how far they agree to
+              annotation/agreement.json and, as a table, to stdout
+  FILE        a finished annotations.jsonl of someone else, with its manifest: no server and no key
+
+annotations.jsonl is the result; annotations.manifest.json beside it says which candidates it belongs to, who labelled
+them, with which prompts and at what cost, and holds the checksum. `price_table` says before anything is sent what the
+committee would cost.
+"""
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import annotate
+from common.errors import InputError
+from common.files import ROOT, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.settings import opt
+from llm import agreement, committee
+from llm.chat import Chat
+from llm.client import Client, Endpoint, Limits, parse_endpoint
+from llm.ledger import Ledger, Price, load_prices, sha256_json
+
+PROMPTS = ROOT / "prompts"
+REPLY_TOKENS = 55  # of a step in a reply, measured on the example in the prompt; reasoning models think on top
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How servers are used, and what may be spent."""
+
+    annotate_concurrency: int = opt(16, "requests in flight at once", "servers (docs/annotating.md)")
+    rpm: int = opt(0, "requests a minute to one endpoint; 0: no limit")
+    tpm: int = opt(0, "tokens a minute to one endpoint; 0: no limit")
+    request_timeout: float = opt(300.0, "longest silence of a server, seconds")
+    budget_usd: float = opt(0.0, "most that annotating this run may ever cost, US dollars; 0: no limit")
+    budget_tokens: int = opt(0, "most tokens that annotating this run may ever take; 0: no limit")
+    prices: str = opt("prices.json", "dated price list")
+
+    def check_service(self) -> None:
+        """Raises InputError at a number that cannot be meant."""
+        for name in ("annotate_concurrency", "request_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be a number above 0")
+        for name in ("rpm", "tpm", "budget_usd", "budget_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be a number from 0 up")
+
+    def clients(self, named: dict[str, Endpoint], stop: threading.Event) -> dict[str, Client]:
+        """role -> client; roles with the same endpoint share one, and with it its limits."""
+        limits = Limits(read=self.request_timeout, exchange=2 * self.request_timeout)
+        shared = {e: Client(e, self.annotate_concurrency, self.rpm, self.tpm, limits, stop) for e in named.values()}
+        return {role: shared[endpoint] for role, endpoint in named.items()}
+
+    def price_list(self, named: dict[str, Endpoint]) -> tuple[str, dict[str, Price | None]]:
+        """(date, role -> price). A server that wants no key costs nothing. Raises InputError if a budget needs one."""
+        date, known = load_prices(self.prices)
+        prices: dict[str, Price | None] = {}
+        for role, endpoint in named.items():
+            prices[role] = known.get(endpoint.model) if endpoint.key_env else None
+            if endpoint.key_env and prices[role] is None and self.budget_usd:
+                need = f"no price for {endpoint.model}, which --budget-usd needs"
+                raise InputError(f"{self.prices}: {need}; add it, or use --budget-tokens")
+        return date, prices
+
+
+@dataclass(frozen=True)
+class LabelSettings(ServiceSettings):
+    """Who labels, and how."""
+
+    annotator: str = opt("cues", "cues, committee, or a finished annotations.jsonl with its manifest", "labels (3.1.2)")
+    cues: str = opt("mini/cues.json", "cue phrases of the offline annotator")
+    annotator_noise: float = opt(0.0, "cues: share of labels replaced at random")
+    annotator_a: str = opt("", "MODEL@BASE_URL#KEY_VARIABLE; its confidences count where both agree (paper: GPT-4o)")
+    annotator_b: str = opt("", "the other annotator (paper: DeepSeek-chat); none: a alone decides")
+    adjudicator: str = opt("", "decides where a and b differ (paper: GPT-5); may be the same server as theirs")
+    annotate_temperature: float = opt(0.0, "sampling temperature of all three")
+    annotate_max_tokens: int = opt(4096, "longest reply, tokens, with the model's reasoning")
+
+
+SHAPING = ("annotator", "annotator_noise", "annotator_a", "annotator_b", "adjudicator")
+SHAPING += ("annotate_temperature", "annotate_max_tokens")  # the settings that the labels depend on, with the seed
+
+
+def inputs(cfg: LabelSettings) -> list[Path]:
+    """The files that the labels depend on, besides the candidates."""
+    if cfg.annotator == "cues":
+        return [Path(cfg.cues)]
+    if cfg.annotator == "committee":
+        return [PROMPTS / name for name in committee.FILES]
+    return [Path(cfg.annotator), manifest_path(Path(cfg.annotator))]
+
+
+def manifest_path(path: Path) -> Path:
+    """annotations.jsonl -> annotations.manifest.json"""
+    return path.with_suffix(".manifest.json")
+
+
+def check(cfg: LabelSettings) -> None:
+    """Refuse settings that cannot work. Raises InputError."""
+    for path in inputs(cfg):
+        if not path.exists():
+            names = "cues, committee, or the path of an annotations.jsonl with its .manifest.json beside it"
+            raise InputError(f"{path}: no such file; --annotator is {cfg.annotator!r}, must be {names}")
+    if cfg.annotator != "committee":
+        return
+    endpoints(cfg)
+    cfg.check_service()
+    if cfg.annotate_max_tokens <= 0 or not 0 <= cfg.annotate_temperature < math.inf:
+        raise InputError("--annotate-max-tokens must be above 0 and --annotate-temperature not below 0")
+    cfg.price_list(endpoints(cfg))
+    committee.Prompts.load(PROMPTS)
+
+
+def endpoints(cfg: LabelSettings) -> dict[str, Endpoint]:
+    """role -> endpoint: a alone, or a, b and judge. Raises InputError."""
+    if not cfg.annotator_a:
+        example = "gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY"
+        raise InputError(
+            f"--annotator committee needs --annotator-a MODEL@BASE_URL#KEY_VARIABLE, for example {example}"
+        )
+    if bool(cfg.annotator_b) != bool(cfg.adjudicator):
+        missing = "--adjudicator" if cfg.annotator_b else "--annotator-b"
+        raise InputError(
+            f"{missing} is not set: give both it and its partner, or neither to let annotator a decide alone"
+        )
+    named = {"a": cfg.annotator_a, "b": cfg.annotator_b, "judge": cfg.adjudicator}
+    return {role: parse_endpoint(text) for role, text in named.items() if text}
+
+
+def _chats(cfg: LabelSettings, seed: int, ledger: Ledger, clients: dict[str, Client]) -> dict[str, Chat]:
+    """role -> chat. Every role has its own seed, so that one server in two roles gives two opinions."""
+    _, prices = cfg.price_list(endpoints(cfg))
+    schema = committee.reply_schema()
+    return {
+        role: Chat(
+            role,
+            endpoint,
+            clients.get(role),
+            ledger,
+            prices[role],
+            schema,
+            cfg.annotate_max_tokens,
+            cfg.annotate_temperature,
+            seed + number,
+        )
+        for number, (role, endpoint) in enumerate(endpoints(cfg).items())
+    }
+
+
+def label(
+    rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write annotations.jsonl and its manifest under `out`; returns the tally.
+
+    rows: candidates with id, question, answers, completion, spans. progress is called with 1 for every call done.
+    Raises InputError, and ServiceError when a server, a key or the budget ends the run: what was answered is kept.
+    """
+    about: dict[str, Any] = {"annotator": cfg.annotator}
+    if cfg.annotator == "cues":
+        annotator = annotate.CueAnnotator(annotate.read_cues(cfg.cues), noise=cfg.annotator_noise, seed=seed)
+        records, tally = annotate.annotate(rows, annotator)
+    elif cfg.annotator == "committee":
+        records, tally, more = _label_with_committee(rows, cfg, out, seed, progress)
+        about |= more
+    else:
+        records, tally, about = _take_over(rows, Path(cfg.annotator))
+    path = out / "annotations.jsonl"
+    write_jsonl(path, records)
+    manifest = {"sha256": sha256_file(path), "candidates_sha256": fingerprint(rows), "made": about}
+    manifest["tally"] = annotate.tally_of(records, sum(len(row["spans"]) for row in rows))
+    write_json(manifest_path(path), manifest)
+    return tally
+
+
+def fingerprint(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of what is labelled: ids, questions and segments."""
+    segments = ([row["completion"][c0:c1] for c0, c1 in row["spans"]] for row in rows)
+    return sha256_json([[row["id"], row["question"], s] for row, s in zip(rows, segments, strict=True)])
+
+
+def _take_over(rows: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, Any]]:
+    """Records of a finished file. Raises InputError unless it is whole and belongs to these candidates."""
+    manifest = read_json(manifest_path(path))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("made"), dict):
+        raise InputError(f"{manifest_path(path)}: not a manifest of annotations; get the two files together again")
+    if manifest.get("sha256") != sha256_file(path):
+        raise InputError(f"{path}: its checksum is not that of its manifest; get the two files together again")
+    if manifest.get("candidates_sha256") != fingerprint(rows):
+        raise InputError(f"{path}: made from other candidates; use the candidates.jsonl that came with it")
+    records = read_jsonl(path, ("id", "steps"))
+    spans = {row["id"]: row["spans"] for row in rows}
+    for record in records:
+        annotate.validate(record, len(spans.get(record["id"], [])), f"{path}: {record['id']}")
+    return records, annotate.tally_of(records, sum(map(len, spans.values()))), manifest["made"]
+
+
+def _label_with_committee(
+    rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int, progress: Callable[[int], None]
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """(records, tally, what the manifest says about the making)."""
+    stop = threading.Event()
+    clients = cfg.clients(endpoints(cfg), stop)
+    folder = out / "annotation"
+    with Ledger(folder / "calls.jsonl", cfg.budget_usd, cfg.budget_tokens, stop) as ledger:
+        before = len(ledger.replies)
+        chats = _chats(cfg, seed, ledger, clients)
+        panel = committee.Committee(chats["a"], chats.get("b"), chats.get("judge"), committee.Prompts.load(PROMPTS))
+        panel.add(rows)
+        panel.prepare(cfg.annotate_concurrency, stop, progress)
+        cost = {"usd": round(ledger.usd, 6), "tokens": ledger.tokens}
+        new_calls = len(ledger.replies) - before
+        dialects = {role: dataclasses.asdict(chat.dialect) for role, chat in chats.items()}
+    records, tally = annotate.annotate(rows, panel)
+    _write_agreement(list(panel.traces.values()), folder)
+    about = {role: str(endpoint) for role, endpoint in endpoints(cfg).items()} | {"annotator": "committee"}
+    about |= {"prompts": {name: sha256_file(PROMPTS / name) for name in committee.FILES}, "dialects": dialects}
+    about |= {"temperature": cfg.annotate_temperature, "seed": seed, "cost": cost}
+    return records, tally | dict(sorted(panel.outcomes.items())) | cost | {"new_calls": new_calls}, about
+
+
+def _write_agreement(traces: list[committee.Trace], folder: Path) -> None:
+    """votes.jsonl, and with two annotators agreement.json and its table, without traces that one could not label."""
+    write_jsonl(
+        folder / "votes.jsonl",
+        (
+            {"id": t.id} | {role: s and [step.as_json() for step in s] for role, s in sorted(t.votes.items())}
+            for t in traces
+        ),
+    )
+    both = [t for t in traces if t.votes.get("a") is not None and t.votes.get("b") is not None]
+    if not both:
+        return
+    votes = {"a": [t.votes["a"] for t in both], "b": [t.votes["b"] for t in both], "final": [t.steps for t in both]}
+    result = agreement.report(votes)
+    write_json(folder / "agreement.json", result)
+    print(agreement.table(result))
+
+
+# ---------- before anything is sent
+
+
+def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> str:
+    """What the committee would cost, as text: calls, tokens and price per role, estimated and at worst.
+
+    Estimated: four bytes of prompt are a token, a reply takes REPLY_TOKENS for every segment, every trace goes to the
+    adjudicator, and no reply has to be asked for again. At worst: every byte is a token, and every reply is as long as
+    --annotate-max-tokens allows (what the budget sets aside for a call).
+    """
+    if cfg.annotator != "committee":
+        return f"--annotator {cfg.annotator}: no calls, no cost"
+    date, _ = cfg.price_list(endpoints(cfg))
+    prompts = committee.Prompts.load(PROMPTS)
+    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
+    head += f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"
+    lines, total, worst_total = [head], 0.0, 0.0
+    with Ledger(out / "annotation" / "calls.jsonl") as ledger:
+        chats = _chats(cfg, seed, ledger, {})
+        panel = committee.Committee(chats["a"], chats.get("b"), chats.get("judge"), prompts)
+        panel.add(rows)
+        for role, chat in chats.items():
+            answered = prompt = reply = 0
+            usd = worst = 0.0
+            for trace in panel.traces.values():
+                messages = _guess(prompts, trace) if role == "judge" else prompts.first(trace)
+                if chat.key(chat.body(messages)) in ledger.replies:
+                    answered += 1
+                    continue
+                size = sum(len(m["content"].encode()) for m in messages) // 4
+                length = REPLY_TOKENS * len(trace.segments)
+                prompt, reply = prompt + size, reply + length
+                if chat.price:
+                    usd += chat.price.usd(size, length)
+                    worst += chat.price.usd(*chat.bounds(messages))
+            lines.append(_price_line(role, chat, len(panel.traces) - answered, answered, prompt, reply, usd, worst))
+            total, worst_total = total + usd, worst_total + worst
+        lines.append(f"{'sum':<83}{total:>10.4f}{worst_total:>11.4f}")
+        lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {ledger.left()}; nothing was sent")
+    return "\n".join(lines)
+
+
+def _price_line(
+    role: str, chat: Chat, calls: int, answered: int, prompt: int, reply: int, usd: float, worst: float
+) -> str:
+    free = "free" if not chat.endpoint.key_env else "no price"
+    money = f"{usd:>10.4f}{worst:>11.4f}" if chat.price else f"{free:>10}{free:>11}"
+    return f"{role:<8}{chat.endpoint.model:<32}{calls:>8,}{answered:>10,}{prompt:>13,}{reply:>12,}{money}"
+
+
+def _guess(prompts: committee.Prompts, trace: committee.Trace) -> list[dict[str, str]]:
+    """The adjudicator's prompt if every segment is open and each annotator proposes one label for it."""
+    step = [annotate.Step(unit, ("retrieval",), (8.0,), "") for unit in trace.each_segment()]
+    guessed = dataclasses.replace(trace, votes={"a": step, "b": step})
+    return prompts.second_opinion(guessed, trace.each_segment())

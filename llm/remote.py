@@ -1,0 +1,152 @@
+"""Sampling by a running engine: completions from an OpenAI-compatible server (vLLM, SGLang, llama.cpp).
+
+The prompt goes out as the token ids our template and tokenizer made, so the server adds and renders nothing. vLLM sends
+the ids it sampled back (`return_token_ids`), and those are kept; a server that answers with text only has its text
+encoded again, which may split a word differently than it was sampled: such completions are counted and said.
+
+Left out: starting a server. A finished adapter is asked for by the name under which the server serves it.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import ServiceError
+from common.ranks import Ranks
+from llm.client import Client, Endpoint, Limits, in_threads
+from sample import Completion, Sampling
+
+PATH = "/completions"
+ADAPTER = "policy"  # what a server is told to call adapters under training, with a version behind it
+# A server that samples is silent until a completion is finished.
+PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
+
+
+def generate(
+    client: Client,
+    encode: Callable[[str], list[int]],
+    prompts: list[list[int]],
+    seeds: list[int],
+    *,
+    max_new: int | list[int],
+    stop_ids: set[int],
+    end_id: int,
+    sampling: Sampling,
+    finished: Callable[[int, Completion], object],
+) -> int:
+    """Complete every prompt (token ids) and hand each completion to `finished(index, completion)` as it comes.
+
+    encode: text to ids without special tokens added, for servers that send no ids. end_id: the token that stands for
+    "the model stopped" when the server does not say which one it was. Returns how many completions were encoded again.
+    Raises ServiceError when the server refuses, fails for good or answers with something else than a completion.
+    """
+    sampling.check()
+    limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new
+    assert len(prompts) == len(seeds) == len(limits), (len(prompts), len(seeds), len(limits))
+    jobs = list(enumerate(zip(prompts, seeds, limits, strict=True)))
+
+    def work(job: tuple[int, tuple[list[int], int, int]]) -> tuple[Completion, bool]:
+        _, (prompt, seed, limit) = job
+        body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling)
+        reply = client.post(PATH, body, tokens=len(prompt) + limit)
+        return completion(reply, encode, stop_ids, end_id, str(client.endpoint))
+
+    encoded = 0
+    for (index, _), (done, again) in in_threads(work, jobs, client.gate.most, client.stop):
+        encoded += again
+        finished(index, done)
+    return encoded
+
+
+def request(
+    model: str, prompt: list[int], seed: int, max_new: int, stop_ids: set[int], sampling: Sampling
+) -> dict[str, Any]:
+    """The body of one request. Fields beyond OpenAI's own (top_k and what follows) are vLLM's and SGLang's."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_new,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "top_k": sampling.top_k or -1,  # -1 is off, in both
+        "min_p": sampling.min_p,
+        "stop_token_ids": sorted(stop_ids),
+        "skip_special_tokens": False,  # else </think> may be missing from the text
+        "return_token_ids": True,
+    }
+
+
+def completion(
+    reply: dict[str, Any], encode: Callable[[str], list[int]], stop_ids: set[int], end_id: int, where: str
+) -> tuple[Completion, bool]:
+    """The Completion in a reply of /completions, and whether its text had to be encoded. Raises ServiceError."""
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    finish, text, ids = (choice.get(name) for name in ("finish_reason", "text", "token_ids"))
+    if finish not in ("stop", "length"):
+        raise ServiceError(f"{where}: a completion ended with finish_reason {finish!r}, not stop or length; look there")
+    if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
+        again = False
+    elif isinstance(text, str):
+        ids, again = encode(text), True
+    else:
+        raise ServiceError(f"{where}: a completion holds neither token_ids nor text; is it a completions server?")
+    if finish == "stop" and (not ids or ids[-1] not in stop_ids):
+        reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token
+        ids = [*ids, reason if reason in stop_ids else end_id]
+    return Completion(ids, finish), again
+
+
+class Served:
+    """A vLLM server that samples from an adapter under training: each `publish` gives it the newest one.
+
+    The server runs with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and reads adapters from the same disk.
+    """
+
+    def __init__(self, base: Endpoint, concurrency: int, folder: Path, encode: Callable[[str], list[int]]) -> None:
+        """base: the server and what it calls the base model. folder: where adapters are left for it to read."""
+        self.base, self.concurrency, self.folder, self.encode = base, concurrency, folder.resolve(), encode
+        self.name = base.model  # of the adapter that is served now
+
+    def client(self) -> Client:
+        """A client that asks for the newest adapter."""
+        return Client(dataclasses.replace(self.base, model=self.name), self.concurrency, limits=PATIENCE)
+
+    def publish(self, save: Callable[[Path], object], version: str, ranks: Ranks) -> None:
+        """Let the server load what save(folder) writes, and forget the adapter before it. All ranks together.
+
+        Raises ServiceError when the server refuses.
+        """
+        before, client = self.name, self.client()
+        self.name = f"{ADAPTER}-{version}"
+        if self.name == before:
+            return
+        if ranks.rank == 0:
+            path = self.folder / self.name
+            save(path)
+            client.post("/load_lora_adapter", {"lora_name": self.name, "lora_path": str(path)}, words=True)
+            if before != self.base.model:
+                client.post("/unload_lora_adapter", {"lora_name": before}, words=True)
+                shutil.rmtree(self.folder / before)
+        ranks.wait()
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        limits: list[int],
+        progress: Callable[[int], object],
+        **how: Any,
+    ) -> list[Completion]:
+        """What sample.generate does, by the server; `how` is passed on to `generate`."""
+        done: dict[int, Completion] = {}
+
+        def finished(index: int, completion: Completion) -> None:
+            done[index] = completion
+            progress(len(completion.ids))
+
+        generate(self.client(), self.encode, prompts, seeds, max_new=limits, finished=finished, **how)
+        return [done[k] for k in range(len(prompts))]

@@ -1,0 +1,147 @@
+"""Figures of sampled solutions and of what was foreseen about them: Pass@k, calibration, the gate, Shapley R^2.
+
+A row is one problem in one evaluation, as masa.py writes it to evals.jsonl:
+    {step, set, id, n, correct, lengths, correct_lengths, at_limit}, and with metas
+    {metas, parsed, meta_tokens, p_hats, l_hats, r_length, r_difficulty, r_notion, gated, cut_at}.
+Everything here is computed from such rows alone, so it can be done again without a model.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError
+
+
+def pass_at(k: int, n: int, c: int) -> float:
+    """The chance that one of k samples is right when c of n were: 1 - C(n - c, k) / C(n, k), unbiased."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of one evaluation: Pass@k with the standard error over problems, and how good the foresight is."""
+    n = min(row["n"] for row in rows)
+    out: dict[str, Any] = {"problems": len(rows), "samples": n}
+    for k in sorted({1, *(k for k in (8, 32) if k <= n)}):
+        values = [pass_at(k, row["n"], row["correct"]) for row in rows]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        out[f"pass@{k}"] = {"mean": statistics.fmean(values), "se": error}
+    out["solution_length"] = statistics.fmean(length for row in rows for length in row["lengths"])
+    out["at_limit"] = sum(row["at_limit"] for row in rows) / sum(row["n"] for row in rows)
+    if not all(row.get("metas") for row in rows):
+        return out
+    p = {row["id"]: row["correct"] / row["n"] for row in rows}
+    errors = [abs(p_hat - p[row["id"]]) for row in rows for p_hat in row["p_hats"]]
+    out["parsed"] = sum(row["parsed"] for row in rows) / sum(row["metas"] for row in rows)
+    out["error"] = statistics.fmean(errors) if errors else None  # mean |p_hat - p|
+    middle = statistics.median(p.values())  # the best guess for all problems alike
+    out["error_of_constant"] = statistics.fmean(abs(middle - x) for x in p.values())
+    for name in ("r_length", "r_difficulty", "r_notion"):
+        out[name] = statistics.fmean(row[name] for row in rows)
+    out["r_meta"] = statistics.fmean(out[name] for name in ("r_length", "r_difficulty", "r_notion"))
+    return out | {"gate": gate_figures(rows)}
+
+
+def gate_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Would the gate be right? Against problems whose fresh solutions are all right or all wrong."""
+    gated = [row["gated"] for row in rows]
+    flat = [row["correct"] in (0, row["n"]) for row in rows]
+    both = sum(a and b for a, b in zip(gated, flat, strict=True))
+    share = lambda a, b: a / b if b else None  # noqa: E731
+    return {
+        "gated": sum(gated) / len(rows),
+        "flat": sum(flat) / len(rows),
+        "precision": share(both, sum(gated)),
+        "recall": share(both, sum(flat)),
+    }
+
+
+def shapley_r2(features: Mapping[str, Sequence[float]], target: Sequence[float]) -> dict[str, float]:
+    """Each feature's share of the R^2 of a linear model: its mean gain over all orders of entry. They sum to R^2.
+
+    features: name -> n values; target: n values, not all equal. Appendix of the paper (also called LMG).
+    """
+    names, y = list(features), np.asarray(target, dtype=float)
+    total = float(((y - y.mean()) ** 2).sum())
+    if total == 0 or len(y) < 2:
+        raise InputError("the accuracy never changed between evaluations, so nothing explains it; train longer")
+
+    def r2(chosen: tuple[str, ...]) -> float:
+        X = np.column_stack([np.ones(len(y)), *(np.asarray(features[name], dtype=float) for name in chosen)])
+        rest = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
+        return 1 - float(rest @ rest) / total
+
+    k, gains = len(names), dict.fromkeys(names, 0.0)
+    for name in names:
+        others = [other for other in names if other != name]
+        for size in range(k):
+            weight = math.factorial(size) * math.factorial(k - size - 1) / math.factorial(k)
+            for subset in combinations(others, size):
+                gains[name] += weight * (r2((*subset, name)) - r2(subset))
+    return gains
+
+
+def shapley_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What explains the change of a problem's accuracy from one evaluation to the next: shapley_r2 of four changes."""
+    steps = sorted({row["step"] for row in rows})
+    table = {(row["step"], row["set"], row["id"]): row for row in rows}
+    names = ("r_difficulty", "r_length", "r_notion")
+    features: dict[str, list[float]] = {name: [] for name in (*names, "step")}
+    target = []
+    for before, after in zip(steps, steps[1:], strict=False):
+        for (step, *where), row in table.items():
+            later = table.get((after, *where))
+            if step == before and later is not None and row.get("metas") and later.get("metas"):
+                target.append(later["correct"] / later["n"] - row["correct"] / row["n"])
+                for name in names:
+                    features[name].append(later[name] - row[name])
+                features["step"].append(after - before)
+    if not target:
+        raise InputError("no problem was evaluated twice with metas; train with --eval-every and --eval-metas")
+    return shapley_r2(features, target)
+
+
+def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Evaluations {set: {step: summary}} as aligned text, shares in percent."""
+    columns = (
+        "set",
+        "step",
+        "problems",
+        "Pass@1",
+        "+-",
+        "Pass@n",
+        "|p_hat-p|",
+        "constant",
+        "r_meta",
+        "parsed",
+        "gated",
+    )
+    lines = [columns]
+    for name, steps in results.items():
+        for step, x in steps.items():
+            best = max((k for k in x if k.startswith("pass@")), key=lambda k: int(k[5:]))
+            gated = x["gate"]["gated"] if "gate" in x else None
+            shares = [
+                x["pass@1"]["mean"],
+                x["pass@1"]["se"],
+                x[best]["mean"],
+                x.get("error"),
+                x.get("error_of_constant"),
+            ]
+            shares += [x.get("r_meta"), x.get("parsed"), gated]
+            cells = ["" if v is None else f"{100 * v:.1f}" for v in shares]
+            lines.append((name, str(step), str(x["problems"]), *cells))
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{set: {step: summary}} of the rows of an evals.jsonl."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["set"], {}).setdefault(str(row["step"]), []).append(row)
+    return {name: {step: summary(part) for step, part in steps.items()} for name, steps in found.items()}

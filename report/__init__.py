@@ -1,0 +1,1 @@
+"""What people look at: analyses, figures, tables and the HTML page of a run."""

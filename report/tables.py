@@ -1,0 +1,281 @@
+"""Results as tables: ours beside the paper's, for the page of a run and for the README.
+
+  python tables.py runs/qwen3-8b/results.json            Markdown: Table 2 for this backbone, ours beside the paper's
+  python tables.py --backbone Qwen3-8B [RESULTS ...]     the same for a named backbone; several files fill one table
+
+Ours come with their interval, k/N, command, commit and hardware; what no run has measured says "not run". Left out:
+anything that is computed (eval.py, analysis.py, judge.py, veriscore.py) or drawn (charts.py, report.py).
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from common.errors import InputError
+from common.files import ROOT, read_json
+from report.charts import outcome_rows, percent, strata_rows
+from report.figures import number
+
+PAPER = ROOT / "docs" / "results" / "paper.json"
+SETS = {  # ours -> (heading, the paper's two columns); "nq" is a short name in use
+    "nq_open": ("NQ-Open", "Acc / Mis"),
+    "sciq": ("SciQ", "Acc / Mis"),
+    "simpleqa": ("SimpleQA", "Acc / Mis"),
+    "truthfulqa": ("TruthfulQA", "true / informative"),
+    "longfact": ("LongFact", "F1@K / claims"),
+}
+SHORT = {"nq": "nq_open"}
+SETTINGS = {
+    "thinkoff": "ThinkOff",
+    "thinkon": "ThinkOn",
+    "refine": "Self-Refine",
+    "sft": "SFT",
+    "kto": "KTO",
+    "mralign": "MR-ALIGN",
+    "shuffled": "MR-ALIGN, weights shuffled",
+    "thinkon+ret": "ThinkOn + Ret",
+    "mralign+ret": "MR-ALIGN + Ret",
+}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A list of dicts as a Markdown table, columns in order of first use; "" for none."""
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = ("–" if row.get(name) is None else str(row[name]).replace("|", "\\|") for name in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------- beside the paper
+
+
+def backbone_of(model: str, known: Iterable[str]) -> str | None:
+    """The paper's backbone that a model's path or Hub id names, None for another one."""
+    name = re.sub(r"[^a-z0-9.]+", "-", model.lower())
+    found = [b for b in known if re.search(rf"(?:^|-){re.escape(b.lower())}(?:$|-(?!base))", name)]
+    return max(found, key=len) if found else None
+
+
+def paper_cell(values: Sequence[float | None] | None) -> str:
+    """The paper's two figures of a cell."""
+    if not values:
+        return "–"
+    return " / ".join("–" if v is None else f"{v:.2f}" for v in values)
+
+
+def our_cell(results: Sequence[Mapping[str, Any]], name: str, setting: str) -> str:
+    """Our figures of a cell, from the first of several runs that has them; "not run" when none has."""
+    for result in results:
+        for own, of in result["scores"].items():
+            if SHORT.get(own, own) == name and setting in of["metrics"]:
+                m = of["metrics"][setting]
+                mis = "–" if m["mis"] is None else f"{percent(m['mis']['share'])} ({m['mis']['k']})"
+                low, high = percent(m["acc"]["low"]), percent(m["acc"]["high"])
+                return f"{percent(m['acc']['share'])} [{low}, {high}] ({m['acc']['k']}/{m['n']}) / {mis}"
+        for own, of in result["judge"]["sets"].items():
+            if SHORT.get(own, own) == name and setting in of:
+                return judged_cell(of[setting])
+    return "not run"
+
+
+def judged_cell(summary: Mapping[str, Any]) -> str:
+    """Figures of a judged cell: truthful / informative, or F1@K with its K / claims."""
+    if "claims" in summary:
+        f1 = "–" if summary["f1"] is None else f"{percent(summary['f1'])} (K = {summary['k']})"
+        return f"{f1} / {summary['claims']:.1f}"
+    if "truthful" not in summary:
+        return "–"
+    both = (summary["truthful"], summary["informative"])
+    return " / ".join(f"{percent(s['share'])} ({s['k']}/{s['n']})" for s in both)
+
+
+def beside_paper(results: Sequence[Mapping[str, Any]], backbone: str) -> list[dict[str, str]]:
+    """Table 2 for one backbone: a row for each setting, for each set ours and the paper's."""
+    theirs = read_json(PAPER)["backbones"][backbone]
+    rows = []
+    for setting, label in SETTINGS.items():
+        row = {"": label}
+        for name, (heading, columns) in SETS.items():
+            row[f"{heading}, {columns}: ours"] = our_cell(results, name, setting)
+            row[f"{heading}, paper"] = paper_cell(theirs.get(setting, {}).get(name))
+        rows.append(row)
+    return rows
+
+
+def receipt_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which command, commit, seed and hardware gave our figures."""
+    lines = []
+    for result in results:
+        r = result["receipt"]
+        about = f"`{r['command']}`, commit {r['commit']}, seed {r['seed']}, {r['device']}, {r['versions']}"
+        judged = f", judge {result['judge']['judge']}" if result["judge"]["sets"] else ""
+        lines.append(f"- {about}{judged}; {r['decoding']}")
+    return lines
+
+
+# ---------- the page of a run
+
+
+def score_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`eval.metrics` of several settings as rows; percent, 95 % intervals in brackets."""
+    rows = []
+    for setting, m in metrics.items():
+        acc, mis, draws = m["acc"], m["mis"], m["draws"]["acc"]
+        row = {"setting": SETTINGS.get(setting, setting), "Acc (95 %)": interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
+        row |= {"Mis (95 %)": interval(mis) if mis else None, "Mis k/n": f"{mis['k']}/{m['n']}" if mis else None}
+        if len(draws["all"]) > 1:
+            row["Acc over draws"] = f"{percent(draws['mean'])} ± {percent(draws['sd'])}"
+        for name, field in (
+            ("EM_a equal", "em_answer_exact"),
+            ("EM_a contains", "em_answer_contains"),
+            ("EM_t", "em_thought_contains"),
+            ("EM_t words", "em_thought_word"),
+            ("truncated", "truncated"),
+        ):
+            row[name] = percent(m[field]["share"]) if m[field] else None
+        rows.append(row)
+    return rows
+
+
+def form_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How the completions look: shares in percent that add up to 100, length of thoughts, golds that cannot count."""
+    rows = []
+    for setting, m in metrics.items():
+        row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
+        row |= {form: percent(m[form]["share"]) for form in ("ok", "truncated", "empty", "malformed")}
+        for name, field in (("thinking tokens, median", "think_tokens_median"), ("mean", "think_tokens_mean")):
+            row[name] = None if m[field] is None else f"{m[field]:.0f}"
+        row["gold in the question"] = str(m["gold_in_question"]["k"])
+        rows.append(row | {"golds that never match": str(m["empty_golds"])})
+    return rows
+
+
+def interval(share: Mapping[str, float]) -> str:
+    """A share in percent with its interval."""
+    return f"{percent(share['share'])} [{percent(share['low'])}, {percent(share['high'])}]"
+
+
+def quadrant_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The 2x2 table of (gold in the thought, answer is a gold) of every setting with thinking on."""
+    names = {
+        "thought_and_answer": "both (Acc)",
+        "thought_only": "thought only (Mis)",
+        "answer_only": "answer only (Mis)",
+        "neither": "neither",
+    }
+    return [
+        {"setting": SETTINGS.get(s, s)} | {names[k]: str(n) for k, n in m["table"].items()}
+        for s, m in metrics.items()
+        if m["table"]
+    ]
+
+
+def difference_rows(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Paired differences in points, with bootstrap intervals and McNemar's p where it applies."""
+    rows = []
+    for pair, of in differences.items():
+        row: dict[str, Any] = {"paired difference, points": pair}
+        for metric, d in of.items():
+            shown = [number(100 * d[key], 1, True) for key in ("difference", "low", "high")]
+            row[metric.capitalize()] = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+            if d["p"] is not None:
+                row[f"{metric.capitalize()}, McNemar p"] = f"{d['p']:.2g}"
+        rows.append(row)
+    return rows
+
+
+def judge_rows(of: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Summaries of `judge.summary` or `veriscore.summary` by setting as rows."""
+    rows = []
+    for setting, s in of.items():
+        row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
+        if "claims" in s:
+            f1 = None if s["f1"] is None else f"{percent(s['f1'])} [{percent(s['low'])}, {percent(s['high'])}]"
+            row |= {f"F1@{s['k']} (95 %)": f1 or "no evidence: claims only", "claims an answer": f"{s['claims']:.1f}"}
+            row |= {"supported": None if s["precision"] is None else f"{percent(s['precision'])} %"}
+            row |= {"answers without claims": f"{s['abstained']}/{s['answers']}"}
+        elif s["kind"] == "truthful":
+            row |= {n: interval(s[n]) if n in s else None for n in ("truthful", "informative", "both")}
+        else:
+            grades = ("correct", "incorrect", "not_attempted")
+            row |= {n.replace("_", " "): interval(s[n]) if n in s else None for n in grades}
+            row |= {"correct given attempted": percent(s.get("correct_given_attempted")), "F1": percent(s.get("f1"))}
+        row["grader errors"] = str(s["errors"])
+        if "again" in s:
+            row["agrees with itself"] = f"{s['again']['same']}/{s['again']['n']}"
+        rows.append(row)
+    return rows
+
+
+def change_rows(change: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The moves of Fig. 4 as rows, points of probability."""
+    return [
+        {"": way, "move": f"{m['from']} → {m['to']}".replace("_", " "), "change": number(100 * m["delta"], 1, True)}
+        | {"95 %": f"[{number(100 * m['low'], 1, True)}, {number(100 * m['high'], 1, True)}]"}
+        for way, key in (("likelier", "up"), ("less likely", "down"))
+        for m in change[key]
+    ]
+
+
+def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
+    """heading -> rows for the page of a run."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    backbone = backbone_of(results["receipt"]["model"], read_json(PAPER)["backbones"])
+    if backbone:
+        out[f"Table 2 for {backbone}: ours beside the paper's"] = beside_paper([results], backbone)
+    for name, of in results["scores"].items():
+        out[f"Results on {name}"] = score_rows(of["metrics"])
+        out[f"Differences on {name}"] = difference_rows(of["differences"])
+        out[f"Thought and answer on {name}"] = quadrant_rows(of["metrics"])
+        out[f"Form of the completions on {name}"] = form_rows(of["metrics"])
+    judged = results["judge"]
+    for name, of in judged["sets"].items():
+        out[f"{name}, judged by {judged['judge']}"] = judge_rows(of)
+    if judged["sets"]:
+        a = judged["abstentions"]
+        words = {"n": a["n"], "truthful": a["truthful"], "uninformative": a["uninformative"], "errors": a["errors"]}
+        out["What the judge makes of 20 abstentions"] = [{k: str(v) for k, v in words.items()}]
+    for name, of in analysed["strata"].items():
+        out[f"Gain by stratum on {name}"] = strata_rows(of)
+    for name, of in analysed["change"].items():
+        out[f"Moves that {method} changed most on {name}"] = change_rows(of[method])
+    for name, of in analysed["outcomes"].items():
+        for setting in ("thinkon", method):
+            out[f"Labels and outcomes on {name}, {setting}"] = outcome_rows(of[setting], "labels")
+            out[f"Commonest moves and outcomes on {name}, {setting}"] = outcome_rows(of[setting], "moves")
+    out["Step weights by class, shares of tokens"] = analysed["weights"]
+    widths = analysed["intervals"]
+    names = [name for name in widths if name != "n_boot"]
+    row = {name: f"{widths[name]['mean_width']:.3f}" for name in names}
+    out[f"Mean width of the 95 % intervals, {widths['n_boot']} resamples of traces"] = [row]
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 3 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="results.json of runs of one backbone")
+    parser.add_argument("--backbone", default="", help="a backbone of the paper [from the run's model]")
+    given = parser.parse_args(argv)
+    try:
+        known = read_json(PAPER)["backbones"]
+        results = [read_json(path) for path in given.results]
+        backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], known) if results else None)
+        if backbone not in known:
+            raise InputError(f"--backbone {backbone!r} is not one of {', '.join(known)}")
+        print(markdown(beside_paper(results, backbone)))
+        print("\n".join(["", *receipt_lines(results)]) if results else "")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

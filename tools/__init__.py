@@ -1,0 +1,1 @@
+"""Commands beside the pipeline: data sets, export, other trainers' formats, sweeps, benchmarks."""
