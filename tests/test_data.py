@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import data
-from common import files, template
+from common import files
+from common import template as template_module
 from common.errors import InputError
 from common.template import TAGS, ChatTemplate, fill, load_prompt, opens_thought
 from common.tokens import BYTE_OF_CHAR, encode, load_tokenizer, token_offsets
@@ -138,7 +139,7 @@ def test_no_soup_of_tags_breaks_the_parser_and_thoughts_never_leak_into_answers(
 
 
 def test_doctests():
-    results = [doctest.testmod(module) for module in (data, template)]
+    results = [doctest.testmod(module) for module in (data, template_module)]
     assert all(r.failed == 0 for r in results) and sum(r.attempted for r in results) >= 3
 
 
