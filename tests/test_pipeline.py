@@ -203,6 +203,28 @@ def test_a_damaged_result_is_never_used(run, slices, tmp_path):
     assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
 
 
+def test_another_runs_draws_are_taken_over(run, slices, tmp_path):
+    done = command_line(*flags(slices, tmp_path / "same"), "--reuse-from", run, "sample", "eval")
+    assert done.returncode == 0 and said(done, "taken over from") == [
+        s for s in STAGES if s == "sample" or s.startswith("eval t")
+    ]
+    rows = read_jsonl(run / "samples.jsonl")
+    assert read_jsonl(tmp_path / "same/samples.jsonl") == rows
+    some = tmp_path / "some.jsonl"  # fewer questions, and a changed one, which has to be drawn
+    questions = read_jsonl(slices["questions"])[:12]
+    questions[3] |= {"question": "What is the capital of Austria?"}
+    write_jsonl(some, questions)
+    done = command_line(*flags(slices, tmp_path / "fewer"), "--questions", some, "--reuse-from", run, "sample")
+    kept = {q["id"] for q in questions} - {questions[3]["id"]}
+    got = read_jsonl(tmp_path / "fewer/samples.jsonl")
+    assert [r for r in got if r["id"] in kept] == [r for r in rows if r["id"] in kept]
+    assert sum(r["id"] == questions[3]["id"] for r in got) == 6 and "draws: 66 of 72 lent" in done.stderr
+    done = command_line(
+        *flags(slices, tmp_path / "warmer"), "--draw-temperature", 0.3, "--reuse-from", run, "candidates"
+    )
+    assert done.returncode == 3  # nothing was drawn at that temperature, so nothing was lent
+
+
 def test_two_runs_do_not_write_to_one_folder(run, slices):
     hold = "import sys; from pathlib import Path; from common.ranks import process_group\n"
     hold += "from pipeline.reuse import only_writer\n"
