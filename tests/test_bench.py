@@ -86,10 +86,10 @@ def test_a_process_that_fails_is_an_error_with_its_words(tmp_path):
 def test_a_table_shows_three_digits_and_the_spread():
     rows = [{"a": "x", "b": 1234.5}, {"a": None, "c": {"median": 0.01234, "low": 0.01, "high": 2.0}}]
     assert measure.markdown(rows).splitlines() == [
-        "| a | b | c |",
-        "| --- | --- | --- |",
-        "| x | 1,234 |  |",
-        "| - |  | 0.0123 (0.01..2) |",
+        "| a   |     b |                c |",
+        "| --- | ----: | ---------------: |",
+        "| x   | 1,234 |                  |",
+        "| -   |       | 0.0123 (0.01..2) |",
     ]
 
 
