@@ -28,6 +28,7 @@ import torch
 import annotate
 import data
 import em
+import lora
 import sample
 import train
 from common import benchmarks, hub
@@ -170,7 +171,9 @@ def stages(run: Run) -> list[Stage]:
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:
-        work, made = functools.partial(train_method, method=method), {f"adapter of {method}": run.adapter(method)}
+        work = functools.partial(train_method, method=method)
+        left = (lora.WEIGHTS, lora.CONFIG, "metrics.jsonl")
+        made = {f"{method}/{name}": out / method / name for name in left}
         before.append(Stage(f"train {method}", work, training, model | rows, made, everyone=True, dear=True))
     measured = [*before, *evaluation.stages(run, model, transitions | rows)]
     receipts = {stage.name: stage.receipt(out) for stage in measured}

@@ -27,6 +27,7 @@ class WhereSettings:
     out: str = opt("runs/default", "directory for everything the run writes")
     method: str = opt("mralign", f"one or several with commas of {', '.join(METHODS)}")
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
+    reuse_from: str = opt("", "folder of another run: what it drew with the same settings and inputs is taken over")
     redo: str = opt("", "stages to do again although their result is there, comma-separated")
     prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
     system: str = opt(

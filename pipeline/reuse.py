@@ -8,6 +8,8 @@ it made and of its code. The next run compares:
   code only                 done again if it takes seconds; kept, and said so, if it costs hours or money (`Stage.dear`)
   an output damaged         done again if it takes seconds; refused with the remedy if it is dear
   --redo STAGE              done again
+  --reuse-from RUN          what that run made with the same settings and inputs is taken over before anything dear is
+                            done; where only its questions differ, the completions of the questions both have
 
 Inputs count by content, not by path: a file that moved is the same file. The code of a stage is its function, what that
 calls in its own file, and every project file these import, without comments. Left out: a stage that reads a setting
@@ -22,6 +24,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -32,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import ROOT, read_json, sha256_file, write_json
+from common.files import ROOT, atomic_write, read_json, sha256_file, write_json
 from common.ranks import Ranks
 from pipeline.run import Run
 
@@ -244,8 +247,12 @@ def perform(run: Run, stage: Stage, redo: bool) -> None:
     if run.ranks.rank == 0:
         receipt, new = stage.receipt(run.out), depends(stage, run.cfg)
         needed, words = due(stage, _receipt(receipt), new, redo)
-        told = {"needed": needed, "words": words, "depends": new}
+        lent = None
+        if needed and stage.dear and not redo and run.cfg.reuse_from:
+            needed, words, lent = take_over(stage, Path(run.cfg.reuse_from), run.out, new, words)
+        told = {"needed": needed, "words": words, "depends": new, "lent": lent}
     told = run.ranks.gather(told)[0]
+    run.lent = told["lent"]
     run.ranks.log(f"[{stage.name}] {told['words']}".rstrip())
     if not told["needed"]:
         return
@@ -265,6 +272,30 @@ def perform(run: Run, stage: Stage, redo: bool) -> None:
     for journal in run.journals:  # not before the receipt: it holds what a kill must not lose
         journal.unlink(missing_ok=True)
     run.journals.clear()
+
+
+def take_over(
+    stage: Stage, other: Path, out: Path, new: Mapping[str, Any], words: str
+) -> tuple[bool, str, Path | None]:
+    """(whether it is still due, what to say, a file of rows of which some may fit), from another run's folder."""
+    old = _receipt(stage.receipt(other))
+    if old is None:
+        return True, words, None
+    lent = {name: other / path.relative_to(out) for name, path in stage.outputs.items()}
+    if any(_sha_or_none(path) != old["outputs"].get(name) for name, path in lent.items()):
+        return True, words, None
+    changed = changes(old["depends"], new)
+    if changed["settings"] or any(not name.startswith("questions") for name in changed["inputs"]):
+        return True, words, None
+    if changed["inputs"]:
+        return True, f"{words} questions differ from those of {other}".strip(), next(iter(lent.values()))
+    for name, path in lent.items():
+        target = stage.outputs[name]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target, "wb") as f, open(path, "rb") as source:
+            shutil.copyfileobj(source, f)
+    write_json(stage.receipt(out), old)
+    return False, f"taken over from {other} (took {old['seconds']} s there)", None
 
 
 def _receipt(path: Path) -> dict[str, Any] | None:

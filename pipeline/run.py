@@ -48,6 +48,7 @@ class Run:
         self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the stage under way: what it depends on (pipeline/reuse.py)
         self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
+        self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
 
     # ---------- files
@@ -174,6 +175,15 @@ class Run:
         done = {row["row"]: sample.Completion(row["ids"], row["finish"]) for row in journal.rows}
         if done:
             ranks.log(f"{what}: {len(done)} of {len(mine)} were finished before")
+        drawn = {(r["id"], r["mode"], r["draw"]): r for r in read_jsonl(self.lent)} if self.lent else {}
+        lent = {}  # same question, prompt, number of the draw; settings and model are the other run's
+        for i, (q, mode, k) in enumerate(mine):
+            row = drawn.get((q["id"], mode, k))
+            if row and row["prompt_ids"] == prompt_ids[i]:
+                lent[i] = row
+        done |= {i: sample.Completion(row["ids"], row["finish"]) for i, row in lent.items()}
+        if lent:
+            ranks.log(f"{what}: {len(lent)} of {len(mine)} lent by {self.lent}")
         left = [i for i in range(len(mine)) if i not in done]
         progress = Progress(ranks, None, what, "tokens")
 
@@ -191,7 +201,8 @@ class Run:
             text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
             row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
             row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
-            rows.append(row | {"model": self.source.name, "engine": self.engine})
+            by = lent.get(i, {"model": self.source.name, "engine": self.engine})
+            rows.append(row | {"model": by["model"], "engine": by["engine"]})
         write_shares(ranks, path, rows, len(jobs))
         return speed
 

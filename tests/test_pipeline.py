@@ -165,7 +165,7 @@ def test_tokens_that_end_a_completion(tmp_path):
             load_stop_ids(tmp_path, tokenizer)
 
 
-def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):
+def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
     done = command_line(*flags(slices, run))
     assert done.returncode == 0, done.stderr
@@ -177,7 +177,9 @@ def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends
         *flags(slices, run), "--questions", moved, "--micro-batch", 4, "--sample-batch", 3, "sample", "train"
     )
     assert said(done, "unchanged, reused") == ["sample", "train kto", "train mralign"]
-    done = command_line(*flags(slices, run), "--temperature", "0.7", "eval")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    done = command_line(*flags(slices, copy), "--temperature", "0.7", "eval")
     assert done.returncode == 0, done.stderr
     assert said(done, "temperature 0.7, was 0.6") == STAGES[6:10]
     done = command_line(*flags(slices, run), "candidates", "--redo", "candidates")
@@ -201,6 +203,25 @@ def test_a_damaged_result_is_never_used(run, slices, tmp_path):
         command_line(*flags(slices, copy), "sample", "candidates"), "candidates.jsonl is not as it was left"
     ) == ["candidates"]
     assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
+
+
+def test_another_runs_draws_are_taken_over(run, slices, tmp_path):
+    done = command_line(*flags(slices, tmp_path / "same"), "--reuse-from", run)
+    dear = [s for s in STAGES if s.split()[0] in ("sample", "annotate", "train", "eval")]
+    assert done.returncode == 0 and said(done, "taken over from") == dear
+    rows = read_jsonl(run / "samples.jsonl")
+    assert read_jsonl(tmp_path / "same/samples.jsonl") == rows
+    some = tmp_path / "some.jsonl"  # fewer questions, and a changed one, which has to be drawn
+    questions = read_jsonl(slices["questions"])[:12]
+    questions[3] |= {"question": "What is the capital of Austria?"}
+    write_jsonl(some, questions)
+    done = command_line(*flags(slices, tmp_path / "fewer"), "--questions", some, "--reuse-from", run, "sample")
+    kept = {q["id"] for q in questions} - {questions[3]["id"]}
+    got = read_jsonl(tmp_path / "fewer/samples.jsonl")
+    assert [r for r in got if r["id"] in kept] == [r for r in rows if r["id"] in kept]
+    assert sum(r["id"] == questions[3]["id"] for r in got) == 6 and "draws: 66 of 72 lent" in done.stderr
+    warmer = ["--questions", some, "--draw-temperature", 0.3, "--reuse-from", run, "sample"]
+    assert " lent by " not in command_line(*flags(slices, tmp_path / "warmer"), *warmer).stderr
 
 
 def test_two_runs_do_not_write_to_one_folder(run, slices):

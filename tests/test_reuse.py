@@ -56,7 +56,7 @@ def test_the_code_of_a_stage_is_what_it_reaches_and_no_more():
     assert not {"train.py", "report/charts.py", "pipeline/reporting.py", "lora.py"} & fit.keys()
     train = reuse.code_of(functools.partial(mralign.train_method, method="kto"))
     assert {"train.py", "lora.py", "kto.py", "kernels/segment_logprob.py"} <= train.keys()
-    assert not {"report/charts.py", "report/page.py", "llm/judge.py"} & train.keys()
+    assert not {"report/charts.py", "report/page.py", "pipeline/evaluation.py"} & train.keys()
     assert "report/charts.py" in reuse.code_of(reporting.write_report)
 
 
