@@ -2,7 +2,7 @@
 
 `make masa` builds the model of arithmetic.py where it is not there, runs every cell (one setting, one seed), two at a
 time, and leaves table.md, study.json and calibration.png in runs/masa. A cell that is finished is not run again; one
-that was stopped goes on. --record also puts the three where the README shows them.
+that was stopped goes on. --record also puts the three where docs/ shows them.
 
   masa       solutions and metas, no control: what the rewards teach
   shuffled   the same, metas scored against another problem's solutions: what they say about a single problem must go
@@ -26,21 +26,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from common import table  # noqa: E402
-from common.errors import InputError  # noqa: E402
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
-from masa.run import GRID  # noqa: E402
-from mini.study import write_readme  # noqa: E402
-from tools.sweep import Child, run_all, unfinished  # noqa: E402
+from common import table
+from common.errors import InputError
+from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
+from masa.run import GRID
+from mini.study import write_table
+from tools.sweep import Child, run_all, unfinished
 
 OUT = ROOT / "runs" / "masa"
 CONFIG = ROOT / "configs" / "masa-mini.json"
+PAGE = ROOT / "docs" / "masa.md"
 MARKS = ("<!-- masa:begin -->", "<!-- masa:end -->")
 RECORD = {"study.json": "docs/results/masa.json", "calibration.png": "docs/masa_calibration.png"}
 SEEDS = (0, 1, 2)
@@ -151,7 +149,7 @@ def spread(values: Sequence[float | None], share: bool = True) -> str:
 
 
 def markdown(study: Mapping[str, Any]) -> str:
-    """The README's table: mean and standard deviation over the seeds, then the seeds one by one."""
+    """The table of docs/masa.md: mean and standard deviation over the seeds, then the seeds one by one."""
     rows, seeds = [], []
     shown = {"Pass@1": ("pass@1", "mean"), "error": ("error",), "meta reward": ("r_meta",)}
     for name, of in study["rows"].items():
@@ -174,7 +172,8 @@ def markdown(study: Mapping[str, Any]) -> str:
 def picture(bins: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Foreseen against measured pass rate, a panel each for before, MASA and the control; a dot's area is its metas."""
     titles = {"before": "before", "masa": "MASA", "shuffled": "control: statistics shuffled"}
-    figure, panels = plt.subplots(1, len(titles), figsize=(9.6, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True)
     for ax, (name, title) in zip(panels, titles.items(), strict=True):
         most = max(dot["metas"] for dot in bins[name])
         ax.plot([0, 1], [0, 1], color="0.75", lw=1, zorder=0)
@@ -187,7 +186,6 @@ def picture(bins: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
     panels[0].set_ylabel("measured pass rate")
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
 
 
 def receipt() -> dict[str, str]:
@@ -206,7 +204,7 @@ def build_base() -> None:
 def main() -> int:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="also write docs/ and the README's table")
+    parser.add_argument("--record", action="store_true", help="also write docs/ and the table in docs/masa.md")
     given = parser.parse_args()
     cells = [("masa", seed) for seed in SEEDS]  # first: they say how long grpo runs
     cells += [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
@@ -227,7 +225,7 @@ def main() -> int:
     if given.record:
         for name, place in RECORD.items():
             shutil.copyfile(OUT / name, ROOT / place)
-        write_readme(markdown(study), MARKS)
+        write_table(markdown(study), PAGE, MARKS)
     print(markdown(study))
     print(f"{OUT / 'calibration.png'}", file=sys.stderr)
     return 0

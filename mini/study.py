@@ -1,7 +1,7 @@
-"""The evidence behind the README's table: several worlds, several seeds, two controls and two dials.
+"""The evidence behind docs/results.md: several worlds, several seeds, two controls and two dials.
 
 `make study` runs every cell (one world, one seed: its own draws, adapters and samples), two at a time, then writes
-docs/results/study.json and the table between the study marks of README.md. A cell that is finished is not run again.
+docs/results/study.json and the table between the study marks of docs/results.md. A finished cell is not run again.
 
   worlds   each has its own base model; which openers are traps and which facts are misconceived is drawn anew
   null     a world in which no move says anything about the answer: transitions cannot help, so no method should gain
@@ -28,10 +28,11 @@ import data
 import eval as evaluation
 from common import table
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
+from common.files import ROOT, atomic_write, read_json, read_jsonl, read_text, write_json
 from tools.sweep import Child, flag, run_all, unfinished
 
 OUT = ROOT / "runs" / "study"
+PAGE = ROOT / "docs" / "results.md"
 RESULT = ROOT / "docs" / "results" / "study.json"
 MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
 SEEDS = (0, 1, 2)
@@ -189,7 +190,7 @@ def summary() -> dict[str, Any]:
 
 
 def markdown(study: dict[str, Any]) -> str:
-    """The README's table and the paired differences under it; single worlds and other pairs are in the JSON file."""
+    """The table of docs/results.md and the paired differences; single worlds and other pairs are in the JSON file."""
     groups = {k: g for k, g in study["groups"].items() if k not in WORLDS}
     names = {f"{name}_{m}": f"{head} {m.capitalize()}" for name, head in HEADS.items() for m in ("acc", "mis")}
     rows, pairs = [], []
@@ -211,14 +212,14 @@ def _interval(d: dict[str, float]) -> str:
     return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
 
 
-def write_readme(text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Put `text` between two marks of README.md."""
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    with atomic_write(path) as f:
-        f.write(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
+def write_table(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) -> None:
+    """Put `text` between two marks of a page of docs/. Raises InputError where it has no such marks."""
+    before, begin, rest = read_text(page).partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise InputError(f"{page}: must hold the lines {marks[0]} and {marks[1]}, between which the table goes")
+    with atomic_write(page) as f:
+        f.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> int:
@@ -241,7 +242,7 @@ def main() -> int:
         "groups": summary(),
     }
     write_json(RESULT, study)
-    write_readme(markdown(study))
+    write_table(markdown(study))
     print(markdown(study))
     return 0
 
