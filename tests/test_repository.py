@@ -141,7 +141,7 @@ def test_the_study_table_is_the_committed_study():
     from mini import study
 
     begin, end = study.MARKS
-    table = README.partition(begin)[2].partition(end)[0].strip()
+    table = study.PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
     assert table == study.markdown(read_json(ROOT / "docs/results/study.json"))
 
 
