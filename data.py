@@ -408,6 +408,13 @@ def _train_problem(row: dict[str, Any]) -> str:
     return ""
 
 
+def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled"."""
+    if weights == "ones":
+        return [row | {"w": [1.0] * len(row["w"])} for row in rows]
+    return shuffle_weights(rows, seed) if weights == "shuffled" else rows
+
+
 def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """The placebo: training records whose step weights are permuted within their class, over all its rows.
 
