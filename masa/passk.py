@@ -1,6 +1,6 @@
 """Figures of sampled solutions and of what was foreseen about them: Pass@k, calibration, the gate, Shapley R^2.
 
-A row is one problem in one evaluation, as masa.py writes it to evals.jsonl:
+A row is one problem in one evaluation, as masa/run.py writes it to evals.jsonl:
     {step, set, id, n, correct, lengths, correct_lengths, at_limit}, and with metas
     {metas, parsed, meta_tokens, p_hats, l_hats, r_length, r_difficulty, r_notion, gated, cut_at}.
 Everything here is computed from such rows alone, so it can be done again without a model.

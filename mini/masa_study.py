@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
-from masa.run import GRID  # noqa: E402
+from masa.problems import GRID  # noqa: E402
 from mini.study import write_readme  # noqa: E402
 
 OUT = ROOT / "runs" / "masa"
