@@ -21,7 +21,7 @@ def is_gated(predictions: Sequence[Prediction | None], std: float, margin: float
     if not std or 2 * len(rates) < len(predictions):
         return False
     mean = statistics.fmean(rates)
-    return statistics.pstdev(rates) < std and not margin <= mean <= 1 - margin
+    return statistics.pstdev(rates) < std and (mean in (0, 1) or not margin <= mean <= 1 - margin)
 
 
 def cut_at(predictions: Sequence[Prediction | None], times: float, max_new: int) -> int:

@@ -10,12 +10,11 @@ from masa.rewards import lemma
 from masa.rollouts import Group
 
 GENERIC = 0.9  # a notion found in this share of a problem's solutions says nothing
-# What a step counts, and the metrics made of it: name -> (numerator, denominator).
 
-
+# What a step counts; SHARES says which metrics are made of it: name -> (numerator, denominator).
 COUNTS = (
     *("problems", "gated", "solutions", "correct", "answered", "failed", "cut", "at_limit", "solution_tokens"),
-    *("solved_groups", "flat", "flat_metas", "metas", "parsed", "estimates", "error", "meta_tokens"),
+    *("solved_groups", "meta_groups", "flat", "flat_metas", "metas", "parsed", "estimates", "error", "meta_tokens"),
     *("scored", "length", "difficulty", "notion", "notions", "generic", "loss", "clipped", "trained"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
 )
@@ -35,7 +34,7 @@ SHARES = {
     "meta/length": ("length", "scored"),
     "meta/difficulty": ("difficulty", "scored"),
     "meta/notion": ("notion", "scored"),
-    "share/flat_metas": ("flat_metas", "solved_groups"),
+    "share/flat_metas": ("flat_metas", "meta_groups"),
     "share/generic": ("generic", "notions"),  # foreseen notions that nearly every solution holds
     "share/clipped": ("clipped", "trained"),
 }
@@ -71,7 +70,8 @@ def count_group(tally: Tally, g: Group, max_new: int) -> None:
         return
     tally["solved_groups"] += 1
     tally["flat"] += g.flat
-    tally["flat_metas"] += len({r.reward for r in g.metas}) < 2
+    tally["meta_groups"] += bool(g.metas)
+    tally["flat_metas"] += bool(g.metas) and len({r.reward for r in g.metas}) < 2
     tally["solutions"] += len(g.solutions)
     tally["correct"] += sum(g.outcome.correct)
     tally["answered"] += sum(g.outcome.answered)

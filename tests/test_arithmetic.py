@@ -149,7 +149,16 @@ def test_rows_of_a_study_come_from_the_cells_files(tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text('{"steps": 2}')
 
     def row(step: int, correct: int) -> dict:
-        base = {"step": step, "set": "heldout", "id": "p", "n": 4, "correct": correct, "lengths": [3], "at_limit": 0}
+        base = {
+            "step": step,
+            "set": "heldout",
+            "id": "p",
+            "n": 4,
+            "correct": correct,
+            "lengths": [3],
+            "correct_lengths": [],
+            "at_limit": 0,
+        }
         base |= {"metas": 2, "parsed": 2, "p_hats": [0.5, 1.0], "l_hats": [], "gated": False, "cut_at": 9}
         return base | dict.fromkeys(("r_length", "r_difficulty", "r_notion"), 0.0)
 

@@ -266,6 +266,11 @@ def test_gate(rates, gated):
     assert not is_gated(predictions, 0.0, 1 / 16)
 
 
+def test_a_margin_of_zero_gates_what_is_exactly_0_or_1():
+    assert is_gated(foreseen((1, 9), (1, 9)), 0.1, 0.0) and is_gated(foreseen((0, 9)), 0.1, 0.0)
+    assert not is_gated(foreseen(*[(1, 9)] * 15, (7 / 8, 9)), 0.1, 0.0)
+
+
 def test_cutoff_is_twice_the_median_within_bounds():
     cut = lambda lengths, times=2.0: cut_at(foreseen(*((0.5, n) for n in lengths)), times, 500)  # noqa: E731
     assert cut((40, 50, 60, 900)) == 110
@@ -574,18 +579,60 @@ def test_shapley_of_evaluations_takes_differences_of_the_same_problem():
         passk.shapley_of(rows[:4])
 
 
+def test_shapley_gives_the_step_its_share_with_equally_spaced_evaluations():
+    """Accuracy that grows by the same amount a step, whatever is foreseen: the step explains all of it."""
+    rng, rows = random.Random(0), []
+    for step in (0, 20, 40, 60):
+        for k in range(6):
+            r = {name: rng.random() for name in ("r_difficulty", "r_length", "r_notion")}
+            rows.append({"step": step, "set": "s", "id": f"p{k}", "n": 100, "correct": step + k, "metas": 2, **r})
+    shares = passk.shapley_of(rows)
+    assert sum(shares.values()) == pytest.approx(1.0) and shares["step"] > 0.9
+
+
 def test_summary_by_hand():
     base = {"step": 0, "set": "s", "metas": 2, "meta_tokens": 9, "at_limit": 1}
-    a = base | {"id": "a", "n": 4, "correct": 4, "lengths": [1] * 4, "parsed": 2, "p_hats": [1.0, 0.5], "l_hats": [],
+    a = base | {"id": "a", "n": 4, "correct": 4, "lengths": [1] * 4, "correct_lengths": [1] * 4,
+                "parsed": 2, "p_hats": [1.0, 0.5], "l_hats": [],
                 "r_length": 0.5, "r_difficulty": 1.0, "r_notion": 0.0, "gated": True, "cut_at": 9}  # fmt: skip
-    b = base | {"id": "b", "n": 4, "correct": 1, "lengths": [3] * 4, "parsed": 1, "p_hats": [0.0], "l_hats": [],
+    b = base | {"id": "b", "n": 4, "correct": 1, "lengths": [3] * 4, "correct_lengths": [3],
+                "parsed": 1, "p_hats": [0.0], "l_hats": [],
                 "r_length": 0.0, "r_difficulty": 0.5, "r_notion": 1.0, "gated": True, "cut_at": 9}  # fmt: skip
     x = passk.summary([a, b])
     assert x["pass@1"] == {"mean": 0.625, "se": pytest.approx(0.375)} and x["solution_length"] == 2
     assert x["error"] == pytest.approx((0 + 0.5 + 0.25) / 3) and x["parsed"] == 0.75 and x["at_limit"] == 0.25
     assert x["r_meta"] == pytest.approx((0.25 + 0.75 + 0.5) / 3)
     assert x["error_of_constant"] == pytest.approx(0.375)
-    assert x["gate"] == {"gated": 1.0, "flat": 0.5, "precision": 0.5, "recall": 1.0}
+    assert x["gate"] == {"gated": 1.0, "flat": 0.5, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_cutoff_and_length_error_by_hand():
+    """Problem a: cut above 10, of 5 right, 12 right, 20 wrong, 30 wrong; problem b: no right one, cut above 6."""
+    base = {"step": 0, "set": "s", "n": 4, "metas": 2}
+    a = base | {"id": "a", "correct": 2, "lengths": [5, 12, 20, 30], "correct_lengths": [5, 12], "cut_at": 10,
+                "l_hats": [8, 10]}  # fmt: skip
+    b = base | {"id": "b", "correct": 0, "lengths": [4, 6, 7, 9], "correct_lengths": [], "cut_at": 6, "l_hats": [12]}
+    x = passk.cutoff_figures([a, b])
+    assert (x["cut"], x["wrong"]) == (5 / 8, 6 / 8)
+    assert x["precision"] == 4 / 5 and x["recall"] == 4 / 6 and x["f1"] == pytest.approx(8 / 11)
+    assert x["tokens"] == pytest.approx((2 + 10 + 20 + 1 + 3) / 93)
+    # l_hats 8, 10, 12 have sd 2; right solutions of a are 8.5 long on average; b has none to compare with.
+    assert passk.length_error([a, b]) == {"mean": pytest.approx(0.25), "abs": pytest.approx(0.5)}
+    assert passk.length_error([b]) == {"mean": None, "abs": None}
+    none = b | {"correct_lengths": [], "cut_at": 99, "lengths": [4]}
+    assert passk.cutoff_figures([none])["precision"] is None and passk.cutoff_figures([none])["recall"] == 0.0
+
+
+def test_the_table_shows_the_flat_share_beside_precision():
+    row = {"step": 0, "set": "s", "n": 2, "at_limit": 0, "lengths": [3, 3], "metas": 1, "parsed": 1, "p_hats": [1.0],
+           "l_hats": [4], "r_length": 0.0, "r_difficulty": 0.0, "r_notion": 0.0, "cut_at": 9}  # fmt: skip
+    rows = [
+        row | {"id": f"p{k}", "correct": c, "correct_lengths": [3] * c, "gated": k < 2}
+        for k, c in enumerate((2, 1, 0, 1))
+    ]
+    head, line = passk.table(passk.summaries(rows)).splitlines()
+    shown = dict(zip(head.split(), line.split(), strict=False))
+    assert [shown[k] for k in ("gated", "flat", "precision", "F1")] == ["50.0"] * 4
 
 
 # ---------- runs
@@ -649,6 +696,9 @@ def test_presets_are_one_flag_and_flags_go_before_them():
     )
     with pytest.raises(InputError, match="v3"):
         read("--preset", "v3")
+    # v2, section 4.1: one epoch over 40.3k problems in batches of 128 is 314 whole steps; DAPO takes three epochs.
+    assert [read("--preset", p).epochs * 40_300 // 128 for p in ("v2", "v2-efficient")] == [314, 314]
+    assert read("--preset", "dapo").epochs == 3
 
 
 def test_the_papers_prompts_hold_what_they_must(folder):
@@ -706,6 +756,13 @@ def test_what_cannot_be_is_refused(tmp_path, folder, group):
         (dict(solutions=1), "--solutions"),
         (dict(agg="mean"), "--agg"),
         (dict(eval_sets="x.jsonl"), "name=path"),
+        (dict(eval_sets="h=a,h=b"), "'h' twice"),
+        (dict(eval_sets="=a"), "name=path"),
+        (dict(dynamic_tries=0), "--dynamic-tries is 0"),
+        (dict(lr=-1.0), "--lr is -1.0"),
+        (dict(clip_low=-3.0), "--clip-low is -3.0"),
+        (dict(gate_margin=0.5), "--gate-margin"),
+        (dict(cutoff=-1.0), "--cutoff"),
         (dict(model=""), "--model is missing"),
         (dict(full=True, base_url="http://127.0.0.1:1/v1"), "--full"),
     ):
@@ -748,3 +805,7 @@ def test_the_command_trains_evaluates_and_resumes(tmp_path, folder, launch):
 def test_rewards_and_control_need_no_torch():
     code = "import sys, masa.rewards, masa.control; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_without_metas_no_share_of_flat_metas_is_given(folder, group):
+    assert masa_worker.build(folder, group, metas=0).step(0)["share/flat_metas"] is None
