@@ -13,7 +13,20 @@ GENERIC = 0.9  # a notion found in this share of a problem's solutions says noth
 
 # What a step counts; SHARES says which metrics are made of it: name -> (numerator, denominator).
 COUNTS = (
-    *("problems", "gated", "solutions", "correct", "answered", "failed", "cut", "at_limit", "solution_tokens"),
+    *(
+        "problems",
+        "gated",
+        "unsampled",
+        "probes",
+        "flat_probes",
+        "solutions",
+        "correct",
+        "answered",
+        "failed",
+        "cut",
+        "at_limit",
+        "solution_tokens",
+    ),
     *("solved_groups", "meta_groups", "flat", "flat_metas", "metas", "parsed", "estimates", "error", "meta_tokens"),
     *("scored", "length", "difficulty", "notion", "notions", "generic", "loss", "clipped", "trained"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
@@ -27,6 +40,8 @@ SHARES = {
     "share/at_limit": ("at_limit", "solutions"),  # unfinished for want of room
     "share/cut": ("cut", "solutions"),  # ended by the cutoff
     "share/gated": ("gated", "problems"),
+    "share/unsampled": ("unsampled", "problems"),  # gated and not sampled all the same
+    "probe/flat": ("flat_probes", "probes"),  # gated problems, sampled, that the gate was right about
     "share/flat": ("flat", "solved_groups"),  # all right or all wrong
     "meta_length": ("meta_tokens", "metas"),
     "meta/parsed": ("parsed", "metas"),
@@ -59,7 +74,10 @@ class Tally(dict[str, float]):
 def count_group(tally: Tally, g: Group, max_new: int) -> None:
     """Add one scored group to the counts of a step."""
     tally["problems"] += 1
-    tally["gated"] += not g.solutions
+    tally["gated"] += g.gated
+    tally["probes"] += g.probe
+    tally["flat_probes"] += g.probe and g.flat
+    tally["unsampled"] += not g.solutions
     tally["metas"] += len(g.metas)
     tally["meta_tokens"] += sum(len(r.ids) for r in g.metas)
     for p in g.predictions:

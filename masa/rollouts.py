@@ -32,7 +32,15 @@ class Group:
     solutions: list[Rollout] = field(default_factory=list)
     predictions: list[Prediction | None] = field(default_factory=list)
     parts: list[tuple[float, float, float]] = field(default_factory=list)  # of each meta's reward
-    outcome: Outcome | None = None  # None: gated
+    outcome: Outcome | None = None  # None: gated and not sampled
+    gated: bool = False
+    probe: bool = False  # gated, and sampled to see whether the gate is right
+    metas_only: bool = False  # its solutions stay out of the loss
+
+    @property
+    def trained(self) -> list[Rollout]:
+        """The rollouts that enter the loss."""
+        return self.metas if self.metas_only else self.solutions + self.metas
 
     @property
     def flat(self) -> bool:

@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "v2-efficient": {"metas": 8, "control_from": 80},
     "grpo": {"metas": 0},
     "dapo": {"metas": 0, "dynamic": True, "epochs": 3},
+    "dapo-meta": {"metas": 8, "dynamic": True, "epochs": 3},  # Table 6 of v2: DAPO with metas
     "test": {"solutions": 8, "metas": 8, "experts": 16, "control_from": 60},
 }
 
@@ -77,6 +78,9 @@ class Settings:
     control_from: int = opt(0, "step from which metas come first and control the rest; 0: never")
     gate_std: float = opt(0.1, "a problem is gated if its foreseen pass rates spread less than this; 0: no gate")
     gate_margin: float = opt(0.0625, "a problem is gated if, besides, their mean is less than this from 0 or from 1")
+    refill_tries: int = opt(4, "most draws from the stream that replace gated problems in a step; 1: not replaced")
+    gate_floor: float = opt(0.25, "share of the batch that is sampled even if the gate leaves less")
+    gate_probe: float = opt(0.05, "share of the gated problems that are sampled, to see whether the gate is right")
     cutoff: float = opt(2.0, "solutions end after so many times the foreseen length; 0: no cutoff")
     hint: bool = opt(False, "give each solution the notions of one meta as a hint")
 
@@ -123,6 +127,9 @@ def check(s: Settings) -> None:
         "control_from": s.control_from >= 0,
         "gate_std": s.gate_std >= 0,
         "gate_margin": 0 <= s.gate_margin < 0.5,
+        "refill_tries": s.refill_tries >= 1,
+        "gate_floor": 0 <= s.gate_floor <= 1,
+        "gate_probe": 0 <= s.gate_probe <= 1,
         "cutoff": s.cutoff >= 0,
         "eval_every": s.eval_every >= 0,
         "eval_metas": s.eval_metas >= 0,

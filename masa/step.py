@@ -9,9 +9,10 @@ depends neither on the packing nor on the number of ranks.
 """
 
 import math
+import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -152,36 +153,48 @@ class Masa:
             out.append(Job(ids if len(ids) <= self.s.max_prompt else plain, seed, limit))
         return out
 
-    def next_batch(self) -> list[Group]:
-        """This rank's share of the next `batch` problems of the stream, each epoch in its own seeded order."""
-        s, n, groups = self.s, len(self.problems), []
-        for place in range(s.batch):
-            epoch, at = divmod(self.taken + place, n)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(s.seed * 1000 + epoch))
-            groups.append(Group(place, self.problems[int(order[at])]))
-        self.taken += s.batch
+    def next_batch(self, n: int | None = None, first_place: int = 0) -> list[Group]:
+        """This rank's share of the next n (else `batch`) problems of the stream, each epoch in its own seeded order."""
+        s, total, groups = self.s, len(self.problems), []
+        n = s.batch if n is None else n
+        for k in range(n):
+            epoch, at = divmod(self.taken + k, total)
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(s.seed * 1000 + epoch))
+            groups.append(Group(first_place + k, self.problems[int(order[at])]))
+        self.taken += n
         return groups[self.ranks.rank :: self.ranks.world]
+
+    def controlled(self, number: int) -> bool:
+        """Whether metas come first in this step and decide what is sampled."""
+        return bool(self.s.control_from and number >= self.s.control_from and self.s.metas)
 
     def roll_out(self, groups: list[Group], number: int, when: str) -> None:
         """Sample metas and solutions of the groups: in one go, or metas first once they are in control."""
         s = self.s
-        at = {g.place: f"{when}.{g.place}" for g in groups}  # the same problem twice in a batch gets its own samples
-        metas = [self.jobs(g.problem, "meta", at[g.place], s.metas, s.max_new) for g in groups]
-        if not (s.control_from and number >= s.control_from and s.metas):
-            solutions = [self.jobs(g.problem, "solution", at[g.place], s.solutions, s.max_new) for g in groups]
+        # Seeds hold the place: the same problem twice in a batch gets its own samples.
+        metas = [self.jobs(g.problem, "meta", f"{when}.{g.place}", s.metas, s.max_new) for g in groups]
+        if not self.controlled(number):
+            solutions = [self.jobs(g.problem, "solution", f"{when}.{g.place}", s.solutions, s.max_new) for g in groups]
             done = self.complete([j for part in metas + solutions for j in part], s.temperature, "rollouts")
             split = len(groups) * s.metas
             self.assign(groups, done[:split], done[split:])
             return
         self.assign(groups, self.complete([j for part in metas for j in part], s.temperature, "metas"), [])
-        open_groups = [g for g in groups if not is_gated(g.predictions, s.gate_std, s.gate_margin)]
-        solutions = []
-        for g in open_groups:
-            seeds = [sample.seed_of(s.seed, at[g.place], "hint", k) for k in range(s.solutions)]
+        for g in groups:
+            g.gated = is_gated(g.predictions, s.gate_std, s.gate_margin)
+            draw = random.Random(sample.seed_of(s.seed, f"{when}.{g.place}/{g.problem.id}", "probe", 0)).random()
+            g.probe = g.gated and draw < s.gate_probe
+        self.sample_controlled([g for g in groups if not g.gated or g.probe], when)
+
+    def sample_controlled(self, groups: list[Group], when: str) -> None:
+        """Sample the groups' solutions with the cutoff and the hints of their metas."""
+        s, solutions = self.s, []
+        for g in groups:
+            seeds = [sample.seed_of(s.seed, f"{when}.{g.place}", "hint", k) for k in range(s.solutions)]
             hints = [hint_of(g.predictions, seed) for seed in seeds] if s.hint else ()
             limit = cut_at(g.predictions, s.cutoff, s.max_new)
-            solutions += self.jobs(g.problem, "solution", at[g.place], s.solutions, limit, hints)
-        self.assign(open_groups, [], self.complete(solutions, s.temperature, "solutions"))
+            solutions += self.jobs(g.problem, "solution", f"{when}.{g.place}", s.solutions, limit, hints)
+        self.assign(groups, [], self.complete(solutions, s.temperature, "solutions"))
 
     def assign(self, groups: list[Group], metas: list[Rollout], solutions: list[Rollout]) -> None:
         """Give each group its rollouts, which come one group after the other, and parse the metas."""
@@ -198,12 +211,21 @@ class Masa:
 
     def score(self, groups: list[Group]) -> None:
         """Rewards and advantages of every rollout of the groups that were not gated."""
+        self.score_solutions(groups)
+        self.score_metas(groups)
+
+    def score_solutions(self, groups: list[Group]) -> None:
+        """Ask the verifier about the solutions: outcome, rewards, advantages."""
+        for g in groups:
+            if g.solutions:
+                g.outcome = grade_solutions(g.solutions, g.problem, self.s.lenient)
+                for r, right in zip(g.solutions, g.outcome.correct, strict=True):
+                    r.reward = float(right)  # correctness alone: no reward for the format
+                set_advantages(g.solutions)
+
+    def score_metas(self, groups: list[Group]) -> None:
+        """Hold the metas of the groups that were not gated against the outcome of their solutions."""
         solved = [g for g in groups if g.solutions]
-        for g in solved:
-            g.outcome = grade_solutions(g.solutions, g.problem, self.s.lenient)
-            for r, right in zip(g.solutions, g.outcome.correct, strict=True):
-                r.reward = float(right)  # correctness alone: no reward for the format
-            set_advantages(g.solutions)
         shifted = solved[1:] + solved[:1]
         if self.s.shuffle_statistics and len(solved) == 1:
             raise InputError("--shuffle-statistics needs two problems a rank and step; raise --batch")
@@ -214,21 +236,54 @@ class Masa:
             set_advantages(g.metas)
 
     def collect(self, number: int, tally: Tally) -> list[Group]:
-        """The scored groups this rank trains on: of one batch, or with `dynamic` of as many as it takes."""
-        s, kept = self.s, []
-        for attempt in range(s.dynamic_tries if s.dynamic else 1):
-            groups = self.next_batch()
+        """The scored groups this rank trains on: of one batch, or of as many as it takes to fill one.
+
+        With `dynamic` further batches are sampled until there are `batch` problems solved both rightly and wrongly;
+        of flat ones only the metas enter the loss. In control gated problems are replaced by the next of the stream.
+        """
+        # DAPO:  drops flat groups whole.
+        # HERE:  their metas stay in the loss, the solutions, which have no gradient, go.
+        # WHY:   else no meta ever learns what a pass rate of 0 or 1 looks like, and the gate looks for just those.
+        s, seen, missing = self.s, [], self.s.batch
+        controlled = self.controlled(number)
+        for attempt in range(s.dynamic_tries if s.dynamic else s.refill_tries if controlled else 1):
+            groups = self.next_batch(s.batch if s.dynamic else missing, attempt * s.batch)
             self.roll_out(groups, number, f"{number}.{attempt}")
-            self.score(groups)
+            self.score_solutions(groups)
+            seen += groups
             for g in groups:
-                count_group(tally, g, s.max_new)
-                g.place += attempt * s.batch
-            kept += [g for g in groups if g.solutions and not (s.dynamic and g.flat)]
-            if s.dynamic:
-                places = sorted(place for part in self.ranks.gather([g.place for g in kept]) for place in part)
-                if len(places) >= s.batch:
-                    return [g for g in kept if g.place <= places[s.batch - 1]]
-        return kept
+                g.metas_only = s.dynamic and g.flat
+            places = self.places(g for g in seen if g.solutions and not g.metas_only)
+            missing = s.batch - len(places)
+            if missing <= 0:
+                break
+        if controlled and not s.dynamic:
+            self.keep_the_floor(seen, number, len(places))
+        self.score_metas(seen)
+        for g in seen:
+            count_group(tally, g, s.max_new)
+        last = places[s.batch - 1] if missing <= 0 else math.inf
+        kept = [g for g in seen if g.solutions and g.place <= last]
+        return [g for g in kept if g.trained]
+
+    def places(self, groups: Iterable[Group]) -> list[int]:
+        """The sorted places of such groups on all ranks."""
+        return sorted(place for part in self.ranks.gather([g.place for g in groups]) for place in part)
+
+    def keep_the_floor(self, seen: list[Group], number: int, sampled: int) -> None:
+        """Sample gated problems after all, the first of the step, where fewer than gate_floor of the batch are left."""
+        s = self.s
+        short = math.ceil(s.gate_floor * s.batch) - sampled
+        gated = self.places(g for g in seen if not g.solutions)
+        if 2 * sampled < s.batch:
+            self.ranks.log(
+                f"step {number + 1}: {sampled} of {s.batch} problems are left after the gate ({len(gated)} gated); "
+                "watch the accuracy, raise --gate-floor or --refill-tries, or narrow the gate with --gate-margin"
+            )
+        if short > 0:
+            back = [g for g in seen if g.place in gated[:short]]
+            self.sample_controlled(back, f"{number}.floor")
+            self.score_solutions(back)
 
     # -- updates
 
@@ -299,11 +354,11 @@ class Masa:
         """`updates` optimiser steps on the groups' rollouts; the last gradient's norm."""
         s, norm = self.s, None
         if s.updates > 1:
-            self.keep_old_logp([r for g in groups for r in g.solutions + g.metas if r.advantage])
+            self.keep_old_logp([r for g in groups for r in g.trained if r.advantage])
         last = int(max((max(part, default=-1) for part in self.ranks.gather([g.place for g in groups])), default=-1))
         for k in range(s.updates):
             part = [g for g in groups if g.place * s.updates // (last + 1) == k]
-            norm = self.update([r for g in part for r in g.solutions + g.metas], lr, tally) or norm
+            norm = self.update([r for g in part for r in g.trained], lr, tally) or norm
         return norm
 
     # -- experts

@@ -58,7 +58,8 @@ def make_folder(folder: Path, n: int = 12) -> Path:
 
 def settings(folder: Path, **values) -> Settings:
     """Small settings for a folder of make_folder."""
-    small = dict(solutions=4, metas=4, batch=4, max_new=120, max_prompt=200, dtype="float32", lora_r=4, lora_alpha=8.0)
+    small = dict(refill_tries=1, gate_floor=0.0, gate_probe=0.0)  # the gate alone; tests turn the rest on
+    small |= dict(solutions=4, metas=4, batch=4, max_new=120, max_prompt=200, dtype="float32", lora_r=4, lora_alpha=8.0)
     prompts = {
         f"{k}_prompt": str(folder / f"{name}.txt")
         for k, name in (("solve", "solve"), ("meta", "meta"), ("eval", "solve"))

@@ -399,7 +399,7 @@ def test_two_ranks_are_one_also_when_one_of_them_is_gated(tmp_path, folder, grou
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-5 * size), name
     for key in row.keys() - {"seconds"}:
-        assert row2[key] == pytest.approx(row[key], rel=1e-5), key
+        assert row2[key] == (row[key] if row[key] is None else pytest.approx(row[key], rel=1e-5)), key
 
 
 def test_gated_problems_cost_no_solution_and_leave_the_loss(folder, group):
@@ -809,3 +809,80 @@ def test_rewards_and_control_need_no_torch():
 
 def test_without_metas_no_share_of_flat_metas_is_given(folder, group):
     assert masa_worker.build(folder, group, metas=0).step(0)["share/flat_metas"] is None
+
+
+# ---------- keeping the batch full
+
+
+def mostly_flat(problem, kind, k):
+    """Problems n % 3 == 0 are solved half of the time, all others always; metas foresee just that."""
+    n = int(problem.id[1:])
+    if kind == "meta":
+        return meta_text("x", ["a"], 4 if n % 3 == 0 else 8, 9 + k)
+    return f"\\boxed{{{2 * n + (k % 2 if n % 3 == 0 else 0)}}}"
+
+
+def test_flat_groups_of_dynamic_sampling_keep_their_metas_in_the_loss(folder, group):
+    made = masa_worker.build(folder, group, dynamic=True, dynamic_tries=5, max_grad_norm=1e9)
+
+    def script(problem, kind, k):
+        return meta_text("x", ["a"], 2 * k, 9) if kind == "meta" else mostly_flat(problem, kind, k)
+
+    made.script = script
+    tally = Tally()
+    groups = made.collect(0, tally)
+    mixed, flat = [[g for g in groups if g.flat == f] for f in (False, True)]
+    assert len(mixed) == 4 and flat and all(g.trained == g.metas for g in flat)
+    assert all(g.trained == g.solutions + g.metas for g in mixed)
+    assert {g.outcome.p for g in flat} == {1.0}  # a pass rate of 1 reaches the loss of the metas
+    best = [max(g.metas, key=lambda r: r.reward) for g in flat]
+    assert all(parse_meta(r.text).p_hat == 0.75 and r.advantage > 0 for r in best)  # 6 of 8 is their highest guess
+    rollouts = [r for g in mixed for r in g.solutions + g.metas] + [r for g in flat for r in g.metas]
+    tokens = sum(len(r.ids) for r in rollouts)  # the reference: every rollout alone, over the tokens of all of them
+    total = 0.0
+    for r in rollouts:
+        ids = torch.tensor(r.prompt_ids + r.ids)
+        logits = made.model.logits(made.model(ids, torch.tensor([0, len(ids)])))[len(r.prompt_ids) - 1 : -1]
+        total = total - r.advantage * logits.log_softmax(-1)[range(len(r.ids)), r.ids].sum() / tokens
+    want = torch.autograd.grad(total, list(made.names.values()))
+    made.optimizer = masa_worker.NoStep(made.names)
+    made.learn(groups, 1.0, tally)
+    for got, expected in zip(made.optimizer.grads[0].values(), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_dapo_with_metas_is_a_preset():
+    s = cli(Settings, ["--preset", "dapo-meta"], "", None, PRESETS)[0]
+    assert (s.dynamic, s.metas) == (True, 8)
+
+
+def test_gated_problems_are_replaced_from_the_stream(folder, group):
+    made = masa_worker.build(folder, group, control_from=1, refill_tries=9)
+    made.script = mostly_flat
+    tally = Tally()
+    groups = made.collect(1, tally)
+    assert len(groups) == 4 and all(int(g.problem.id[1:]) % 3 == 0 for g in groups)  # a full batch, no flat one
+    assert len({g.place for g in groups}) == 4
+    assert tally["problems"] == made.taken == 4 + tally["gated"]  # drawn: what was missing, never more
+    assert tally["solutions"] == 16 and tally["metas"] == 4 * made.taken
+
+
+def test_a_floor_is_sampled_and_said_when_everything_is_gated(folder, group, capsys):
+    made = masa_worker.build(folder, group, control_from=1, gate_floor=0.5, refill_tries=2)
+    made.script = lambda p, kind, k: masa_worker.say(p, kind, k, 8)
+    tally = Tally()
+    groups = made.collect(1, tally)
+    assert len(groups) == 2 and [g.place for g in groups] == [0, 1] and all(g.solutions for g in groups)
+    assert tally["gated"] == 8 and tally["unsampled"] == 6
+    assert "step 2: 0 of 4 problems are left after the gate (8 gated)" in capsys.readouterr().err
+
+
+def test_probes_measure_the_gate(folder, group):
+    made = masa_worker.build(folder, group, control_from=1, gate_probe=1.0)
+    made.script = lambda p, kind, k: masa_worker.say(p, kind, k, 8) if kind == "meta" else mostly_flat(p, kind, k)
+    row = made.step(1)
+    mixed = sum(int(g.problem.id[1:]) % 3 == 0 for g in masa_worker.build(folder, group).next_batch())
+    assert row["share/gated"] == 1.0 and row["share/unsampled"] == 0.0 and row["probe/flat"] == 1 - mixed / 4
+    half = masa_worker.build(folder, group, control_from=1, gate_probe=0.5, batch=12)
+    half.script = made.script
+    assert 0 < half.step(1)["share/unsampled"] < 1
