@@ -15,6 +15,7 @@ Read in this order, which is the order of a step:
     control.py     gate, cutoff and hint (no torch)
     objective.py   advantages, clip and dual clip, log-probabilities
     rollouts.py    the records of a step
+    experts.py     metas with their numbers corrected, for cloning
     step.py        one step: sample, grade, score, update, clone experts
     metrics.py     what a step counts
     run.py         all steps: checkpoints, resume, evaluation, command line

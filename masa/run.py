@@ -25,6 +25,7 @@ from common.settings import cli
 from common.template import load_prompt
 from common.weights import weight_files
 from masa import passk
+from masa.experts import Expert
 from masa.problems import Problem, Prompts, load_problems
 from masa.settings import PRESETS, Settings, check
 from masa.step import Masa
@@ -68,7 +69,7 @@ class Training:
         masa = self.masa
         checkpoint.restore(manifest["path"], masa.names, masa.optimizer)
         masa.taken, masa.sampled = manifest["taken"], manifest["sampled"]
-        masa.experts = [(prompt, ids) for prompt, ids in manifest["experts"]]
+        masa.experts = [Expert(*fields) for fields in manifest["experts"]]
         self.log = read_jsonl(self.out / "metrics.jsonl")[: manifest["step"]]
         rows = read_jsonl(self.out / "evals.jsonl") if (self.out / "evals.jsonl").exists() else []
         self.evaluations = [row for row in rows if row["step"] <= manifest["step"]]

@@ -75,6 +75,8 @@ class Settings:
     experts: int = opt(0, "corrected metas collected before each behaviour cloning; 0: none", "experts, control")
     expert_updates: int = opt(5, "optimiser steps of a behaviour cloning")
     expert_notion: float = opt(0.2, "least notion reward of an expert")
+    expert_lr: float = opt(0.0, "learning rate of a behaviour cloning; 0: that of the policy")
+    expert_levels: bool = opt(False, "experts of every pass rate, 0 included, each rate with the same weight")
     control_from: int = opt(0, "step from which metas come first and control the rest; 0: never")
     gate_std: float = opt(0.1, "a problem is gated if its foreseen pass rates spread less than this; 0: no gate")
     gate_margin: float = opt(0.0625, "a problem is gated if, besides, their mean is less than this from 0 or from 1")
@@ -122,6 +124,7 @@ def check(s: Settings) -> None:
         "clip_dual": s.clip_dual > 1,
         "save_every": s.save_every >= 1,
         "experts": s.experts >= 0,
+        "expert_lr": s.expert_lr >= 0,
         "expert_updates": s.expert_updates >= 1,
         "expert_notion": 0 <= s.expert_notion <= 1,
         "control_from": s.control_from >= 0,

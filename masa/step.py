@@ -31,14 +31,13 @@ from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Endpoint
 from masa.control import cut_at, hint_of, is_gated
+from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally, count_group
 from masa.objective import advantages, policy_loss, token_logp
-from masa.problems import GRID, Problem, Prompts, meta_text, parse_meta
+from masa.problems import Problem, Prompts, parse_meta
 from masa.rewards import Outcome, reward_meta
 from masa.rollouts import Group, Job, Rollout
 from masa.settings import Settings
-
-Expert = tuple[list[int], list[int]]  # (prompt_ids of a meta, token ids of its corrected completion)
 
 
 def grade_solutions(solutions: list[Rollout], problem: Problem, lenient: bool) -> Outcome:
@@ -53,24 +52,6 @@ def set_advantages(rollouts: list[Rollout]) -> None:
     """Advantages within one group of rollouts."""
     for r, a in zip(rollouts, advantages([r.reward for r in rollouts]) if rollouts else [], strict=True):
         r.advantage = a
-
-
-def expert_of(g: Group, prompts: Prompts, least: float) -> Expert | None:
-    """A group's meta with the best notions, its two numbers replaced by what the solutions turned out to be.
-
-    None when no meta has <meta> tags and a notion reward of `least` or more, which takes a right solution.
-    """
-    # The reasoning is left as it is and may contradict the corrected numbers; the paper does the same.
-    ranked = [
-        (parts[2], -k) for k, (parts, p) in enumerate(zip(g.parts, g.predictions, strict=True)) if p and p.reasoning
-    ]
-    if not ranked or max(ranked)[0] < least or not g.outcome.correct_lengths:
-        return None
-    k = -max(ranked)[1]
-    chosen, end = g.predictions[k], prompts.end if g.metas[k].cut else g.metas[k].ids[-1]  # the policy's own way to end
-    length = int(statistics.fmean(g.outcome.correct_lengths))
-    text = meta_text(chosen.reasoning, chosen.notions, round(GRID * g.outcome.p), length)
-    return prompts.meta(g.problem.text), [*prompts.encode(text), end]
 
 
 class Masa:
@@ -368,26 +349,32 @@ class Masa:
         s = self.s
         if not s.experts:
             return {}
-        found = {g.place: expert for g in groups if (expert := expert_of(g, self.prompts, s.expert_notion))}
+        found = {
+            g.place: expert for g in groups if (expert := expert_of(g, self.prompts, s.expert_notion, s.expert_levels))
+        }
         merged = {place: e for part in self.ranks.gather(found) for place, e in part.items()}
         self.experts += [merged[place] for place in sorted(merged)]
         row: dict[str, float] = {"experts": len(self.experts)}
         if len(self.experts) < s.experts:
             return row
         # PAPER: theta - beta * grad L_BC after the RL step, beta not given, "5 gradient updates per outer loop".
-        # HERE:  beta is the RL learning rate, each update on all experts, then the set is emptied (Algorithm 1).
+        # HERE:  beta is --expert-lr or the RL learning rate, each update on all experts, then the set is emptied
+        #        (Algorithm 1).
         # WHY:   one optimiser for both, as in the released code, whose own loop keeps what is beyond N.
-        tokens = sum(len(ids) for _, ids in self.experts)
-        mine = [Rollout(prompt, ids, "", False, 0) for prompt, ids in self.experts[self.ranks.rank :: self.ranks.world]]
+        weights = expert_weights(self.experts, s.expert_levels)
+        share = slice(self.ranks.rank, None, self.ranks.world)
+        mine = [
+            Rollout(e.prompt_ids, e.ids, "", False, 0, reward=w) for e, w in zip(self.experts, weights, strict=True)
+        ]
         losses = []
         for _ in range(s.expert_updates):
             nats = torch.zeros((), device=self.ranks.device)
-            for pack in self.packs(mine):
-                batch = self.batch_of(pack, [1 / tokens] * len(pack))
+            for pack in self.packs(mine[share]):
+                batch = self.batch_of(pack, [r.reward for r in pack])
                 loss = -(token_logp(self.model, batch, s.temperature, self.impl) * batch.w).sum()  # L_BC of Eq. 5
                 loss.backward()
                 nats += loss.detach()
-            self.apply(lr)
+            self.apply(lr * s.expert_lr / self.lr if s.expert_lr else lr)
             losses.append(float(self.ranks.sum(nats)))
         self.experts = []
         return row | {"bc_loss/first": losses[0], "bc_loss/last": losses[-1]}

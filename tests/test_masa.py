@@ -25,13 +25,13 @@ from common.ranks import Ranks, process_group
 from common.settings import cli
 from masa import passk
 from masa.control import cut_at, hint_of, is_gated
+from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally
 from masa.objective import advantages, policy_loss, token_logp
 from masa.problems import Prediction, Prompts, load_problems, meta_text, parse_meta
 from masa.rewards import Outcome, lemma, reward_difficulty, reward_length, reward_meta, reward_notion
 from masa.run import Training, identity_of
 from masa.settings import PRESETS, Settings, check
-from masa.step import expert_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -495,7 +495,8 @@ def test_an_expert_is_the_best_meta_with_true_numbers(folder, group):
         if right < 3:  # the word in all solutions earns nothing then
             assert expert is None
             continue
-        prompt, ids = expert
+        prompt, ids, level = expert
+        assert level == right * 2
         assert prompt == made.prompts.meta(g.problem.text) == g.metas[0].prompt_ids and ids[-1] == made.prompts.end
         found = parse_meta(made.prompts.text(ids))
         lengths = [len(r.ids) for r in g.solutions][:right]
@@ -504,7 +505,7 @@ def test_an_expert_is_the_best_meta_with_true_numbers(folder, group):
         assert expert_of(g, made.prompts, 0.6) is None
         other = made.prompts.encode("Paris")[0]
         g.metas[0].ids[-1] = other  # a model with several end tokens: the expert ends with the one that was sampled
-        assert expert_of(g, made.prompts, 0.2)[1][-1] == other
+        assert expert_of(g, made.prompts, 0.2).ids[-1] == other
 
 
 def test_cloning_lowers_the_experts_loss_and_is_a_mean_over_response_tokens(folder, group):
@@ -516,12 +517,12 @@ def test_cloning_lowers_the_experts_loss_and_is_a_mean_over_response_tokens(fold
 
     def nats() -> float:
         total = 0.0
-        for prompt, ids in experts:
+        for prompt, ids, _ in experts:
             row = torch.tensor(prompt + ids)
             with torch.no_grad():
                 logits = made.model.logits(made.model(row, torch.tensor([0, len(row)])))[len(prompt) - 1 : -1]
             total -= float(logits.log_softmax(-1)[range(len(ids)), ids].sum())
-        return total / sum(len(ids) for _, ids in experts)
+        return total / sum(len(ids) for _, ids, _ in experts)
 
     before = nats()
     row = made.clone_experts(groups, 0.01)
@@ -886,3 +887,49 @@ def test_probes_measure_the_gate(folder, group):
     half = masa_worker.build(folder, group, control_from=1, gate_probe=0.5, batch=12)
     half.script = made.script
     assert 0 < half.step(1)["share/unsampled"] < 1
+
+
+# ---------- experts of every pass rate
+
+
+def test_experts_of_every_pass_rate(folder, group):
+    """Four problems, solved 0, 1, 2 and 4 times of four; only right solutions hold the word the metas name."""
+    first = masa_worker.build(folder, group).next_batch()
+    solved = dict(zip((g.problem.id for g in first), (0, 1, 2, 4), strict=True))
+
+    def script(problem, kind, k):
+        right = solved[problem.id]
+        if kind == "meta":
+            return meta_text("look", ["carry"], 3, 50)
+        return f"carry \\boxed{{{problem.answer}}}" if k < right else "\\boxed{-1}"
+
+    made = masa_worker.build(folder, group, script=script)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    experts = {solved[g.problem.id]: expert_of(g, made.prompts, 0.2, levels=True) for g in groups}
+    assert {right: e.level for right, e in experts.items()} == {0: 0, 1: 2, 2: 4, 4: 8}
+    for right, e in experts.items():
+        found = parse_meta(made.prompts.text(e.ids))
+        assert found.p_hat == right / 4 and found.reasoning == "look"
+        lengths = [r for g in groups if solved[g.problem.id] == right for r in g.outcome.correct_lengths]
+        assert found.length == (lengths[0] if right else 50)  # no right solution: the foreseen length stays
+    hopeless = next(g for g in groups if solved[g.problem.id] == 0)
+    assert expert_of(hopeless, made.prompts, 0.2) is None
+
+
+def test_each_pass_rate_weighs_the_same():
+    experts = [Expert([], [1] * 4, 0), Expert([], [1] * 6, 0), Expert([], [1] * 5, 8)]
+    assert expert_weights(experts) == [1 / 15] * 3
+    assert expert_weights(experts, levels=True) == [1 / 20, 1 / 20, 1 / 10]  # half of the loss each
+
+
+def test_cloning_has_a_rate_of_its_own(folder, group):
+    """AdamW's first step moves every weight by the rate (no decay): the largest change is --expert-lr."""
+    for own, expected in ((0.0, 0.01), (0.002, 0.002)):
+        made = masa_worker.build(folder, group, experts=1, expert_updates=1, expert_lr=own, lr=0.01, weight_decay=0.0)
+        made.experts = [Expert(made.prompts.meta("2 + 2"), made.prompts.encode("so it is"), 4)]
+        before = {name: p.detach().clone() for name, p in made.names.items()}
+        made.clone_experts([], 0.01)
+        moved = max(float((p.detach() - before[name]).abs().max()) for name, p in made.names.items())
+        assert moved == pytest.approx(expected, rel=1e-3)
