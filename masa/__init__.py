@@ -18,7 +18,9 @@ Read in this order, which is the order of a step:
     experts.py     metas with their numbers corrected, for cloning
     step.py        one step: sample, grade, score, update, clone experts
     metrics.py     what a step counts
+    own_reward.py  a reward function of one's own
     run.py         all steps: checkpoints, resume, evaluation, command line
+    samples.py     samples of a run to look at
     passk.py       Pass@k, calibration and Shapley shares of finished evaluations
 
 Left out: an entropy bonus (off in the paper), value models, sharding.

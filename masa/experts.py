@@ -40,7 +40,8 @@ def expert_of(g: Group, prompts: Prompts, least: float, levels: bool = False) ->
         return None
     best, k = max(ranked)[0], -max(ranked)[1]
     right, chosen = g.outcome.correct_lengths, g.predictions[k]
-    if best < least and not (levels and g.flat) or not right and not (levels and chosen.length):
+    good = best >= least or (levels and g.flat)
+    if not good or not (right or (levels and chosen.length)):
         return None
     end = prompts.end if g.metas[k].cut else g.metas[k].ids[-1]  # the policy's own way to end
     length, level = int(statistics.fmean(right)) if right else chosen.length, round(GRID * g.outcome.p)

@@ -1,5 +1,6 @@
 """What one step counts, summed over ranks, and the row of metrics.jsonl made of it."""
 
+import statistics
 from typing import Any
 
 import torch
@@ -13,25 +14,13 @@ GENERIC = 0.9  # a notion found in this share of a problem's solutions says noth
 
 # What a step counts; SHARES says which metrics are made of it: name -> (numerator, denominator).
 COUNTS = (
-    *(
-        "problems",
-        "gated",
-        "unsampled",
-        "probes",
-        "flat_probes",
-        "solutions",
-        "correct",
-        "answered",
-        "failed",
-        "cut",
-        "at_limit",
-        "solution_tokens",
-    ),
-    *("solved_groups", "meta_groups", "flat", "flat_metas", "metas", "parsed", "estimates", "error", "meta_tokens"),
-    *("scored", "length", "difficulty", "notion", "notions", "generic", "loss", "clipped", "trained"),
+    *("problems", "gated", "unsampled", "probes", "flat_probes", "solved_groups", "meta_groups", "flat", "flat_metas"),
+    *("solutions", "correct", "answered", "failed", "cut", "at_limit", "solution_tokens", "right_tokens"),
+    *("wrong", "wrong_tokens", "reward", "reward_std", "metas", "parsed", "estimates", "error", "meta_tokens"),
+    *("scored", "length", "difficulty", "notion", "notions", "generic", "meta_reward_std"),
+    *("loss", "kl", "trained", "nats", "clipped", "clip_low", "clip_high"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
 )
-
 SHARES = {
     "accuracy": ("correct", "solutions"),
     "share/answered": ("answered", "solutions"),
@@ -51,7 +40,15 @@ SHARES = {
     "meta/notion": ("notion", "scored"),
     "share/flat_metas": ("flat_metas", "meta_groups"),
     "share/generic": ("generic", "notions"),  # foreseen notions that nearly every solution holds
-    "share/clipped": ("clipped", "trained"),
+    "share/clipped": ("clipped", "trained"),  # also by the dual clip
+    "share/clip_low": ("clip_low", "trained"),
+    "share/clip_high": ("clip_high", "trained"),
+    "entropy": ("nats", "trained"),  # mean -log p of the trained tokens, nats: estimates the entropy at temperature 1
+    "reward": ("reward", "solutions"),
+    "reward_std": ("reward_std", "solved_groups"),  # of a problem's solutions, mean over problems
+    "meta/reward_std": ("meta_reward_std", "meta_groups"),
+    "solution_length/right": ("right_tokens", "correct"),
+    "solution_length/wrong": ("wrong_tokens", "wrong"),
 }
 
 
@@ -66,7 +63,11 @@ class Tally(dict[str, float]):
         total = ranks.sum(torch.tensor([self[name] for name in COUNTS], dtype=torch.float64, device=ranks.device))
         count = dict(zip(COUNTS, total.tolist(), strict=True))
         row: dict[str, Any] = {k: count[a] / count[b] if count[b] else None for k, (a, b) in SHARES.items()}
-        row |= {"loss": count["loss"], "sampled": int(count["solution_tokens"] + count["meta_tokens"])}
+        row |= {
+            "loss": count["loss"],
+            "kl": count["kl"],
+            "sampled": int(count["solution_tokens"] + count["meta_tokens"]),
+        }
         row |= {"solution_tokens": int(count["solution_tokens"]), "meta_tokens": int(count["meta_tokens"])}
         return row | {"p_hat": [int(count[f"p_hat/{k}"]) for k in range(GRID + 1)]}
 
@@ -91,7 +92,14 @@ def count_group(tally: Tally, g: Group, max_new: int) -> None:
     tally["meta_groups"] += bool(g.metas)
     tally["flat_metas"] += bool(g.metas) and len({r.reward for r in g.metas}) < 2
     tally["solutions"] += len(g.solutions)
-    tally["correct"] += sum(g.outcome.correct)
+    right, right_tokens = sum(g.outcome.correct), sum(g.outcome.correct_lengths)
+    tally["correct"] += right
+    tally["wrong"] += len(g.solutions) - right
+    tally["right_tokens"] += right_tokens
+    tally["wrong_tokens"] += sum(g.outcome.lengths) - right_tokens
+    tally["reward"] += sum(r.reward for r in g.solutions)
+    tally["reward_std"] += statistics.pstdev(r.reward for r in g.solutions)
+    tally["meta_reward_std"] += statistics.pstdev(r.reward for r in g.metas) if g.metas else 0.0
     tally["answered"] += sum(g.outcome.answered)
     tally["failed"] += g.outcome.failed
     tally["solution_tokens"] += sum(g.outcome.lengths)

@@ -42,6 +42,15 @@ def policy_loss(
     return torch.where(limited, bound, loss), (clipped > plain) | limited
 
 
+def kl_to_reference(logp: Tensor, reference: Tensor) -> Tensor:
+    """(M,), at least 0: k3 estimate of KL(policy || reference) at every sampled token, unbiased under the policy.
+
+    http://joschu.net/blog/kl-approx.html; GRPO (arXiv 2402.03300) Eq. 4.
+    """
+    log_ratio = reference - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
 def token_logp(model: qwen.Qwen3, batch: data.Batch, temperature: float, impl: str) -> Tensor:
     """(M,) fp32: log-probability of every completion token at the temperature it was sampled with."""
     hidden = model(batch.ids, batch.cu_seqlens)[batch.predict] / temperature  # (M, E)

@@ -32,10 +32,11 @@ class Problem:
     answer: str
 
 
-def load_problems(path: str | Path) -> tuple[list[Problem], int]:
+def load_problems(path: str | Path, any_answer: bool = False) -> tuple[list[Problem], int]:
     """(problems, how many were left out because no answer can be read from their `answer`).
 
-    A row: problem (a text), answer (a text or a number), id (a text; without one: NAME/LINE). Raises InputError.
+    A row: problem (a text), answer (a text or a number), id (a text; without one: NAME/LINE). any_answer: keep answers
+    that the verifier cannot read, for a reward function of one's own. Raises InputError.
     """
     seen: set[str] = set()
 
@@ -51,7 +52,7 @@ def load_problems(path: str | Path) -> tuple[list[Problem], int]:
 
     rows = read_jsonl(path, ("problem", "answer"), check)
     problems = [Problem(r["id"], r["problem"], str(r["answer"])) for r in rows]
-    usable = [p for p in problems if verifier.usable(p.answer)]
+    usable = [p for p in problems if any_answer or verifier.usable(p.answer)]
     if not usable:
         raise InputError(f"{path}: no problem with a readable answer; rows need problem and answer")
     return usable, len(problems) - len(usable)

@@ -38,6 +38,14 @@ class Outcome:
         return [n for n, right in zip(self.lengths, self.correct, strict=True) if right]
 
 
+def overlong_penalty(length: int, max_new: int, buffer: int) -> float:
+    """DAPO's soft penalty of long solutions, 0 to -1, added to r_sol: it grows over the last `buffer` tokens.
+
+    DAPO (arXiv 2503.14476) Eq. 13. The paper leaves it out of its DAPO, since it hurt at 8,192 tokens.
+    """
+    return -min(1.0, max(0, length - (max_new - buffer)) / buffer) if buffer else 0.0
+
+
 def reward_length(length: int | None, outcome: Outcome) -> float:
     """1 if the foreseen length lies within those of the right solutions, both ends included; 0 without any. Eq. 1."""
     # PAPER: min <= length <= max.  RELEASED CODE: <, so that one right solution can never be foreseen.  HERE: <=.

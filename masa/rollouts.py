@@ -44,8 +44,8 @@ class Group:
 
     @property
     def flat(self) -> bool:
-        """All solutions right, or all wrong: no gradient."""
-        return len({r.reward for r in self.solutions}) < 2
+        """All solutions right, or all wrong: they have nothing to teach."""
+        return self.outcome is not None and len(set(self.outcome.correct)) < 2
 
 
 @dataclass(frozen=True)

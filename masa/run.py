@@ -2,6 +2,8 @@
 
 python -m masa --model Qwen/Qwen3-8B-Base --problems data/deepscaler-train.jsonl --out runs/masa
 torchrun --standalone --nproc_per_node=4 -m masa --preset v1-efficient ... --resume
+python -m masa score --model Qwen/Qwen3-8B-Base --adapter runs/masa --eval-sets aime24=aime24.jsonl --out runs/aime
+python -m masa samples --out runs/masa
 python -m masa shapley --out runs/masa
 """
 
@@ -16,7 +18,7 @@ import torch
 
 import lora
 import model as qwen
-from common import checkpoint, hub
+from common import checkpoint, hub, verifier
 from common.endings import ENDINGS, settle
 from common.errors import InputError, Stopped
 from common.files import read_jsonl, sha256_file, write_json, write_jsonl
@@ -24,7 +26,7 @@ from common.ranks import Progress, process_group
 from common.settings import cli
 from common.template import load_prompt
 from common.weights import weight_files
-from masa import passk
+from masa import passk, samples
 from masa.experts import Expert
 from masa.problems import Problem, Prompts, load_problems
 from masa.settings import PRESETS, Settings, check
@@ -32,13 +34,22 @@ from masa.step import Masa
 
 
 def identity_of(s: Settings, source: hub.Source, evals: Mapping[str, str]) -> dict[str, Any]:
-    """What must be the same for a checkpoint to fit: everything that shapes the result."""
+    """What must be the same for a checkpoint to fit: everything that shapes the result.
+
+    How many steps there are and when they are evaluated is free: a finished run is extended with a larger --steps.
+    """
     free = {"micro_tokens", "gradient_checkpointing", "save_every", "kernel", "resume", "out", "sample_batch"}
-    free |= {"base_url", "key_env", "concurrency", "problems", "eval_sets", "model", "revision"}
+    free |= {"steps", "epochs", "eval_every", "eval_sets", "samples_every", "samples_problems"}
+    free |= {"base_url", "key_env", "concurrency", "problems", "model", "revision"}
     values = {k: v for k, v in asdict(s).items() if k not in free}
     values |= {name: load_prompt(values[name]) for name in ("solve_prompt", "meta_prompt", "eval_prompt")}
     weights = hashlib.sha256("".join(sha256_file(f) for f in weight_files(source.folder)).encode()).hexdigest()
     digests = {name: sha256_file(path) for name, path in evals.items()}
+    values["verifier"] = verifier.judge_name()
+    if s.reward:
+        values["reward"] += f" {sha256_file(s.reward.rpartition(':')[0])}"
+    if s.adapter:
+        values["adapter"] = sha256_file(Path(s.adapter) / "adapter_model.safetensors")
     return checkpoint.identity_of(
         {"base": weights, "problems": sha256_file(s.problems), "eval_sets": digests, **values}
     )
@@ -112,6 +123,7 @@ class Training:
                     except Stopped:  # raised while sampling, so no weight has changed
                         self.masa.taken, self.masa.sampled = before
                         raise
+                    self.keep_samples(number)
                     progress()
                     self.ranks.log(step_line(self.log[-1], self.total))
                     if len(self.log) % s.save_every == 0 or len(self.log) == self.total:
@@ -125,15 +137,35 @@ class Training:
                 raise
         progress.close()
 
+    def keep_samples(self, number: int) -> None:
+        """A few problems of this step with all that was sampled for them, from rank 0."""
+        every, groups = self.s.samples_every, self.masa.groups
+        if every and number % every == 0 and self.ranks.rank == 0 and groups:
+            path = self.out / "samples" / f"step-{number + 1:06d}.jsonl"
+            write_jsonl(path, samples.sample_rows(groups, number + 1, self.s.samples_problems))
+
     def finish(self) -> None:
-        """Leave the adapter or the model, and results.json; print the table."""
+        """Leave the adapter or the model, and the results."""
         if self.ranks.rank == 0:
             if self.s.full:
                 qwen.save(self.masa.model, self.out / "model")
             else:
                 lora.save(self.masa.model, self.out, self.source.name, self.source.commit)
+        self.report(self.total)
+
+    def score(self) -> None:
+        """Evaluate only: the model as it is, with --adapter if one is given."""
+        if self.ranks.rank == 0 and (self.out / "metrics.jsonl").exists():
+            raise InputError(f"{self.out}: holds a training; give score another --out")
+        self.evaluate(0)
+        self.report(0)
+
+    def report(self, steps: int) -> None:
+        """Leave results.json and print the table."""
+        if self.ranks.rank == 0:
             results = passk.summaries(self.evaluations)
-            facts = {"settings": asdict(self.s), "steps": self.total, "sampled": self.masa.sampled, "evals": results}
+            facts = {"settings": asdict(self.s), "steps": steps, "sampled": self.masa.sampled, "evals": results}
+            facts["verifier"] = verifier.judge_name()
             facts["seconds"] = round(sum(row["seconds"] for row in self.log), 1)
             write_json(self.out / "results.json", facts)
             if results:
@@ -149,20 +181,25 @@ def step_line(m: Mapping[str, Any], total: int) -> str:
     return f"step {m['step']}/{total} {shown} tokens {m['tokens']:,} ({m['seconds']:.1f} s)"
 
 
-def work(s: Settings, source: hub.Source) -> None:
-    """Join the other processes, train, and leave adapter or model, log, evaluations and results in `s.out`."""
+def work(s: Settings, source: hub.Source, command: str = "train") -> None:
+    """Join the other processes, train or score, and leave what comes of it in `s.out`."""
     with process_group() as ranks, ranks.stop.listen():
         prompts = Prompts(source.folder, s)
-        problems, unreadable = load_problems(s.problems)
-        ranks.log(f"{len(problems):,} problems, {unreadable:,} left out because their answer cannot be read")
         paths = dict(part.split("=", 1) for part in s.eval_sets.split(",") if part)
-        evals = {name: load_problems(path)[0] for name, path in paths.items()}
+        evals = {name: load_problems(path, bool(s.reward))[0] for name, path in paths.items()}
+        problems, unreadable = [p for part in evals.values() for p in part], 0
+        if command == "train":
+            problems, unreadable = load_problems(s.problems, bool(s.reward))
+        ranks.log(f"{len(problems):,} problems, {unreadable:,} left out because their answer cannot be read")
         for name, ids in (("solution", prompts.solve("PROBLEM")), ("meta", prompts.meta("PROBLEM"))):
             ranks.log(f"prompt of a {name}: {prompts.tokenizer.decode(ids, skip_special_tokens=False)!r}")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[s.dtype]
         net = qwen.load(source.folder, dtype, ranks.device).requires_grad_(False)
         masa = Masa(net, prompts, problems, s, ranks)
         ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {masa.impl}")
+        if command == "score":
+            Training(s, source, masa, evals, {}).score()
+            return
         training = Training(s, source, masa, evals, identity_of(s, source, paths))
         if s.resume or ranks.restarted:
             training.resume()
@@ -177,8 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, see endings.py."""
 
     def more(parser: Any) -> None:
-        what = "train (and evaluate before and after), or shapley: what explains the gains of a finished run"
-        parser.add_argument("command", nargs="?", default="train", choices=("train", "shapley"), help=what)
+        what = (
+            "train (and evaluate before and after); score: evaluate only; samples: write samples.html of a run; "
+            "shapley: what explains the gains of a finished run"
+        )
+        choices = ("train", "score", "samples", "shapley")
+        parser.add_argument("command", nargs="?", default="train", choices=choices, help=what)
 
     out = None
     try:
@@ -189,10 +230,13 @@ def main(argv: list[str] | None = None) -> int:
                 "\n".join(f"{name:<14}{share:8.4f}" for name, share in [*shares.items(), ("R2", sum(shares.values()))])
             )
             return 0
-        check(s)
+        if rest.command == "samples":
+            print(samples.write_page(Path(s.out)))
+            return 0
+        check(s, rest.command)
         source = hub.locate(s.model, s.revision)
         out = Path(s.out)
-        work(s, source)
+        work(s, source, rest.command)
     except ENDINGS as error:
         return settle(error, out)
     return settle(None, out)

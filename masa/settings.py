@@ -32,6 +32,7 @@ class Settings:
     problems: str = opt("", "training problems, JSONL {id, problem, answer}")
     eval_sets: str = opt("", "held-out problems, comma-separated name=path")
     out: str = opt("runs/masa", "directory for everything the run writes")
+    adapter: str = opt("", "adapter folder to start from or to score, ours or PEFT's; none: a new one")
     resume: bool = opt(False, "continue an interrupted run from its last checkpoint")
     solve_prompt: str = opt("prompts/masa_solve.txt", "user turn of a solution, with {problem}")
     meta_prompt: str = opt("prompts/masa_meta.txt", "user turn of a meta, with {problem} and, if wanted, {max_new}")
@@ -65,9 +66,12 @@ class Settings:
     clip_low: float = opt(0.2, "ratios below 1 - this are clipped")
     clip_high: float = opt(0.28, "ratios above 1 + this are clipped (clip-higher)")
     clip_dual: float = opt(10.0, "dual clip: with a negative advantage, ratios above this are clipped")
+    kl: float = opt(0.0, "beta of a KL term to the model without its adapter; 0: none")
     agg: str = opt("token", "mean over all tokens, or seq: mean over the tokens of each completion, then over those")
     micro_tokens: int = opt(16384, "tokens in one forward pass; changes memory and speed, not the result")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    samples_every: int = opt(10, "steps between samples kept to look at; 0: none")
+    samples_problems: int = opt(2, "problems of such a step")
     save_every: int = opt(20, "steps between checkpoints")
     seed: int = opt(0, "seed of the order of the problems, of the adapters and of every sample")
     kernel: str = opt("", "log-probability op: torch or triton; none: triton where there is a GPU")
@@ -86,7 +90,9 @@ class Settings:
     cutoff: float = opt(2.0, "solutions end after so many times the foreseen length; 0: no cutoff")
     hint: bool = opt(False, "give each solution the notions of one meta as a hint")
 
-    lenient: bool = opt(False, "the released verifier's rules: percent, the last number, 1e-4", "rewards")
+    reward: str = opt("", "FILE.py:FUNCTION that rewards solutions; none: the verifier does", "rewards")
+    overlong_buffer: int = opt(0, "DAPO's penalty grows over so many tokens below --max-new; 0: none")
+    lenient: bool = opt(False, "the released verifier's rules: percent, the last number, 1e-4")
     notion_rate: bool = opt(False, "compare how often right and wrong solutions hold a notion, not how many do")
     shuffle_statistics: bool = opt(False, "control: score metas against another problem's solutions")
 
@@ -97,11 +103,11 @@ class Settings:
     eval_max_new: int = opt(16384, "longest completion in evaluation, tokens")
 
 
-def check(s: Settings) -> None:
-    """Refuse settings that cannot be. Raises InputError."""
-    for name in ("model", "problems"):
+def check(s: Settings, command: str = "train") -> None:
+    """Refuse settings that cannot be, for the command train or score. Raises InputError."""
+    for name in ("model", "problems" if command == "train" else "eval_sets"):
         if not getattr(s, name):
-            raise InputError(f"--{name} is missing; python -m masa --help lists all settings")
+            raise InputError(f"--{name.replace('_', '-')} is missing; python -m masa --help lists all settings")
     rules = {
         "solutions": s.solutions >= 2,
         "metas": s.metas >= 0,
@@ -123,6 +129,10 @@ def check(s: Settings) -> None:
         "clip_high": s.clip_high > 0,
         "clip_dual": s.clip_dual > 1,
         "save_every": s.save_every >= 1,
+        "samples_every": s.samples_every >= 0,
+        "samples_problems": s.samples_problems >= 1,
+        "kl": s.kl >= 0,
+        "overlong_buffer": 0 <= s.overlong_buffer < s.max_new,
         "experts": s.experts >= 0,
         "expert_lr": s.expert_lr >= 0,
         "expert_updates": s.expert_updates >= 1,
@@ -149,6 +159,8 @@ def check(s: Settings) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)!r}, which cannot be; see --help")
     if s.full and s.dtype != "float32":
         raise InputError("--full updates of 1e-6 vanish in bfloat16; give --dtype float32")
+    if s.full and (s.kl or s.adapter):
+        raise InputError("--kl and --adapter need the model without its adapter as the reference; leave out --full")
     if s.full and s.base_url:
         raise InputError("--base-url samples from an adapter; leave out --full")
     if not s.metas and (s.experts or s.control_from):

@@ -30,22 +30,34 @@ from common.ranks import Progress, Ranks
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Endpoint
+from masa import own_reward
 from masa.control import cut_at, hint_of, is_gated
 from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally, count_group
-from masa.objective import advantages, policy_loss, token_logp
+from masa.objective import advantages, kl_to_reference, policy_loss, token_logp
+from masa.own_reward import RIGHT, Reward
 from masa.problems import Problem, Prompts, parse_meta
-from masa.rewards import Outcome, reward_meta
+from masa.rewards import Outcome, overlong_penalty, reward_meta
 from masa.rollouts import Group, Job, Rollout
 from masa.settings import Settings
 
 
-def grade_solutions(solutions: list[Rollout], problem: Problem, lenient: bool) -> Outcome:
-    """The verifier's word on each solution; one that was cut off is judged as it stands."""
-    grades = [verifier.grade(r.text, problem.answer, lenient) for r in solutions]
+def grade_solutions(
+    solutions: list[Rollout], problem: Problem, lenient: bool, own: Reward | None = None
+) -> tuple[Outcome, list[float]]:
+    """The verifier's word on each solution, and r_sol; one that was cut off is judged as it stands.
+
+    own: a reward function that judges in the verifier's place.
+    """
+    if own is not None:
+        rewards = [own(problem.text, problem.answer, r.text) for r in solutions]
+        grades = [verifier.Grade(reward >= RIGHT, True) for reward in rewards]
+    else:
+        grades = [verifier.grade(r.text, problem.answer, lenient) for r in solutions]
+        rewards = [float(g.correct) for g in grades]  # correctness alone: no reward for the format
     correct, answered = tuple(g.correct for g in grades), tuple(g.found for g in grades)
     lengths, texts = tuple(len(r.ids) for r in solutions), tuple(r.text for r in solutions)
-    return Outcome(correct, answered, lengths, texts, sum(g.failed for g in grades))
+    return Outcome(correct, answered, lengths, texts, sum(g.failed for g in grades)), rewards
 
 
 def set_advantages(rollouts: list[Rollout]) -> None:
@@ -61,8 +73,11 @@ class Masa:
         self.model, self.prompts, self.s, self.ranks = model, prompts, s, ranks
         self.impl = s.kernel or default_impl(ranks.device)
         self.lr = s.lr or (1e-6 if s.full else 1e-5)  # LoRA needs about ten times the rate of all weights
+        self.own_reward = own_reward.load(s.reward) if s.reward else None
         if s.full:
             model.requires_grad_(True)
+        elif s.adapter:
+            lora.load(model, s.adapter)
         else:
             lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
         model.gradient_checkpointing = s.gradient_checkpointing
@@ -73,6 +88,7 @@ class Masa:
         self.problems = self.short_enough(problems)
         self.taken = self.sampled = 0  # problems taken from the stream, tokens sampled, by all ranks
         self.experts: list[Expert] = []
+        self.groups: list[Group] = []  # of the last step, on this rank
         self.server = None
         if s.base_url:
             base = Endpoint(s.model, s.base_url, s.key_env)
@@ -199,9 +215,9 @@ class Masa:
         """Ask the verifier about the solutions: outcome, rewards, advantages."""
         for g in groups:
             if g.solutions:
-                g.outcome = grade_solutions(g.solutions, g.problem, self.s.lenient)
-                for r, right in zip(g.solutions, g.outcome.correct, strict=True):
-                    r.reward = float(right)  # correctness alone: no reward for the format
+                g.outcome, rewards = grade_solutions(g.solutions, g.problem, self.s.lenient, self.own_reward)
+                for r, reward in zip(g.solutions, rewards, strict=True):
+                    r.reward = reward + overlong_penalty(len(r.ids), self.s.max_new, self.s.overlong_buffer)
                 set_advantages(g.solutions)
 
     def score_metas(self, groups: list[Group]) -> None:
@@ -301,7 +317,8 @@ class Masa:
         tokens, sequences = self.ranks.sum(torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)).tolist()
         if not tokens:
             return None
-        for pack in self.packs([r for r in rollouts if r.advantage]):  # the others have no gradient, and count above
+        # Without a KL term rollouts with no advantage have no gradient; they count in the denominators above.
+        for pack in self.packs([r for r in rollouts if r.advantage or s.kl]):
             weights = [1 / tokens if s.agg == "token" else 1 / (sequences * len(r.ids)) for r in pack]
             batch = self.batch_of(pack, weights)
             lengths = torch.tensor([len(r.ids) for r in pack], device=self.ranks.device)
@@ -309,10 +326,19 @@ class Masa:
             logp = token_logp(self.model, batch, s.temperature, self.impl)
             old = logp.detach() if pack[0].logp is None else torch.cat([r.logp for r in pack])
             loss, clipped = policy_loss(logp, old, advantage, s.clip_low, s.clip_high, s.clip_dual)
+            if s.kl:
+                with torch.no_grad(), lora.disabled(self.model):
+                    reference = token_logp(self.model, batch, s.temperature, self.impl)
+                kl = kl_to_reference(logp, reference)
+                loss = loss + s.kl * kl  # - beta KL of section 3.1; the paper's beta is 0
+                tally["kl"] += float((kl.detach() * batch.w).sum()) / s.updates
             total = (loss * batch.w).sum()
             total.backward()
             tally["loss"] += float(total.detach()) / s.updates
             tally["clipped"] += float(clipped.sum())
+            tally["clip_high"] += float((clipped & (advantage > 0)).sum())
+            tally["clip_low"] += float((clipped & (advantage < 0) & (logp < old)).sum())
+            tally["nats"] -= float(logp.detach().sum())
             tally["trained"] += len(clipped)
         return self.apply(lr)
 
@@ -383,7 +409,7 @@ class Masa:
         """One step of Algorithm 1; its row of metrics."""
         started, tally = time.perf_counter(), Tally()
         self.publish(number)
-        groups = self.collect(number, tally)
+        groups = self.groups = self.collect(number, tally)
         lr = self.lr * min(1.0, (number + 1) / max(1, self.s.warmup_steps))
         try:
             norm = self.learn(groups, lr, tally)
@@ -400,7 +426,13 @@ class Masa:
             raise InputError(
                 f"no meta of the first step could be parsed (one: {heard!r}); the model must follow q_meta"
             )
-        row |= {"grad_norm": norm, "learning_rate": lr, **cloned, "tokens": self.sampled}
+        row |= {
+            "kl": row["kl"] if self.s.kl else None,
+            "grad_norm": norm,
+            "learning_rate": lr,
+            **cloned,
+            "tokens": self.sampled,
+        }
         return {"step": number + 1, **row, "seconds": round(time.perf_counter() - started, 3)}
 
     # -- evaluation
@@ -418,7 +450,7 @@ class Masa:
         done = self.complete([j for part in metas + solutions for j in part], s.eval_temperature, f"evaluating {name}")
         self.assign(groups, done[: len(mine) * s.eval_metas], done[len(mine) * s.eval_metas :])
         for g in groups:
-            outcome = grade_solutions(g.solutions, g.problem, s.lenient)
+            outcome, _ = grade_solutions(g.solutions, g.problem, s.lenient, self.own_reward)
             parts = [reward_meta(p, g.problem.text, outcome, s.notion_rate) for p in g.predictions]
             row = {"step": number, "set": name, "id": g.problem.id, "n": len(g.solutions)}
             row |= {"correct": sum(outcome.correct), "correct_lengths": outcome.correct_lengths}

@@ -23,14 +23,15 @@ from common.errors import InputError, Stopped
 from common.files import read_jsonl, write_jsonl
 from common.ranks import Ranks, process_group
 from common.settings import cli
-from masa import passk
+from masa import own_reward, passk
 from masa.control import cut_at, hint_of, is_gated
 from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally
-from masa.objective import advantages, policy_loss, token_logp
+from masa.objective import advantages, kl_to_reference, policy_loss, token_logp
 from masa.problems import Prediction, Prompts, load_problems, meta_text, parse_meta
-from masa.rewards import Outcome, lemma, reward_difficulty, reward_length, reward_meta, reward_notion
+from masa.rewards import Outcome, lemma, overlong_penalty, reward_difficulty, reward_length, reward_meta, reward_notion
 from masa.run import Training, identity_of
+from masa.samples import page, sample_rows, write_page
 from masa.settings import PRESETS, Settings, check
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -640,9 +641,8 @@ def test_the_table_shows_the_flat_share_beside_precision():
 
 
 def a_run(folder: Path, out: Path, ranks: Ranks, **values) -> Training:
-    s = masa_worker.settings(
-        folder, out=str(out), steps=6, save_every=2, experts=3, eval_every=3, eval_metas=2, **values
-    )
+    values = dict(steps=6, save_every=2, experts=3, eval_every=3, eval_metas=2) | values
+    s = masa_worker.settings(folder, out=str(out), **values)
     made = masa_worker.build(folder, ranks, **{f.name: getattr(s, f.name) for f in dataclasses.fields(s)})
     source = hub.Source(folder, str(folder), "")
     evals = {"held": str(folder / "problems.jsonl")}
@@ -680,6 +680,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, folder, group):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     rows = [bare(read_jsonl(tmp_path / run / "metrics.jsonl")) for run in ("whole", "cut")]
     assert rows[0] == rows[1] and len(rows[0]) == 6
+    samples_kept = [read_jsonl(tmp_path / run / "samples/step-000001.jsonl") for run in ("whole", "cut")]
+    assert samples_kept[0] == samples_kept[1] and len(samples_kept[0]) == 2
     changed = a_run(folder, tmp_path / "cut", group, gate_std=0.2)
     with pytest.raises(InputError, match="gate_std was 0.1, is 0.2"):
         changed.resume()
@@ -933,3 +935,171 @@ def test_cloning_has_a_rate_of_its_own(folder, group):
         made.clone_experts([], 0.01)
         moved = max(float((p.detach() - before[name]).abs().max()) for name, p in made.names.items())
         assert moved == pytest.approx(expected, rel=1e-3)
+
+
+# ---------- runs that are extended, scored, looked at
+
+
+def test_a_finished_run_is_extended_to_what_a_longer_one_would_have_been(tmp_path, folder, group):
+    for steps, every in ((4, 2), (6, 3)):
+        training = a_run(folder, tmp_path / "extended", group, steps=steps, eval_every=every)
+        training.resume()
+        training.train()
+        training.finish()
+    whole = a_run(folder, tmp_path / "whole", group)
+    whole.train()
+    whole.finish()
+    files = [tmp_path / run / "adapter_model.safetensors" for run in ("extended", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted({row["step"] for row in read_jsonl(tmp_path / "extended/evals.jsonl")}) == [0, 2, 4, 6]
+
+
+def test_another_verifier_is_another_run(tmp_path, folder, group, monkeypatch):
+    first = a_run(folder, tmp_path, group, steps=2)
+    first.train()
+    first.finish()
+    assert json.loads((tmp_path / "results.json").read_text())["verifier"] == verifier.judge_name()
+    monkeypatch.setattr(verifier, "BACKEND", "math-verify")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"math-verify": "9.8.7"}[name])
+    with pytest.raises(InputError, match="verifier was 'own.*math-verify 9.8.7'"):
+        a_run(folder, tmp_path, group, steps=4).resume()
+
+
+def test_a_sample_row_holds_a_problem_with_its_rewards_and_its_page_shows_text_as_text(tmp_path, folder, group):
+    made = masa_worker.build(folder, group)
+    made.step(0)
+    rows = sample_rows(made.groups, 1, 2)
+    assert [row["id"] for row in rows] == [g.problem.id for g in sorted(made.groups, key=lambda g: g.place)[:2]]
+    for row in rows:
+        right = 1 + int(row["id"][1:]) % 3  # see masa_worker.say
+        assert [x["right"] for x in row["solutions"]] == [k < right for k in range(4)] and row["p"] == right / 4
+        assert all(
+            x["reward"] == float(x["right"]) and x["text"].startswith("so we carry on") for x in row["solutions"]
+        )
+        for x in row["metas"]:
+            assert x["reward"] == pytest.approx((x["length"] + x["difficulty"] + x["notion"]) / 3)
+    hostile = rows[0] | {"problem": "<script>alert(1)</script>", "id": "<b>"}
+    assert "<script" not in page([hostile]) and "&lt;script&gt;alert(1)" in page([hostile])
+    with pytest.raises(InputError, match="--samples-every"):
+        write_page(tmp_path)
+    for step in (1, 11):
+        write_jsonl(tmp_path / "samples" / f"step-{step:06d}.jsonl", [rows[0] | {"step": step}])
+    text = write_page(tmp_path).read_text()
+    assert text.index("step 11,") < text.index("step 1,")  # newest first
+
+
+def test_score_is_what_training_saw_of_the_same_weights(tmp_path, folder, launch):
+    """Greedy, so the draws do not depend on the step: base and adapter by `score`, first and last rows by training."""
+    s = masa_worker.settings(folder, out=str(tmp_path / "run"), eval_sets=f"held={folder / 'problems.jsonl'}",
+                             preset="grpo", metas=0, steps=2, lr=0.3, max_new=12, eval_max_new=12, eval_samples=1,
+                             eval_temperature=0.0, solutions=4)  # fmt: skip
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "import zlib\n\n\ndef draw(problem, answer, text):\n    return zlib.crc32(text.encode()) % 2 == 0\n"
+    )
+    values = dataclasses.asdict(s) | {"reward": f"{rewards}:draw"}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+
+    def command(*flags) -> list[dict]:
+        argv = ["command", tmp_path / "stdout", *flags, "--config", tmp_path / "c.json"]
+        assert launch(argv, 1, tmp_path / "log") == [0], (tmp_path / "log").read_text()
+        out = Path(flags[flags.index("--out") + 1] if "--out" in flags else s.out)
+        return read_jsonl(out / "evals.jsonl")
+
+    trained = command()
+    first, last = [[row | {"step": 0} for row in trained if row["step"] == step] for step in (0, 2)]
+    assert first != last
+    assert command("score", "--out", str(tmp_path / "base")) == first
+    assert command("score", "--out", str(tmp_path / "tuned"), "--adapter", s.out, "--problems", "") == last
+    argv = ["command", tmp_path / "stdout", "score", "--config", tmp_path / "c.json"]
+    assert launch(argv, 1, tmp_path / "log2") == [3] and "give score another --out" in (tmp_path / "log2").read_text()
+
+
+# ---------- rewards of one's own, overlong solutions, KL
+
+
+def test_a_reward_of_ones_own_replaces_the_verifier(tmp_path, folder, group):
+    file = tmp_path / "mine.py"
+    file.write_text("def short(problem, answer, completion):\n    return 1 / completion.count('carry')\n")
+    made = masa_worker.build(folder, group, reward=f"{file}:short")
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    for g in groups:  # the script says the word once, twice, three and four times
+        assert [r.reward for r in g.solutions] == [1, 1 / 2, 1 / 3, 1 / 4]
+        assert g.outcome.correct == (True, True, False, False)
+        assert [r.advantage for r in g.solutions] == pytest.approx(advantages([1, 1 / 2, 1 / 3, 1 / 4]))
+    rows = [{"problem": "essay", "answer": " "}]  # an answer that the verifier could not use
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    assert len(load_problems(tmp_path / "p.jsonl", any_answer=True)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("mine.py", "must look like"),
+        ("absent.py:f", "is not there"),
+        ("mine.py:g", "no function 'g'"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_said(tmp_path, monkeypatch, where, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def f(problem, answer, completion):\n    return 'good'\n")
+    with pytest.raises(InputError, match=message):
+        own_reward.load(where)
+    with pytest.raises(InputError, match="returned 'good'"):
+        own_reward.load("mine.py:f")("", "", "")
+
+
+def test_the_overlong_penalty_is_dapos():
+    """DAPO's equation 13 with L_max 100 and L_cache 20."""
+    lengths = (1, 80, 85, 90, 100)
+    assert [overlong_penalty(n, 100, 20) for n in lengths] == [0, 0, -0.25, -0.5, -1]
+    assert overlong_penalty(100, 100, 0) == 0
+
+
+def test_the_kl_estimate_has_the_kl_divergence_as_its_mean():
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(50, dtype=torch.float64, generator=g).log_softmax(-1) for _ in range(2))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")  # KL(p || q)
+    estimate = kl_to_reference(p, q)
+    assert (estimate >= 0).all() and torch.allclose((p.exp() * estimate).sum(), kl)
+
+
+def test_the_kl_term_enters_the_gradient(folder, group):
+    """Against autograd on full logits, rollouts without an advantage included."""
+    made = masa_worker.build(folder, group, kl=0.5, max_grad_norm=1e9)
+    groups = made.next_batch()
+    made.roll_out(groups, 0, "x")
+    made.score(groups)
+    rollouts = [r for g in groups for r in g.solutions + g.metas]
+    tokens, extra = sum(len(r.ids) for r in rollouts), 0.0
+    for r in rollouts:
+        ids = torch.tensor(r.prompt_ids + r.ids)
+
+        def logp(ids=ids, r=r):
+            logits = made.model.logits(made.model(ids, torch.tensor([0, len(ids)])))[len(r.prompt_ids) - 1 : -1]
+            return logits.log_softmax(-1)[range(len(r.ids)), r.ids]
+
+        with torch.no_grad(), lora.disabled(made.model):
+            reference = logp()
+        policy = logp()
+        extra = extra + ((reference - policy).exp() - (reference - policy) - 1).sum() / tokens
+    want = torch.autograd.grad(loss_by_hand(made, groups, "token") + 0.5 * extra, list(made.names.values()))
+    made.optimizer, tally = masa_worker.NoStep(made.names), Tally()
+    made.update(rollouts, 1.0, tally)
+    for got, expected in zip(made.optimizer.grads[0].values(), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert tally["kl"] == pytest.approx(extra.item(), rel=1e-4)
+
+
+def test_a_steps_spread_and_lengths(folder, group):
+    row = masa_worker.build(folder, group).step(0)
+    ps = [(1 + int(g.problem.id[1:]) % 3) / 4 for g in masa_worker.build(folder, group).next_batch()]
+    assert row["reward_std"] == pytest.approx(sum((p * (1 - p)) ** 0.5 for p in ps) / 4)  # of zeros and ones
+    assert row["reward"] == row["accuracy"]
+    assert (
+        row["solution_length/right"] < row["solution_length"] < row["solution_length/wrong"]
+    )  # later draws are longer
+    assert row["share/clip_low"] == row["share/clip_high"] == 0.0 and row["kl"] is None
+    assert 0 < row["entropy"] < 2 * math.log(500)
