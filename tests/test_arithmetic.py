@@ -106,11 +106,11 @@ def test_the_tokenizer_brings_documents_back():
     assert tokenizer.token_to_id("<meta>") is not None
 
 
-def test_the_readmes_table_is_the_committed_study():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_of_the_docs_is_the_committed_study():
+    page = (ROOT / "docs/masa.md").read_text(encoding="utf-8")
     begin, end = masa_study.MARKS
     recorded = read_json(ROOT / masa_study.RECORD["study.json"])
-    assert readme.partition(begin)[2].partition(end)[0].strip() == masa_study.markdown(recorded)
+    assert page.partition(begin)[2].partition(end)[0].strip() == masa_study.markdown(recorded)
 
 
 def test_the_committed_study_holds_three_seeds_and_its_own_means():

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -1103,3 +1104,28 @@ def test_a_steps_spread_and_lengths(folder, group):
     )  # later draws are longer
     assert row["share/clip_low"] == row["share/clip_high"] == 0.0 and row["kl"] is None
     assert 0 < row["entropy"] < 2 * math.log(500)
+
+
+# ---------- docs/masa.md
+
+
+def test_every_equation_of_the_page_is_where_it_says():
+    text = (ROOT / "docs/masa.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[[\w.]+\]\((\.\./[\w/.]+)\) `([^`]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == 13
+    for paper, file, code in rows:
+        assert (ROOT / "docs" / file).read_text(encoding="utf-8").count(code) == 1, paper
+    assert all(any(f"Eq. {n}" in paper for paper, _, _ in rows) for n in (1, 2, 3, 5))
+
+
+def test_the_pages_presets_and_metrics_are_the_codes(folder, group):
+    text = (ROOT / "docs/masa.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| (\d+) \| (\d+) \| (\w+) \| (\w+) \|", text, re.MULTILINE)
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, *shown in rows:
+        s = cli(Settings, ["--preset", name], "", None, PRESETS)[0]
+        found = [s.solutions, s.metas, s.experts or "none", s.control_from or "never"]
+        assert shown == [str(value) for value in found], name
+    logged = masa_worker.build(folder, group, experts=1).step(0).keys() - {"step", "sampled"}
+    cells = re.findall(r"^\| ([^|]+) \|", text.partition("## What a step logs")[2], re.M)
+    assert logged <= set(re.findall(r"[\w/]+", " ".join(cells)))
