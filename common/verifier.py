@@ -5,7 +5,8 @@
 Numbers become fractions, lists and intervals are compared item by item, everything else as LaTeX in one spelling. Where
 the package math-verify is installed it is asked about what still looks different, in a process of its own that is
 killed when it takes too long. Responses are hostile: nothing is evaluated, and what is longer than LONGEST is wrong.
-Left out: algebra (x+1 and 1+x differ here), numerical values of roots and of pi, conversion of units.
+Formulas are compared by common/algebra.py. Left out: numerical values of roots and of pi, conversion of units, several
+boxes for one answer, chains of equations, inequalities the other way round.
 """
 
 import functools
@@ -20,6 +21,7 @@ import threading
 from dataclasses import dataclass
 from fractions import Fraction
 
+from common import algebra
 from common.errors import InputError
 from common.files import ROOT
 
@@ -314,7 +316,11 @@ def _same(given: Value, gold: Value, lenient: bool) -> bool:
     if given.number is not None and gold.number is not None:
         return _same_number(given.number, gold.number, lenient)
     if not gold.items or len(given.items) != len(gold.items):
-        return bool(gold.text) and (given.text == gold.text or lenient and given.text.lower() == gold.text.lower())
+        if gold.items or given.items:
+            return False
+        if gold.text and (given.text == gold.text or lenient and given.text.lower() == gold.text.lower()):
+            return True
+        return algebra.same(*(v.text or str(v.number) for v in (given, gold)))
     unordered = {given.brackets, gold.brackets} <= {",", "{}"} or given.brackets == gold.brackets == "u"
     if unordered:
         left = list(given.items)
