@@ -6,7 +6,7 @@ Numbers become fractions, lists and intervals are compared item by item, everyth
 the package math-verify is installed it is asked about what still looks different, in a process of its own that is
 killed when it takes too long. Responses are hostile: nothing is evaluated, and what is longer than LONGEST is wrong.
 Formulas are compared by common/algebra.py. Left out: numerical values of roots and of pi, conversion of units, several
-boxes for one answer, chains of equations, inequalities the other way round.
+boxes for one answer, chains of equations, names of several letters, column vectors as lists.
 """
 
 import functools
@@ -136,6 +136,9 @@ _SPELLINGS = [
         (rf"{_WORDS}([^{{}}]*)\}}", r" \1 "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(leq?|geq?|neq?)(?:slant)?(?![a-zA-Z])", lambda m: f"\\{m[1][:2]}q"),
+        (r">=|≥", r"\\geq "),
+        (r"<=|≤", r"\\leq "),
+        (r"\\(lt|gt)(?![a-zA-Z])", lambda m: {"lt": "<", "gt": ">"}[m[1]]),
         (r"\\times(?![a-zA-Z])", r"\\cdot"),
         (r"√\s*([0-9.]+|[a-z])", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])(pi|infty)(?![a-zA-Z])", r"\\\1"),
@@ -180,6 +183,7 @@ _NAME = re.compile(
 _SPACE = re.compile(r"([0-9] (?=[0-9])|\\[a-zA-Z]++ (?=[a-zA-Z]))| ")  # 1 2 is not 12, \pi k is not \pik
 _ONLY_UNIT = re.compile(rf" *(?:{_UNIT}) *", re.IGNORECASE)
 _WITH_UNIT = re.compile(rf"(.*[0-9)}}]) *(?:{_UNIT})", re.IGNORECASE)
+_GREATER = re.compile(r"((?:(?!\\leq)[^<>])+)(\\geq(?![a-zA-Z])|>)((?:(?!\\[lg]eq)[^<>])+)")
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
 
 
@@ -277,6 +281,10 @@ def _value(text: str, depth: int = 0) -> Value | None:
     if (number := _number(text)) is not None:
         return Value(number)
     text = _OVER.sub(r"\1\\frac{\2\3}{\4}", text) if _OVER.fullmatch(text) else text
+    if found := _GREATER.fullmatch(text):  # 5 > x is x < 5
+        left, sign, right = (part.strip() for part in found.groups())
+        sign = "<" if sign == ">" else "\\leq " if left[0].isalpha() else "\\leq"
+        text = f"{right}{sign}{left}"
     if re.fullmatch("[A-Za-z]{3,}", text):  # a word
         text = text.lower()
     return Value(text=re.sub(r"^\\frac\{-([^{}+-]*)\}", r"-\\frac{\1}", text))

@@ -172,8 +172,16 @@ EQUAL += [  # judged by hand
     (r"4\cdot 5", "20"),
     (r"\sqrt{4}", "2"),
     (r"(1+\sqrt{2}, 3)", r"(\sqrt{2}+1, 3)"),
+    ("x >= 5", r"x \geq 5"),
+    (r"x \leq 5", r"5 \geq x"),
+    (r"5 \leq x", "x>=5"),
+    (r"x \lt 3", "3 > x"),
 ]
 DIFFERENT = [
+    ("x>5", "x<5"),
+    ("x>5", "5>x"),
+    ("x>5", r"x\geq5"),
+    ("1<x<5", "5<x<1"),
     ("AB+1", "BC+1"),
     ("AB", "BA"),  # letters alone may be a name
     ("x-1", "1-x"),
