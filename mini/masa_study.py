@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from common import table
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
-from masa.run import GRID
+from masa.problems import GRID
 from mini.study import write_table
 from tools.sweep import Child, run_all, unfinished
 

@@ -24,7 +24,8 @@ from common.files import read_jsonl, write_jsonl
 from common.ranks import process_group
 from common.tokens import load_tokenizer, token_offsets
 from llm import remote
-from masa import run as masa
+from masa.problems import Prompts, load_problems
+from masa.step import Masa
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "mini" / "model"
@@ -178,12 +179,12 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     """Two steps of GRPO at a learning rate that changes every sample: the same samples, the same adapter at the end."""
     folder = masa_worker.make_folder(tmp_path / "model")
     hashed = lambda text, gold, lenient: verifier.Grade(zlib.crc32(text.encode()) % 2 == 0, True)  # noqa: E731
-    monkeypatch.setattr(masa.verifier, "grade", hashed)
+    monkeypatch.setattr(verifier, "grade", hashed)
 
     def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # what was measured, what was trained
         s = masa_worker.settings(folder, metas=0, max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
         net = qwen.load(folder).requires_grad_(False)
-        made = masa.Masa(net, masa.Prompts(folder, s), masa.load_problems(s.problems)[0], s, ranks)
+        made = Masa(net, Prompts(folder, s), load_problems(s.problems)[0], s, ranks)
         rows = [made.step(number) for number in range(3)]
         rows += made.evaluate(3, "held", made.problems[:2])
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made.names
