@@ -33,6 +33,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
 from masa.run import GRID  # noqa: E402
@@ -206,20 +207,17 @@ def build_base() -> None:
         subprocess.run([sys.executable, "-m", "mini.arithmetic", "--out", str(OUT / "base")], cwd=ROOT, check=True)
 
 
-def main() -> int:
+@program
+def main() -> None:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="also write docs/ and the README's table")
     given = parser.parse_args()
-    try:
-        build_base()
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda seed: run("masa", seed), SEEDS))  # first: it says how long grpo runs
-            others = [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
-            list(pool.map(lambda cell: run(*cell), others))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    build_base()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: run("masa", seed), SEEDS))  # first: it says how long grpo runs
+        others = [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
+        list(pool.map(lambda cell: run(*cell), others))
     study = {"receipt": receipt(), "settings": read_json(CONFIG), "flags": FLAGS, "seeds": list(SEEDS), **collect()}
     write_json(OUT / "study.json", study)
     picture(study["calibration"], OUT / "calibration.png")
@@ -231,7 +229,6 @@ def main() -> int:
         write_readme(markdown(study), MARKS)
     print(markdown(study))
     print(f"{OUT / 'calibration.png'}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

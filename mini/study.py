@@ -30,6 +30,7 @@ import numpy as np
 import annotate
 import data
 import eval as evaluation
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 
@@ -236,18 +237,15 @@ def write_readme(text: str, marks: tuple[str, str] = MARKS) -> None:
         f.write(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
 
 
-def main() -> int:
+@program
+def main() -> None:
     """Run what is missing, then summarise."""
     todo = cells()
-    try:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for plain in (True, False):  # the others borrow draws, so they come after the plain ones
-                batch = [c for c in todo if c.plain == plain]
-                for cell, seconds in zip(batch, pool.map(run, batch), strict=True):
-                    print(f"{cell.out.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for plain in (True, False):  # the others borrow draws, so they come after the plain ones
+            batch = [c for c in todo if c.plain == plain]
+            for cell, seconds in zip(batch, pool.map(run, batch), strict=True):
+                print(f"{cell.out.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     receipts = read_json(todo[0].out / "results.json")["receipt"]
     study = {
         "command": "make study",
@@ -259,7 +257,6 @@ def main() -> int:
     write_json(RESULT, study)
     write_readme(markdown(study))
     print(markdown(study))
-    return 0
 
 
 if __name__ == "__main__":

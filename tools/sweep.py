@@ -30,6 +30,7 @@ from typing import Any
 
 import eval as evaluation
 import mralign
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.settings import from_json
@@ -329,6 +330,7 @@ def receipt(sweep: Sweep, done: Done, words: Sequence[str]) -> dict[str, str]:
     return about
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 3 for bad input, else the exit code of the first run that did not end well."""
     parser = argparse.ArgumentParser(
@@ -339,26 +341,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; for a CPU, a core each [1]")
     words = sys.argv[1:] if argv is None else argv
     given, flags = parser.parse_known_args(words)
-    try:
-        sweep = load(given.sweep)
-        if taken := [flag for flag in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", flag)]:
-            raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
-        if given.jobs > 1:  # or each run would take all cores for itself
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
-        codes = run_all(sweep, given.gpus, given.jobs, flags)
-        failed = [(*key, code) for key, code in codes.items() if code]
-        if not any(code in STOPPED for *_, code in failed):
-            done = {key for key, code in codes.items() if not code}
-            head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
-            result = head | {"settings": sweep["settings"]} | summary(sweep, done)
-            write(sweep, result)
-            print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:  # from a terminal, which tells the runs too
-        print("error: interrupted; the same command goes on from there", file=sys.stderr)
-        return STOPPED[1]
+    sweep = load(given.sweep)
+    if taken := [flag for flag in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", flag)]:
+        raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
+    if given.jobs > 1:  # or each run would take all cores for itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
+    codes = run_all(sweep, given.gpus, given.jobs, flags)
+    failed = [(*key, code) for key, code in codes.items() if code]
+    if not any(code in STOPPED for *_, code in failed):
+        done = {key for key, code in codes.items() if not code}
+        head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
+        result = head | {"settings": sweep["settings"]} | summary(sweep, done)
+        write(sweep, result)
+        print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
     if not failed:
         return 0
     name, seed, code = failed[0]
