@@ -203,6 +203,8 @@ def read_jsonl(
             if not rows and line.lstrip().startswith(b"["):
                 raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B") from None
             raise InputError(f"{path}:{number}: not a JSON row ({error}); repair or delete this line") from None
+        if isinstance(row, list) and not rows and number == 1:
+            raise InputError(f"{path}:1: a JSON array; write one object a line: jq -c .[] A > B")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}; repair it")
         missing = [name for name in required if name not in row]

@@ -68,7 +68,7 @@ def _tojson(
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, by which trainers find what the assistant wrote: its content as it is."""
+    """{% generation %} ... {% endgeneration %}, by which trainers find the assistant's words: its content as it is."""
 
     tags = {"generation"}
 

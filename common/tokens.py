@@ -46,9 +46,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     config = member(folder, "tokenizer_config.json")
     if config.exists() and read_json(config).get("split_special_tokens"):
-        raise InputError(
-            f"{config}: split_special_tokens is true, so prompts could hold no special token; set it to false"
-        )
+        raise InputError(f"{config}: split_special_tokens is true, which makes text of special tokens; set it false")
     return tokenizer
 
 
