@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import em
 from common.errors import InputError
-from common.files import find, read_json
+from common.files import find, read_json, read_jsonl
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
@@ -165,6 +165,21 @@ def annotate(
         if progress is not None:
             progress(len(records))
     return records, tally_of(records, n_segments)
+
+
+def read_steps(path: str | Path, candidates: Iterable[dict[str, Any]]) -> dict[str, list[Step]]:
+    """Candidate id -> the steps of its trace, every segment in exactly one, from an annotations.jsonl.
+
+    candidates: rows with "id" and "spans". Raises InputError when one has no annotation or one that is not sound.
+    """
+    records = {record["id"]: record for record in read_jsonl(path, ("id", "steps"))}
+    steps = {}
+    for c in candidates:
+        if c["id"] not in records:
+            raise InputError(f"{path}: no annotation for candidate {c['id']!r}; run the annotate stage again")
+        validate(records[c["id"]], len(c["spans"]), f"{path}: {c['id']}")
+        steps[c["id"]] = steps_of(records[c["id"]], len(c["spans"]))
+    return steps
 
 
 def tally_of(records: list[dict[str, Any]], n_segments: int) -> dict[str, int]:

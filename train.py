@@ -52,6 +52,7 @@ from kernels.segment_logprob import segment_logprob
 from model import Qwen3
 
 METHODS = ("sft", "kto", "mralign", "shuffled")
+SPEED_ONLY = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")  # not the result
 NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 
 
@@ -418,9 +419,7 @@ def take_up(
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
-    # These change speed and memory only.
-    free = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")
-    values = {k: v for k, v in asdict(s).items() if k not in free}
+    values = {k: v for k, v in asdict(s).items() if k not in SPEED_ONLY}
     return checkpoint.identity_of({"method": method, **origin, **values})
 
 

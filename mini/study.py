@@ -86,7 +86,11 @@ def run(cell: Cell) -> float:
     cell.out.mkdir(parents=True, exist_ok=True)
     if not cell.plain and cell.world != "null":  # the draws depend on neither dial: share them
         source = Cell(cell.world, cell.seed).out
-        shared = ["samples.jsonl", "done/sample.json", "done/eval-thinkon.json", "done/eval-thinkoff.json"]
+        shared = [
+            "samples.jsonl",
+            "done/sample.json",
+            *(f"done/eval-{v}-{n}.json" for v in ("thinkon", "thinkoff") for n in SETS),
+        ]
         shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("thinkon", "thinkoff")]
         for name in shared:
             if not (cell.out / name).exists():

@@ -14,7 +14,8 @@ from typing import Any
 
 import em
 from common.files import atomic_write
-from report.figures import clean, number, plain_answer
+from report.figures import clean, number
+from report.story import plain_answer
 
 _CSS = """
 :root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --faint: #5d6670; --rule: #d5d9de; --card: #f6f7f9;

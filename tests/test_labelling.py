@@ -17,6 +17,7 @@ from fake_server import FakeServer, labeller
 import mralign
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from llm import discover
+from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"
@@ -272,7 +273,7 @@ def test_spend_is_the_servers_count_to_the_last_token(annotate, server, out):
 
 def test_the_page_on_annotating_names_flags_that_exist_and_adds_up():
     page = (ROOT / "docs/annotating.md").read_text()
-    flags = {f.name for cls in (mralign.Config, discover.Settings) for f in dataclasses.fields(cls)} | {
+    flags = {f.name for cls in (RunConfig, discover.Settings) for f in dataclasses.fields(cls)} | {
         "dry_run",
         "config",
     }

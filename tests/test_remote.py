@@ -112,7 +112,14 @@ def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     done = draw(questions, out)
     assert done.returncode == 0, done.stderr
     assert not list(out.glob("*.rank*")) and not list(out.glob("*.share*"))
-    return read_jsonl(out / "samples.jsonl")
+    return drawn(out, "local float32 cpu")
+
+
+def drawn(out: Path, engine: str) -> list[dict[str, Any]]:
+    """The samples of a run but for who drew them, which must be `engine` in all of them."""
+    rows = read_jsonl(out / "samples.jsonl")
+    assert {row.pop("engine") for row in rows} == {engine}
+    return rows
 
 
 @pytest.mark.parametrize("style", ["ids", "text"])
@@ -120,7 +127,7 @@ def test_a_server_gives_the_rows_that_our_own_sampler_gives(style, questions, lo
     with completions_server(style) as (url, seen):
         done = draw(questions, tmp_path, "--backend", "openai", "--base-url", url, "--served-model", "mini")
     assert done.returncode == 0, done.stderr
-    assert read_jsonl(tmp_path / "samples.jsonl") == local
+    assert drawn(tmp_path, "openai mini") == local
     assert len(seen) == 16 and {body["model"] for body in seen} == {"mini"}
     assert {tuple(body["prompt"]) for body in seen} == {tuple(row["prompt_ids"]) for row in local}
     assert ("16 of 16 completions came without ids" in done.stderr) is (style == "text")
@@ -139,7 +146,7 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions
         (tmp_path / "samples.rank0.jsonl").write_bytes(kept + b'{"row": 9, "ids": [1')  # killed while writing
         done = draw(questions, tmp_path, *flags)
         assert done.returncode == 0 and "draws: 3 of 16 were finished before" in done.stderr
-    assert len(seen) == 4 + 13 and read_jsonl(tmp_path / "samples.jsonl") == local
+    assert len(seen) == 4 + 13 and drawn(tmp_path, "openai mini") == local
 
 
 def test_a_reply_becomes_a_completion_or_an_error():

@@ -12,19 +12,10 @@ from common.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LAYERS = [
-    {"files", "kto", "ranks", "measure"},
-    {"client", "hub", "verifier", "passk"},
-    {"settings", "kernels", "em", "data", "model"},
-    {"lora", "sample", "annotate", "checkpoint", "ledger", "benchmarks", "formats"},
-    {"remote", "train", "chat", "agreement", "export", "retrieve"},
-    {"eval", "committee", "bench", "endings"},
-    {"labelling", "analysis", "report"},
-    {"judge", "charts", "plan"},
-    {"veriscore", "tables", "page"},
-    {"mralign", "masa", "gpu_check", "discover"},
-    {"mini", "sweep"},
-]
+# A folder may import from folders that stand to its left; top-level files are "core", and mralign.py is above them all.
+ORDER = [{"common"}, {"kernels"}, {"core"}, {"report", "llm"}, {"pipeline"}, {"mralign"}]
+BESIDE = {"masa": {"common", "kernels", "core", "llm"}}  # may use these; only itself, tools and mini may use it
+COMMANDS = {"tools", "mini"}  # may use anything; nobody uses them
 
 
 def test_every_equation_is_at_the_line_the_readme_names():
@@ -46,29 +37,84 @@ def test_make_targets_and_files_named_in_the_readme_exist():
         assert (ROOT / link).exists(), link
 
 
-def imports(path: Path) -> set[str]:
+def source_files() -> dict[str, Path]:
+    """Dotted name -> file, of everything but tests: {"em": em.py, "report.page": report/page.py, ...}."""
+    found = [*ROOT.glob("*.py"), *(p for d in folders() for p in (ROOT / d).glob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in found}
+
+
+def folders() -> list[str]:
+    """The folders with Python files, but the tests."""
+    return sorted({p.parent.name for p in ROOT.glob("*/*.py")} - {"tests"})
+
+
+def imported_by(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it: those of the project as `source_files` has them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-def test_a_file_imports_only_lower_layers():
-    level = {name: k for k, names in enumerate(LAYERS) for name in names}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("mini/*.py")]
-    assert {p.stem for p in ROOT.glob("*.py")} | {"kernels", "mini"} == set(level)
-    for path in files:
-        name = path.stem if path.parent == ROOT else path.parent.name
-        for other in imports(path) & level.keys() - {name}:
-            assert level[other] < level[name], f"{path.name} imports {other}"
+def folder_of(name: str) -> str:
+    if name == "mralign":
+        return name
+    first = name.partition(".")[0]
+    return first if (ROOT / first).is_dir() else "core"
+
+
+def test_imports_go_down_only():
+    files = source_files()
+    level = {folder: k for k, of in enumerate(ORDER) for folder in of}
+    assert set(folders()) == set(level) - {"core", "mralign"} | set(BESIDE) | COMMANDS
+    for name, path in files.items():
+        here = folder_of(name)
+        for other in imported_by(path) & files.keys() - {name}:
+            there = folder_of(other)
+            if here == there or here in COMMANDS:
+                continue
+            allowed = there in BESIDE[here] if here in BESIDE else level.get(there, 99) < level[here]
+            assert allowed, f"{path.relative_to(ROOT)} imports {other}: {here} stands below {there}"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    files = source_files()
+    below = {name: imported_by(path) & files.keys() - {name} for name, path in files.items()}
+    done: set[str] = set()
+    while left := below.keys() - done:
+        free = {name for name in left if below[name] <= done}
+        assert free, f"a circle among {sorted(left)}"
+        done |= free
+
+
+def test_every_folder_says_what_belongs_there():
+    for folder in folders():
+        doc = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")))
+        assert doc and doc.endswith("."), folder
+
+
+def test_nothing_runs_at_import():
+    """The top level of a file holds definitions, imports, constants, and what stands under a main guard."""
+    allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign | ast.AugAssign
+    for path in source_files().values():
+        if path.name == "__main__.py":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+            absent = isinstance(node, ast.Try | ast.If)  # an optional library
+            assert isinstance(node, allowed) or text or guard or absent, (
+                f"{path}:{node.lineno}: {ast.unparse(node)[:60]}"
+            )
 
 
 def test_nothing_unsafe_is_used():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("mini/*.py")]:
-        assert not imports(path) & {"pickle", "marshal", "shelve", "dill"}, path
+    for path in source_files().values():
+        assert not imported_by(path) & {"pickle", "marshal", "shelve", "dill"}, path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)

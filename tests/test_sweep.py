@@ -14,6 +14,9 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from common.ranks import Ranks
 from common.settings import cli
+from pipeline.config import RunConfig
+from pipeline.reuse import depends, key_of
+from pipeline.run import Run
 from report import charts
 from tools import sweep
 
@@ -26,10 +29,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def config_of(parsed: sweep.Sweep, name: str, seed: int) -> mralign.Config:
+def config_of(parsed: sweep.Sweep, name: str, seed: int) -> RunConfig:
     """What a run's command line sets."""
     command = sweep.command(parsed, name, seed, 4, [])
-    return cli(mralign.Config, command[command.index("--config") :], "")[0]
+    return cli(RunConfig, command[command.index("--config") :], "")[0]
 
 
 # The committed sweeps
@@ -136,15 +139,15 @@ def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_fo
     parsed = sweep.load(ROOT / "configs" / "mini-ablations.json")
     ranks = Ranks(0, 1, torch.device("cpu"))
 
-    def keys(cfg: mralign.Config) -> list[str]:
-        run = mralign.Run(cfg, hub.locate(cfg.model, ""), ranks)
-        return [mralign.unit_key(run, u) for u in mralign.units(run) if u.name in ("sample", "eval thinkon")]
+    def keys(cfg: RunConfig) -> list[str]:
+        work = mralign.stages(Run(cfg, hub.locate(cfg.model, ""), ranks))
+        return [key_of(depends(stage, cfg)) for stage in work if stage.name in ("sample", "eval thinkon test")]
 
     first, *others = parsed["runs"]
     for seed in parsed["seeds"]:
         lender = keys(config_of(parsed, first, seed))
         assert all(keys(config_of(parsed, name, seed)) == lender for name in others)
-        report = keys(cli(mralign.Config, ["--config", "configs/mini-report.json"], "")[0])
+        report = keys(cli(RunConfig, ["--config", "configs/mini-report.json"], "")[0])
         assert (report[0] == lender[0]) is (seed == 0)
 
 

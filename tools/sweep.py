@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import eval as evaluation
-import mralign
 from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.settings import from_json
+from pipeline.config import RunConfig
 from report import analysis, charts, page
 from report.figures import number
 
@@ -45,7 +45,7 @@ SHARED = (
     "eval/*/thinkon.jsonl",
     "eval/*/thinkoff.jsonl",
 )
-SHARED_STAGES = ("sample", "candidates", "annotate", "eval-thinkon", "eval-thinkoff")
+SHARED_STAGES = ("sample", "candidates", "annotate", "eval-thinkon-*", "eval-thinkoff-*")
 RECEIPTS = tuple(f"done/{stage}.json" for stage in SHARED_STAGES)
 PAID = "annotation/calls.jsonl"  # a committee's replies; grows, so it is copied
 OPTIONAL = {"settings": {}, "seeds": [0], "note": ""}
@@ -122,7 +122,7 @@ def lend(source: Path, target: Path) -> None:
 
 def lenders(sweep: Sweep, name: str, seed: int) -> list[Path]:
     """Folders that may lend to a run and seed. Draws depend on the seed, so all of them are of the same seed."""
-    base = mralign.Config(**from_json(mralign.Config, str(ROOT / sweep["base"])))
+    base = RunConfig(**from_json(RunConfig, str(ROOT / sweep["base"])))
     first = next(iter(sweep["runs"]))
     earlier = [ROOT / base.out] if base.seed == seed else []
     return earlier if name == first else [*earlier, folder(sweep, first, seed)]
