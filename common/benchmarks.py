@@ -28,6 +28,7 @@ from typing import Any
 from common.endings import program
 from common.errors import InputError
 from common.files import atomic_write, csv_rows, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.table import markdown
 from common.verifier import last_boxed, usable
 
 NEVER_TRAIN = ("simpleqa", "truthfulqa", "longfact")  # their authors ask for it; LongFact rows carry a canary
@@ -494,12 +495,13 @@ def provide(config: str, cache: Path) -> list[Path]:
 
 def listing() -> str:
     """The data sets as a Markdown table."""
-    lines = ["| data set | split | questions | licence | revision |", "| --- | --- | ---: | --- | --- |"]
+    rows = []
     for name, splits in SOURCES.items():
         for split, source in splits.items():
             revision = source.revision[:12] if " " not in source.revision else "checksum"
-            lines.append(f"| {name} | {split} | {source.rows:,} | {source.licence} | {revision} |")
-    return "\n".join(lines)
+            row = {"data set": name, "split": split, "questions": f"{source.rows:,}"}
+            rows.append(row | {"licence": source.licence, "revision": revision})
+    return markdown(rows)
 
 
 @program
