@@ -87,11 +87,10 @@ def child(cell: Cell) -> Child:
     settings |= {"method": ",".join(cell.methods)} | ({"lr": cell.lr} if cell.lr else {})
     settings |= NULL_DRAWS if cell.world == "null" else {}
     words = [str(ROOT / "mralign.py"), "--config", str(ROOT / "configs" / "mini.json"), "--resume"]
+    source, borrows = Cell(cell.world, cell.seed).out, not cell.plain and cell.world != "null"
+    settings |= {"reuse_from": source} if borrows else {}
     words += [word for setting in settings.items() for word in flag(*setting)]
-    borrows = not cell.plain and cell.world != "null"
-    source = Cell(cell.world, cell.seed).out
-    after, lenders = (source.name, (source,)) if borrows else ("", ())
-    return Child(cell.out.name, cell.out, lambda: words, after, lenders)
+    return Child(cell.out.name, cell.out, lambda: words, source.name if borrows else "")
 
 
 def samples(cell: Cell, name: str, setting: str) -> list[dict[str, Any]]:

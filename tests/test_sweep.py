@@ -67,7 +67,9 @@ def test_the_miniatures_ablations_differ_from_its_first_run_in_one_setting_and_q
     differ = []
     for name in list(parsed["runs"])[1:]:
         other = config_of(parsed, name, 2)
-        differ.append([(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k != "out"])
+        differ.append(
+            [(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k not in ("out", "reuse_from")]
+        )
     assert [len(d) for d in differ] == [1] * len(differ)
     found = {d[0] for d in differ}
     assert found >= {("transitions", "frequency"), ("labels", "one"), ("lambda_r", 1.0), ("lambda_r", 2.0)}
@@ -123,29 +125,9 @@ def test_draws_are_lent_within_a_seed_only(tmp_path, monkeypatch):
     assert sweep.lenders(s, "a", 0) == [] and sweep.lenders(s, "b c", 0) == [sweep.folder(s, "a", 0)]
     base = tmp_path / "runs" / "base"
     assert sweep.lenders(s, "a", 1) == [base] and sweep.lenders(s, "b c", 1) == [base, sweep.folder(s, "a", 1)]
+    given = sweep.command(s, "b c", 1, 1, [])
+    assert given[given.index("--reuse-from") + 1] == f"{base},{sweep.folder(s, 'a', 1)}"
     assert len({sweep.folder(s, name, seed) for name in s["runs"] for seed in s["seeds"]}) == 4
-
-
-def test_newer_files_are_linked_receipts_included_and_paid_replies_are_copied_once(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    for name in ("samples.jsonl", "candidates.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json", sweep.PAID):
-        (a / name).parent.mkdir(parents=True, exist_ok=True)
-        (a / name).write_text("lent")
-    (a / "eval" / "scores.json").write_text("a's own")
-    b.mkdir()
-    for name, age in (("samples.jsonl", -5), ("candidates.jsonl", 5)):
-        (b / name).write_text("own")
-        then = (a / name).stat().st_mtime + age
-        os.utime(b / name, (then, then))
-    sweep.lend(a, b)
-    assert (b / "candidates.jsonl").read_text() == "own"
-    for name in ("samples.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json"):
-        assert (b / name).samefile(a / name), name
-    assert not (b / "eval" / "scores.json").exists()
-    assert (b / sweep.PAID).read_text() == "lent" and not (b / sweep.PAID).samefile(a / sweep.PAID)
-    (b / sweep.PAID).write_text("lent, and more of its own")
-    sweep.lend(a, b)
-    assert (b / sweep.PAID).read_text() == "lent, and more of its own"
 
 
 def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_for_the_same_seed_only():

@@ -5,9 +5,9 @@
 
 The file names the base config, what all runs change, the seeds and, for each run, what it changes and what the paper
 reports. Every run and seed is a process of its own in a folder of its own, its output in log.txt there. The base run,
-where there is one, and the first run of a seed lend the others of that seed what they have in common: draws, labels and
-unaligned samples as hard links, replies that were paid for as a copy. The pipeline checks that they are what the run
-would have made, makes them anew where they are not, and does nothing again for a run that is finished. Ctrl-C and
+where there is one, and the first run of a seed lend the others of that seed what they have in common (--reuse-from):
+draws, labels, unaligned samples, replies that were paid for. The pipeline checks that they are what the run would have
+made, makes them anew where they are not, and does nothing again for a run that is finished. Ctrl-C and
 SIGTERM stop every run where it can go on; a second one kills them. `run_all` is the runner of mini/study.py and
 mini/masa_study.py too.
 
@@ -22,7 +22,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,19 +47,8 @@ from pipeline.reuse import only_writer
 from report import analysis, charts, page
 from report.figures import number
 
-SHARED = (
-    "samples.jsonl",
-    "candidates.jsonl",
-    "annotations.jsonl",
-    "annotations.manifest.json",
-    "eval/*/thinkon.jsonl",
-    "eval/*/thinkoff.jsonl",
-)
-SHARED_STAGES = ("sample", "candidates", "annotate", "eval-thinkon-*", "eval-thinkoff-*")
-RECEIPTS = tuple(f"done/{stage}.json" for stage in SHARED_STAGES)
-PAID = "annotation/calls.jsonl"  # a committee's replies; grows, so it is copied
 OPTIONAL = {"settings": {}, "seeds": [0], "note": ""}
-OWN = ("config", "out", "seed", "resume")  # what the sweep itself sets for every run
+OWN = ("config", "out", "seed", "resume", "reuse_from")  # what the sweep itself sets for every run
 STOPPED = (75, 130)  # exit codes of a run that was asked to stop
 Sweep = dict[str, Any]
 Done = set[tuple[str, int]]  # (run, seed) that are finished
@@ -118,29 +106,12 @@ def command(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str])
     """The command line of one run and seed, without the Python that runs it."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     settings = sweep["settings"] | sweep["runs"][name]["settings"] | {"seed": seed, "out": folder(sweep, name, seed)}
+    settings |= {"reuse_from": ",".join(map(str, lenders(sweep, name, seed)))}
     changes = [word for setting in settings.items() for word in flag(*setting)]
     return [*launch, str(ROOT / "mralign.py"), "--config", str(ROOT / sweep["base"]), "--resume", *changes, *flags]
 
 
 # ---------- the runs
-
-
-def lend(source: Path, target: Path) -> None:
-    """Link what one run has made into another's folder, receipts included, unless the other's own is as new.
-
-    Newer files win because a first run that had to draw again, after a change of the program, must not leave the others
-    with old draws; a run that cannot use what it was lent has files of its own that are newer still.
-    """
-    for pattern in SHARED + RECEIPTS:
-        for path in source.glob(pattern):
-            other = target / path.relative_to(source)
-            if not other.exists() or other.stat().st_mtime_ns < path.stat().st_mtime_ns:
-                other.parent.mkdir(parents=True, exist_ok=True)
-                other.unlink(missing_ok=True)
-                os.link(path, other)
-    if (source / PAID).exists() and not (target / PAID).exists():
-        (target / PAID).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / PAID, target / PAID)
 
 
 def lenders(sweep: Sweep, name: str, seed: int) -> list[Path]:
@@ -161,7 +132,6 @@ def plan(sweep: Sweep, gpus: int, flags: Sequence[str]) -> dict[tuple[str, int],
             folder(sweep, name, seed),
             functools.partial(command, sweep, name, seed, gpus, flags),
             after="" if name == first else f"{first}, seed {seed}",
-            lenders=lenders(sweep, name, seed),
         )
         for name, seed in keys
     }
@@ -175,14 +145,13 @@ class Child:
     """A run: a process of its own that writes to a folder of its own.
 
     arguments() gives the words after `python` when the run starts, since they may depend on what `after` has made.
-    after: name of the run that must have ended well before this one starts. lenders: see `lend`.
+    after: name of the run that must have ended well before this one starts.
     """
 
     name: str
     out: Path
     arguments: Callable[[], list[str]]
     after: str = ""
-    lenders: Sequence[Path] = ()
 
 
 class Processes:
@@ -220,8 +189,6 @@ class Processes:
         """Run one to its end. Returns its exit code, STOPPED's where it was asked to stop, 128 + n if signal n did."""
         child.out.mkdir(parents=True, exist_ok=True)
         (child.out / "status.json").unlink(missing_ok=True)
-        for source in child.lenders:
-            lend(source, child.out)
         started = time.perf_counter()
         words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT)}
         with open(child.out / "log.txt", "a", encoding="utf-8") as log:
