@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import data
+from common.endings import program
 from common.errors import InputError
 from common.files import read_jsonl, write_jsonl
 from common.table import markdown
@@ -328,8 +329,9 @@ def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 for bad input."""
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.jsonl", help="saved samples; two: also their difference")
     parser.add_argument(
@@ -339,32 +341,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--export-lm-eval", metavar="FILE", help="write the first file in lm-evaluation-harness's format"
     )
     given = parser.parse_args(argv)
-    try:
-        rows = {path: read_jsonl(path, SAMPLE_FIELDS) for path in given.samples}
-        scored = {path: [score(row) for row in of] for path, of in rows.items()}
-        results = {
-            f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()
-        }
-        print(table(results))
-        for name, figures in results.items():
-            for line in warnings(figures):
-                print(f"{name}: {line}", file=sys.stderr)
-        if len(scored) == 2:
-            cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
-            clustered = len(set(cluster.values())) < len(cluster)
-            pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
-            for metric, d in pair.items():
-                p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
-                print(
-                    f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}"
-                )
-        if given.export_lm_eval:
-            count = write_jsonl(given.export_lm_eval, lm_eval_rows(rows[given.samples[0]]))
-            print(f"{given.export_lm_eval}: {count} samples")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
+    rows = {path: read_jsonl(path, SAMPLE_FIELDS) for path in given.samples}
+    scored = {path: [score(row) for row in of] for path, of in rows.items()}
+    results = {f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()}
+    print(table(results))
+    for name, figures in results.items():
+        for line in warnings(figures):
+            print(f"{name}: {line}", file=sys.stderr)
+    if len(scored) == 2:
+        cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
+        clustered = len(set(cluster.values())) < len(cluster)
+        pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
+        for metric, d in pair.items():
+            p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
+            print(f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}")
+    if given.export_lm_eval:
+        count = write_jsonl(given.export_lm_eval, lm_eval_rows(rows[given.samples[0]]))
+        print(f"{given.export_lm_eval}: {count} samples")
 
 
 if __name__ == "__main__":

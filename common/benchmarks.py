@@ -14,7 +14,6 @@ says so, subject and level. Left out: passages, multiple choice, other data sets
 
 import argparse
 import ast
-import csv
 import hashlib
 import io
 import json
@@ -26,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.endings import program
 from common.errors import InputError
-from common.files import atomic_write, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.files import atomic_write, csv_rows, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.table import markdown
 from common.verifier import last_boxed, usable
 
@@ -113,7 +113,7 @@ def _parquet(content: bytes) -> Rows:
 def simpleqa(contents: Sequence[tuple[str, bytes]]) -> Rows:
     """SimpleQA: one reference answer."""
     out = []
-    for r in csv.DictReader(io.StringIO(contents[0][1].decode("utf-8"))):
+    for r in csv_rows(contents[0][1], contents[0][0]):
         about = ast.literal_eval(r["metadata"])  # a Python dict as text, as it is published; a literal, not code
         row = {"question": r["problem"].strip(), "answers": [r["answer"].strip()]}
         out.append(row | {"topic": about["topic"], "answer_type": about["answer_type"]})
@@ -123,7 +123,7 @@ def simpleqa(contents: Sequence[tuple[str, bytes]]) -> Rows:
 def truthfulqa(contents: Sequence[tuple[str, bytes]]) -> Rows:
     """TruthfulQA, generation: a judge compares with best_answer. The correct answers stand in `answers`."""
     out = []
-    for r in csv.DictReader(io.StringIO(contents[0][1].decode("utf-8-sig"))):
+    for r in csv_rows(contents[0][1], contents[0][0]):
         answers = [a.strip() for a in r["Correct Answers"].split(";") if a.strip()]
         row = {"question": r["Question"].strip(), "answers": answers, "task": "truthful"}
         out.append(row | {"best_answer": r["Best Answer"].strip(), "category": r["Category"]})
@@ -504,8 +504,9 @@ def listing() -> str:
     return markdown(rows)
 
 
-def main(argv: Iterable[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 for bad input."""
+@program
+def main(argv: Iterable[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=SOURCES, help="data set; none: list them")
     parser.add_argument("--split", default="test", help="split [test]")
@@ -514,25 +515,20 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--cache", default="data/raw", metavar="FOLDER", help="where fetched files stay [data/raw]")
     parser.add_argument("--for", dest="config", default="", metavar="CONFIG", help="fetch what this config names")
     given = parser.parse_args(argv)
-    try:
-        if given.config:
-            made = provide(given.config, Path(given.cache))
-            print("\n".join(map(str, made)) or f"{given.config}: everything it names is there")
-            return 0
-        if given.name is None:
-            print(listing())
-            return 0
-        if given.split not in SOURCES[given.name]:
-            raise InputError(f"{given.name} has no split {given.split!r}; it has {', '.join(SOURCES[given.name])}")
-        out = Path(given.out or f"data/{given.name}-{given.split}.jsonl")
-        manifest = write(given.name, given.split, out, given.folder, Path(given.cache))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    if given.config:
+        made = provide(given.config, Path(given.cache))
+        print("\n".join(map(str, made)) or f"{given.config}: everything it names is there")
+        return
+    if given.name is None:
+        print(listing())
+        return
+    if given.split not in SOURCES[given.name]:
+        raise InputError(f"{given.name} has no split {given.split!r}; it has {', '.join(SOURCES[given.name])}")
+    out = Path(given.out or f"data/{given.name}-{given.split}.jsonl")
+    manifest = write(given.name, given.split, out, given.folder, Path(given.cache))
     if not manifest["as_recorded"]:
         print("note: these files are not byte for byte the recorded ones; the manifest says so", file=sys.stderr)
     print(f"{out}: {manifest['questions']} questions, licence {manifest['licence']}")
-    return 0
 
 
 if __name__ == "__main__":

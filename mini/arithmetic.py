@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 import model as qwen3
+from common.endings import program
 from common.files import write_jsonl
 from common.model_config import ModelConfig
 from mini import build
@@ -222,6 +223,7 @@ def make(out: Path, seed: int, steps: int) -> None:
     qwen3.save(net, out)
 
 
+@program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -234,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, read_json
 from common.table import markdown
@@ -246,24 +247,20 @@ def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str)
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 for bad input."""
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="results.json of runs of one backbone")
     parser.add_argument("--backbone", default="", help="a backbone of the paper [from the run's model]")
     given = parser.parse_args(argv)
-    try:
-        known = read_json(PAPER)["backbones"]
-        results = [read_json(path) for path in given.results]
-        backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], known) if results else None)
-        if backbone not in known:
-            raise InputError(f"--backbone {backbone!r} is not one of {', '.join(known)}")
-        print(markdown(beside_paper(results, backbone)))
-        print("\n".join(["", *receipt_lines(results)]) if results else "")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
+    known = read_json(PAPER)["backbones"]
+    results = [read_json(path) for path in given.results]
+    backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], known) if results else None)
+    if backbone not in known:
+        raise InputError(f"--backbone {backbone!r} is not one of {', '.join(known)}")
+    print(markdown(beside_paper(results, backbone)))
+    print("\n".join(["", *receipt_lines(results)]) if results else "")
 
 
 if __name__ == "__main__":

@@ -433,8 +433,8 @@ def test_other_tokenizers_are_refused(tiny_tokenizer, tmp_path):
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="not ByteLevel"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="token id 100000 is not in the tokenizer"):
-        token_offsets(tiny_tokenizer, [100_000])
+    with pytest.raises(InputError, match="token id -1 is none"):
+        token_offsets(tiny_tokenizer, [-1])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: not a tokenizer"):
         load_tokenizer(tmp_path)
@@ -568,7 +568,7 @@ def test_chat_template_equals_transformers(tiny_tokenizer, tmp_path, where):
         ("{% for i in range(10 ** 9) %}{% endfor %}", "fails"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "fails"),
         (None, "no chat template"),
-        ([{"name": "default", "template": "x"}], "no chat template"),
+        ([{"name": "tool_use", "template": "x"}], "no chat template"),
     ],
 )
 def test_bad_or_hostile_templates(tmp_path, source, reason):
