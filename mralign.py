@@ -51,7 +51,7 @@ def draw_samples(run: Run) -> dict[str, Any]:
     cfg = run.cfg
     questions, tally = data.load_questions(cfg.questions, drop_repeated=True)
     run.ranks.log(f"{cfg.questions}: {tally}")
-    if odd := [q for q in questions if q.get("dataset") in benchmarks.NEVER_TRAIN]:
+    if odd := [q for q in questions if not benchmarks.may_train(q.get("dataset"))]:
         raise InputError(f"{cfg.questions}: {odd[0]['dataset']} is for evaluation only; train on other questions")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)

@@ -13,20 +13,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from common.benchmarks import BACKBONES, COLUMNS, compared, name_of, paper_figures
 from common.errors import InputError
-from common.files import ROOT, read_json
+from common.files import read_json
 from report.charts import outcome_rows, percent, strata_rows
 from report.figures import number
 
-PAPER = ROOT / "docs" / "results" / "paper.json"
-SETS = {  # ours -> (heading, the paper's two columns); "nq" is a short name in use
-    "nq_open": ("NQ-Open", "Acc / Mis"),
-    "sciq": ("SciQ", "Acc / Mis"),
-    "simpleqa": ("SimpleQA", "Acc / Mis"),
-    "truthfulqa": ("TruthfulQA", "true / informative"),
-    "longfact": ("LongFact", "F1@K / claims"),
-}
-SHORT = {"nq": "nq_open"}
 SETTINGS = {
     "thinkoff": "ThinkOff",
     "thinkon": "ThinkOn",
@@ -73,13 +65,13 @@ def our_cell(results: Sequence[Mapping[str, Any]], name: str, setting: str) -> s
     """Our figures of a cell, from the first of several runs that has them; "not run" when none has."""
     for result in results:
         for own, of in result["scores"].items():
-            if SHORT.get(own, own) == name and setting in of["metrics"]:
+            if name_of(own) == name and setting in of["metrics"]:
                 m = of["metrics"][setting]
                 mis = "–" if m["mis"] is None else f"{percent(m['mis']['share'])} ({m['mis']['k']})"
                 low, high = percent(m["acc"]["low"]), percent(m["acc"]["high"])
                 return f"{percent(m['acc']['share'])} [{low}, {high}] ({m['acc']['k']}/{m['n']}) / {mis}"
         for own, of in result["judge"]["sets"].items():
-            if SHORT.get(own, own) == name and setting in of:
+            if name_of(own) == name and setting in of:
                 return judged_cell(of[setting])
     return "not run"
 
@@ -97,13 +89,12 @@ def judged_cell(summary: Mapping[str, Any]) -> str:
 
 def beside_paper(results: Sequence[Mapping[str, Any]], backbone: str) -> list[dict[str, str]]:
     """Table 2 for one backbone: a row for each setting, for each set ours and the paper's."""
-    theirs = read_json(PAPER)["backbones"][backbone]
     rows = []
     for setting, label in SETTINGS.items():
         row = {"": label}
-        for name, (heading, columns) in SETS.items():
-            row[f"{heading}, {columns}: ours"] = our_cell(results, name, setting)
-            row[f"{heading}, paper"] = paper_cell(theirs.get(setting, {}).get(name))
+        for name, source in compared().items():
+            row[f"{source.heading}, {COLUMNS[source.task]}: ours"] = our_cell(results, name, setting)
+            row[f"{source.heading}, paper"] = paper_cell(paper_figures(name)[backbone].get(setting))
         rows.append(row)
     return rows
 
@@ -226,7 +217,7 @@ def change_rows(change: Mapping[str, Any]) -> list[dict[str, Any]]:
 def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
     """heading -> rows for the page of a run."""
     out: dict[str, list[dict[str, Any]]] = {}
-    backbone = backbone_of(results["receipt"]["model"], read_json(PAPER)["backbones"])
+    backbone = backbone_of(results["receipt"]["model"], BACKBONES)
     if backbone:
         out[f"Table 2 for {backbone}: ours beside the paper's"] = beside_paper([results], backbone)
     for name, of in results["scores"].items():
@@ -264,11 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="", help="a backbone of the paper [from the run's model]")
     given = parser.parse_args(argv)
     try:
-        known = read_json(PAPER)["backbones"]
         results = [read_json(path) for path in given.results]
-        backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], known) if results else None)
-        if backbone not in known:
-            raise InputError(f"--backbone {backbone!r} is not one of {', '.join(known)}")
+        backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], BACKBONES) if results else None)
+        if backbone not in BACKBONES:
+            raise InputError(f"--backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
         print(markdown(beside_paper(results, backbone)))
         print("\n".join(["", *receipt_lines(results)]) if results else "")
     except InputError as error:
