@@ -71,9 +71,10 @@ def select_candidates(run: Run) -> dict[str, Any]:
         segments=(cfg.min_segments, cfg.max_segments),
         think_tokens=(cfg.min_think_tokens, cfg.max_think_tokens),
         matcher=cfg.matcher,
+        fold=cfg.fold,
     )
     write_jsonl(run.out / "candidates.jsonl", rows)
-    return tally
+    return tally["all"] | {"by data set": {name: of for name, of in tally.items() if name != "all"}}
 
 
 def label_steps(run: Run) -> dict[str, Any]:

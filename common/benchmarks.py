@@ -88,7 +88,8 @@ class Source:
     "truthful" (a judge, with best_answer), "long" (claims are checked one by one; no answers) or "maths".
     short: another name that eval_sets and samples may use for it. may_train: False where its authors ask not to.
     paper: lines of Tables 2, 5 and 12 of arXiv 2510.24794v2, a setting each with a cell for each of BACKBONES: percent
-    of the two COLUMNS of its task, "-" for what is not printed. note: what a reader of the numbers must know.
+    of the two COLUMNS of its task, "-" for what is not printed. kept: its chosen and rejected
+    rows in Table 1 (Qwen3-8B), zeros for none. note: what a reader of the numbers must know.
     """
 
     heading: str
@@ -100,6 +101,7 @@ class Source:
     short: str = ""
     may_train: bool = True
     paper: str = ""
+    kept: tuple[int, int] = (0, 0)
     note: str = ""
 
 
@@ -275,6 +277,7 @@ SOURCES: dict[str, Source] = {
     thinkon+ret     62.80/8.44    63.49/7.78   56.34/11.74             -             -
     mralign+ret     64.18/7.34    65.18/6.81   57.42/11.25             -             -
 """,
+        kept=(4070, 1785),
         # PAPER: A.1 trains on 79,168 questions.
         # HERE:  all 87,925 of the public split, unless a file of questions to leave out is given.
         # WHY:   the 8,757 others are the development questions of DPR, which the public file does not mark.
@@ -300,6 +303,7 @@ SOURCES: dict[str, Source] = {
     thinkon+ret     75.30/9.00   74.40/10.30   70.60/12.00             -             -
     mralign+ret     77.10/8.10    76.20/8.90    72.00/9.90             -             -
 """,
+        kept=(760, 358),
     ),
     "simpleqa": Source(
         "SimpleQA",

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from common.benchmarks import BACKBONES, COLUMNS, compared, name_of, paper_figures
+from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
 from common.errors import InputError
 from common.files import read_json
+from eval import FORMS
 from report.charts import outcome_rows, percent, strata_rows
 from report.figures import number
 
+CLASSES = ("chosen", "rejected")
 SETTINGS = {
     "thinkoff": "ThinkOff",
     "thinkon": "ThinkOn",
@@ -110,6 +112,24 @@ def receipt_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def candidate_rows(tally: Mapping[str, Mapping[str, int]]) -> list[dict[str, str]]:
+    """The tally of `data.select_candidates` as Table 1: a row a data set, each count, and the paper's two."""
+    lost = dict.fromkeys(reason for of in tally.values() for reason in of if reason not in ("questions", *CLASSES))
+    rows = []
+    for name, of in tally.items():
+        row = {"data set": name, "questions": f"{of['questions']:,}"} | {r: f"{of.get(r, 0):,}" for r in lost}
+        row |= {side: f"{of[side]:,}" for side in CLASSES}
+        source = SOURCES.get(name_of(name))
+        paper = source.kept if source and any(source.kept) else None
+        rows.append(row | {"paper's chosen / rejected": f"{paper[0]:,} / {paper[1]:,}" if paper else "–"})
+    return rows
+
+
+def notes_on(tally: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What a reader of `candidate_rows` must know of its data sets."""
+    return [f"{SOURCES[n].heading}, {SOURCES[n].note}" for n in map(name_of, tally) if n in SOURCES and SOURCES[n].note]
+
+
 # ---------- the page of a run
 
 
@@ -118,13 +138,15 @@ def score_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     rows = []
     for setting, m in metrics.items():
         acc, mis, draws = m["acc"], m["mis"], m["draws"]["acc"]
-        row = {"setting": SETTINGS.get(setting, setting), "Acc (95 %)": interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
+        head = "Acc (95 %)" if m["matcher"] == "equal" else f"Acc, {m['matcher']} (95 %)"
+        row = {"setting": SETTINGS.get(setting, setting), head: interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
         row |= {"Mis (95 %)": interval(mis) if mis else None, "Mis k/n": f"{mis['k']}/{m['n']}" if mis else None}
         if len(draws["all"]) > 1:
             row["Acc over draws"] = f"{percent(draws['mean'])} ± {percent(draws['sd'])}"
         for name, field in (
             ("EM_a equal", "em_answer_exact"),
             ("EM_a contains", "em_answer_contains"),
+            ("EM_a words", "em_answer_words"),
             ("EM_t", "em_thought_contains"),
             ("EM_t words", "em_thought_word"),
             ("truncated", "truncated"),
@@ -139,9 +161,10 @@ def form_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for setting, m in metrics.items():
         row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
-        row |= {form: percent(m[form]["share"]) for form in ("ok", "truncated", "empty", "malformed")}
+        row |= {form.replace("_", " "): percent(m[form]["share"]) for form in FORMS}
         for name, field in (("thinking tokens, median", "think_tokens_median"), ("mean", "think_tokens_mean")):
             row[name] = None if m[field] is None else f"{m[field]:.0f}"
+        row["answers that are sentences"] = percent(m["sentences"]["share"])
         row["gold in the question"] = str(m["gold_in_question"]["k"])
         rows.append(row | {"golds that never match": str(m["empty_golds"])})
     return rows

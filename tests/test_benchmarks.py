@@ -310,7 +310,7 @@ def test_sources_name_one_commit_a_checksum_and_a_file_of_their_own():
 
 
 def test_one_entry_is_all_a_new_benchmark_takes(site, tmp_path, monkeypatch, capsys):
-    """An entry is fetched, listed, has its columns with the paper's figures, its short name, and is kept from training."""
+    """An entry is fetched and listed, has columns with the paper's figures, and is kept from training."""
     folder, url = site
     content = b'{"question": "who?", "answer": ["A"]}\n'
     (folder / "new.jsonl").write_bytes(content)

@@ -66,7 +66,14 @@ def row(k, em_t, em_a):
         "n_think_tokens": 5,
         "n_empty_golds": 0,
     }
-    return out | {"em_t": em_t, "em_t_word": em_t, "em_a_equal": em_a, "em_a_contains": em_a, "gold_in_question": 0}
+    return (
+        out
+        | {"em_t": em_t, "em_t_word": em_t, "em_a_equal": em_a, "em_a_contains": em_a, "em_a_words": em_a}
+        | {
+            "gold_in_question": 0,
+            "sentence": em_a,
+        }
+    )
 
 
 @pytest.fixture
@@ -156,6 +163,21 @@ def test_form_of_the_completions():
     (got,) = tables.form_rows({"thinkon": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
     assert [got[n] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
     assert (got["thinking tokens, median"], got["golds that never match"]) == ("5", "6")
+
+
+def test_table_1_stands_beside_the_papers():
+    counts = {"questions": 3, "chosen": 1, "rejected": 1, "draws disagree": 1}
+    sci = {"questions": 1200, "chosen": 0, "rejected": 0, "wrong in both modes": 1200}
+    both = {"questions": 1203, "chosen": 1, "rejected": 1, "draws disagree": 1, "wrong in both modes": 1200}
+    rows = {r["data set"]: r for r in tables.candidate_rows({"all": both, "nq_open": counts, "sciq": sci, "mine": sci})}
+    assert (
+        rows["nq_open"]["paper's chosen / rejected"] == "4,070 / 1,785"
+        and rows["nq_open"]["wrong in both modes"] == "0"
+    )
+    assert rows["sciq"]["paper's chosen / rejected"] == "760 / 358" and rows["sciq"]["questions"] == "1,200"
+    assert rows["mine"]["paper's chosen / rejected"] == rows["all"]["paper's chosen / rejected"] == "–"
+    (note,) = tables.notes_on({"all": both, "nq_open": counts, "sciq": sci})
+    assert note.startswith("NQ-Open, train: 87,925") and "79,168" in note
 
 
 def test_quadrants_and_differences():

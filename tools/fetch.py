@@ -124,7 +124,7 @@ def questions(name: str, split: str, contents: Sequence[tuple[str, bytes]]) -> t
 def write(name: str, split: str, out: Path, folder: str, cache: Path, exclude: str = "") -> dict[str, Any]:
     """Write the questions and their manifest; returns the manifest. Raises InputError.
 
-    exclude: a file of rows with a `question` each (as in NQ-Open's own files) to leave out, compared in the normal form.
+    exclude: a file of rows with a `question` each (as NQ-Open's own) to leave out, compared in the normal form.
     """
     source, of = SOURCES[name], SOURCES[name].splits[split]
     contents = local(of, Path(folder)) if folder else fetch(of, source.revision, cache)
