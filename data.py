@@ -145,8 +145,8 @@ def parse(completion: str, thinking: bool = True, finished: bool = True, opened:
     row it is the first that is not blank. The answer is the content of the last <answer>...</answer> after it, else all
     that follows it: `tagged` says which. Lines that open or close a fenced block are no part of it. A thought that
     never ended is never read as an answer. thinking=False: the prompt holds a closed empty think block, the completion
-    is the answer alone. finished=False: the completion ran into its length limit. opened=True: the prompt ends in <think>
-    (`opens_thought`), which counts as the first one: the thought starts where the completion does.
+    is the answer alone. finished=False: the completion ran into its length limit. opened=True: the prompt ends in
+    <think> (`opens_thought`), which counts as the first one: the thought starts where the completion does.
     """
     assert thinking or not opened, "a prompt that opens the thought has thinking on"
     close = completion.rfind(TAGS[1])

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 import data
 from common.errors import InputError
 from common.files import read_jsonl, write_jsonl
+from common.table import markdown
 from common.tokens import token_offsets
 
 SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "text", "finish")
@@ -293,18 +294,16 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     head = ["", f"Acc {matcher} (95 %)", "Acc k/n", f"Mis {matcher} (95 %)", "Mis k/n"]
     head += ["EM_a equal", "EM_a contains", "EM_a words", "EM_t", "EM_t words"]
     head += ["sentences", *(form.replace("_", " ") for form in FORMS[:-1]), "thinking tokens"]
-    rows = [head]
+    rows = []
     for name, m in results.items():
         mis = [_interval(m["mis"]), f"{m['mis']['k']}/{m['n']}"] if m["mis"] else ["-", "-"]
         fields = ("em_answer_exact", "em_answer_contains", "em_answer_words", "em_thought_contains", "em_thought_word")
         fields += ("sentences", *FORMS[:-1])
         shares = [f"{100 * m[f]['share']:.1f}" if m[f] else "-" for f in fields]
         tokens = "-" if m["think_tokens_median"] is None else f"{m['think_tokens_median']:.0f}"
-        rows.append([name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens])
-    widths = [max(3, *(len(row[c]) for row in rows)) for c in range(len(head))]
-    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    lines = ([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens]
+        rows.append(dict(zip(head, cells, strict=True)))
+    return markdown(rows)
 
 
 def _interval(share: Mapping[str, float]) -> str:
@@ -318,14 +317,15 @@ def draws_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     if max(len(m["draws"]["acc"]["all"]) for m in results.values()) < 2:
         return ""
-    lines = ["| | draws | Acc, mean ± sd | Mis, mean ± sd |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for name, m in results.items():
-        cells = [
-            "-" if d is None else f"{100 * d['mean']:.2f} ± " + ("-" if d["sd"] is None else f"{100 * d['sd']:.2f}")
-            for d in (m["draws"]["acc"], m["draws"]["mis"])
-        ]
-        lines.append(f"| {name} | {len(m['draws']['acc']['all'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        row = {"": name, "draws": len(m["draws"]["acc"]["all"])}
+        for metric in ("acc", "mis"):
+            d = m["draws"][metric]
+            spread = "-" if d is None or d["sd"] is None else f"{100 * d['sd']:.2f}"
+            row[f"{metric.capitalize()}, mean ± sd"] = "-" if d is None else f"{100 * d['mean']:.2f} ± {spread}"
+        rows.append(row)
+    return markdown(rows)
 
 
 def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -80,6 +80,8 @@ def select_candidates(run: Run) -> dict[str, Any]:
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
+    for other in run.cfg.lenders:
+        labelling.lend_replies(other, run.out)
     progress = Progress(run.ranks, None, "annotation", "calls")
     tally = labelling.label(rows, run.cfg, run.out, run.cfg.seed, progress)
     if progress.done:

@@ -28,7 +28,7 @@ class WhereSettings:
     out: str = opt("runs/default", "directory for everything the run writes")
     method: str = opt("mralign", f"one or several with commas of {', '.join(METHODS)}")
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
-    reuse_from: str = opt("", "folder of another run: what it drew with the same settings and inputs is taken over")
+    reuse_from: str = opt("", "folders of other runs: what they made with the same settings and inputs is taken over")
     redo: str = opt("", "stages to do again although their result is there, comma-separated")
     prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
     system: str = opt(
@@ -56,9 +56,7 @@ class CandidateSettings:
     max_segments: int = opt(15, "most thinking segments, inclusive")
     min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive")
     max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
-    matcher: str = opt(
-        "equal", "right answer: equals a gold, contains one (A.2), or in whole words: equal, contains, words"
-    )
+    matcher: str = opt("equal", "an answer is right if it equals a gold, contains one (A.2), has it in whole words")
     fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")
 
 
@@ -128,6 +126,11 @@ class RunConfig(
     def eval_paths(self) -> dict[str, str]:
         """name -> path of every evaluation set."""
         return dict(part.split("=", 1) for part in _parts(self.eval_sets))
+
+    @property
+    def lenders(self) -> list[Path]:
+        """The folders of --reuse-from."""
+        return [Path(part) for part in _parts(self.reuse_from)]
 
     @property
     def training(self) -> TrainSettings:

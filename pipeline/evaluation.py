@@ -26,6 +26,7 @@ from report import analysis
 
 Turn = Callable[[Question, int], str]  # (question, draw) -> what the user says
 Answers = dict[tuple[str, int], str]  # (question id, draw) -> answer
+MATCHING = ("matcher", "score_matcher", "fold")  # when an answer is right
 DECODING = ("system", "dtype", "seed", "temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws")
 FITTING = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
 
@@ -60,10 +61,10 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
         found.append(Stage("judge", judge_answers, settings, sets | samples | prompts, made, dear=True))
     questions = {"training questions": Path(cfg.questions)}
     made = {"scores.json": out / "eval" / "scores.json"}
-    found.append(Stage("scores", score, which, questions | sets | samples, made))
+    found.append(Stage("scores", score, (*which, *MATCHING), questions | sets | samples, made))
     reads = sets | samples | training | (labels if cfg.label_eval else {})
     made = {"analysis.json": out / "eval" / "analysis.json"}
-    found.append(Stage("analysis", analyse, (*which, "label_eval", "seed", *FITTING), reads, made))
+    found.append(Stage("analysis", analyse, (*which, *MATCHING, "label_eval", "seed", *FITTING), reads, made))
     return found
 
 

@@ -24,7 +24,6 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, sha256_file, write_json
+from common.files import ROOT, link_or_copy, read_json, sha256_file, write_json
 from common.ranks import Ranks
 from pipeline.run import Run
 
@@ -248,8 +247,11 @@ def perform(run: Run, stage: Stage, redo: bool) -> None:
         receipt, new = stage.receipt(run.out), depends(stage, run.cfg)
         needed, words = due(stage, _receipt(receipt), new, redo)
         lent = None
-        if needed and stage.dear and not redo and run.cfg.reuse_from:
-            needed, words, lent = take_over(stage, Path(run.cfg.reuse_from), run.out, new, words)
+        for other in run.cfg.lenders if needed and stage.dear and not redo else []:
+            needed, words, some = take_over(stage, other, run.out, new, words)
+            lent = some or lent
+            if not needed:
+                break
         told = {"needed": needed, "words": words, "depends": new, "lent": lent}
     told = run.ranks.gather(told)[0]
     run.lent = told["lent"]
@@ -290,10 +292,7 @@ def take_over(
     if changed["inputs"]:
         return True, f"{words} questions differ from those of {other}".strip(), next(iter(lent.values()))
     for name, path in lent.items():
-        target = stage.outputs[name]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target, "wb") as f, open(path, "rb") as source:
-            shutil.copyfileobj(source, f)
+        link_or_copy(path, stage.outputs[name])
     write_json(stage.receipt(out), old)
     return False, f"taken over from {other} (took {old['seconds']} s there)", None
 

@@ -141,15 +141,6 @@ def underline_golds(text: str, golds: Sequence[str]) -> str:
     return "".join(f"<u>{escape(part)}</u>" if i % 2 else escape(part) for i, part in enumerate(parts))
 
 
-def markdown_rows(table: str) -> list[dict[str, str]]:
-    """The rows of a Markdown table, such as `eval.table` prints, for `trace_page`.
-
-    markdown_rows("| x | y |\\n| - | - |\\n| 1 | 2 |") -> [{"x": "1", "y": "2"}]
-    """
-    head, _, *lines = ([text.strip() for text in line.split("|")[1:-1]] for line in table.splitlines())
-    return [dict(zip(head, line, strict=True)) for line in lines]
-
-
 def column(values: Sequence[Any]) -> list[str]:
     """One column of a table as text: its floats share their digits, what is missing is a dash.
 

@@ -16,6 +16,7 @@ from typing import Any
 from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
 from common.errors import InputError
 from common.files import read_json
+from common.table import markdown
 from eval import FORMS
 from report.charts import outcome_rows, percent, strata_rows
 from report.figures import number
@@ -32,18 +33,6 @@ SETTINGS = {
     "thinkon+ret": "ThinkOn + Ret",
     "mralign+ret": "MR-ALIGN + Ret",
 }
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A list of dicts as a Markdown table, columns in order of first use; "" for none."""
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = ("–" if row.get(name) is None else str(row[name]).replace("|", "\\|") for name in names)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 # ---------- beside the paper

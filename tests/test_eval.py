@@ -259,8 +259,8 @@ def test_draws_are_pooled_and_a_question_counts_once_in_an_interval():
     assert evaluation.metrics(once)["draws"]["acc"] == {"mean": 0.3, "sd": None, "all": [0.3]}
     text = evaluation.draws_table({"a": got, "b": evaluation.metrics(rows({(0, 1, 1): 1}, mode="off"))})
     assert text.splitlines()[2:] == [
-        "| a | 2 | 40.00 ± 14.14 | 40.00 ± 14.14 |",
-        "| b | 1 | 100.00 ± - | - |",
+        "| a   |     2 |  40.00 ± 14.14 |  40.00 ± 14.14 |",
+        "| b   |     1 |     100.00 ± - |              - |",
     ]
     assert evaluation.draws_table({"a": evaluation.metrics(once)}) == ""
 

@@ -154,7 +154,8 @@ def test_rows_of_judges():
 
 def test_markdown_escapes_and_aligns():
     text = tables.markdown([{"a": "x|y", "b": None}, {"b": 2, "c": 3}])
-    assert text.splitlines() == ["| a | b | c |", "| --- | --- | --- |", r"| x\|y | – | – |", "| – | 2 | 3 |"]
+    lines = ["| a    |   b |   c |", "| ---- | --: | --: |", r"| x\|y |   – |   – |", "| –    |   2 |   3 |"]
+    assert text.splitlines() == lines
     assert tables.markdown([]) == "" and not re.search(r"\n\n", text)
 
 

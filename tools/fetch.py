@@ -20,6 +20,7 @@ from typing import Any
 from common.benchmarks import SOURCES, File, Rows, Split
 from common.errors import InputError
 from common.files import atomic_write, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.table import markdown
 from common.verifier import usable
 from data import normalise
 
@@ -185,12 +186,13 @@ def provide(config: str, cache: Path) -> list[Path]:
 
 def listing() -> str:
     """The data sets as a Markdown table."""
-    lines = ["| data set | split | questions | licence | revision |", "| --- | --- | ---: | --- | --- |"]
+    rows = []
     for name, source in SOURCES.items():
         for split, of in source.splits.items():
             revision = source.revision[:12] if " " not in source.revision else "checksum"
-            lines.append(f"| {name} | {split} | {of.rows:,} | {source.licence} | {revision} |")
-    return "\n".join(lines)
+            row = {"data set": name, "split": split, "questions": f"{of.rows:,}"}
+            rows.append(row | {"licence": source.licence, "revision": revision})
+    return markdown(rows)
 
 
 def main(argv: Iterable[str] | None = None) -> int:
