@@ -133,24 +133,29 @@ class ChatTemplate:
     def prompt(self, text: str, thinking: bool) -> str:
         """One user turn up to where the completion starts.
 
-        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template that
-        always opens the thought (R1-Distill) has no switch: thinking=False closes the thought at once, which gives the
-        closed empty block of Qwen3. Raises InputError when none of the three is there to switch it off.
+        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template
+        without a switch gets the closed empty block of Qwen3 with thinking=False: where it opens the thought itself
+        (R1-Distill) the thought is closed at once, else the block stands there whole (`by_hand` says which).
         """
         on, off = (self._turns(text, mode) for mode in (True, False))
         if thinking:
             return on
         # PAPER: does not say how R1-Distill, which always thinks, answers with thinking off.
-        # HERE:  its thought is closed as soon as the template has opened it.
+        # HERE:  its thought is closed as soon as it is opened, by the template or here.
         # WHY:   the usual way, and the very block that Qwen3's own template writes.
         if opens_thought(off):
             return off.rstrip() + "\n\n</think>\n\n"
-        if on == off:
-            raise InputError(
-                f"{self.path}: the chat template cannot switch thinking off; for a Nemotron model give --system "
-                "'detailed thinking {thinking}', else use a model that can"
-            )
-        return off
+        return off + "<think>\n\n</think>\n\n" if on == off else off
+
+    def by_hand(self) -> str:
+        """What to tell about a template that cannot switch thinking off; "" for one that can."""
+        on, off = (self._turns("Hello", mode) for mode in (True, False))
+        if on != off:
+            return ""
+        return (
+            f"{self.path}: the chat template cannot switch thinking off; ThinkOff closes the thought by hand (for a "
+            "Nemotron model give --system 'detailed thinking {thinking}')"
+        )
 
     def _turns(self, text: str, thinking: bool) -> str:
         turns = [{"role": "user", "content": text}]

@@ -324,12 +324,17 @@ def test_apo_zero_is_trls(tmp_path):
     ratios = {"chosen": logps - ref, "rejected": logps - ref}
     theirs = torch.zeros(9, dtype=torch.float64)
     for name, text in formulas:
-        assert text == {
-            "chosen": "1 - F.sigmoid(self.beta * chosen_logratios)",
-            "rejected": "F.sigmoid(self.beta * rejected_logratios)",
-        }[name]
+        assert (
+            text
+            == {
+                "chosen": "1 - F.sigmoid(self.beta * chosen_logratios)",
+                "rejected": "F.sigmoid(self.beta * rejected_logratios)",
+            }[name]
+        )
     theirs = torch.where(
-        chosen, s.lambda_c * (1 - torch.sigmoid(s.beta * ratios["chosen"])), s.lambda_r * torch.sigmoid(s.beta * ratios["rejected"])
+        chosen,
+        s.lambda_c * (1 - torch.sigmoid(s.beta * ratios["chosen"])),
+        s.lambda_r * torch.sigmoid(s.beta * ratios["rejected"]),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     (mine,) = torch.autograd.grad(ours.sum(), logps, retain_graph=True)
