@@ -1,4 +1,4 @@
-"""What every training loop needs beside its step: memory that runs out is named, frozen layers are spread over ranks."""
+"""What training loops need beside their step: memory that runs out is named, frozen layers are spread over ranks."""
 
 import contextlib
 import resource

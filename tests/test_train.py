@@ -207,7 +207,7 @@ def test_the_trainer_is_the_plain_loop(base, group, method):
         got = trainer.step(number, len(steps), indices, reference)
         names = ["loss", "grad_norm"] + ["z0"] * kto.LOSSES[method].z0
         for name in names:
-            assert got[name] == pytest.approx(want[name], rel=2e-5, abs=2e-6), (number, name)
+            assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), (number, name)
     assert plain[-1]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)  # something was learned meanwhile
 
 
