@@ -121,13 +121,7 @@ def fit_transitions(run: Run) -> dict[str, Any]:
 def train_method(run: Run, method: str) -> dict[str, Any]:
     """Stage train: the adapter of one method (3.2.3)."""
     cfg, path = run.cfg, run.out / "train.jsonl"
-    rows = data.load_train(path)
-    if method == "sft":
-        rows = [r for r in rows if r["label"]]
-    if method == "shuffled":
-        rows = data.shuffle_weights(rows, cfg.seed)
-    if method in ("sft", "kto"):
-        rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
+    rows = train.records_of(data.load_train(path), method, cfg.seed)
     base = run.base_model(torch.device("cpu") if cfg.shard else None)
     origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(run.source.folder).values()])}
     metrics = train.train(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.settings import opt
+from kto import LOSSES
 from llm import judge, labelling
-from train import METHODS, TrainSettings
+from train import TrainSettings
 
 REFINE, RET = "refine", "+ret"  # variants beside thinkoff, thinkon and the methods: Self-Refine, search results first
 
@@ -25,7 +26,7 @@ class WhereSettings:
     questions: str = opt("", "training questions, JSONL {id, dataset, question, answers}")
     eval_sets: str = opt("", "evaluation questions, comma-separated name=path")
     out: str = opt("runs/default", "directory for everything the run writes")
-    method: str = opt("mralign", f"one or several with commas of {', '.join(METHODS)}")
+    method: str = opt("mralign", f"one or several with commas of {', '.join(LOSSES)}")
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
     reuse_from: str = opt("", "folders of other runs: what they made with the same settings and inputs is taken over")
     redo: str = opt("", "stages to do again although their result is there, comma-separated")
@@ -101,7 +102,7 @@ class RunConfig(
 
     @property
     def methods(self) -> list[str]:
-        """What is trained, in order: names of METHODS."""
+        """What is trained, in order: names of kto.LOSSES."""
         return _parts(self.method)
 
     @property
@@ -159,8 +160,8 @@ def check(cfg: RunConfig) -> None:
     if (cfg.backend == "openai") != bool(cfg.base_url):
         raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
     for method in cfg.methods:
-        if method not in METHODS:
-            raise InputError(f"--method {method!r} is not one of {', '.join(METHODS)}")
+        if method not in LOSSES:
+            raise InputError(f"--method {method!r} is not one of {', '.join(LOSSES)}")
     for part in _parts(cfg.eval_sets):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")

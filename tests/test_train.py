@@ -109,9 +109,9 @@ def test_mismatched_pairs_are_one_cycle_without_fixed_points():
 
 
 @pytest.mark.parametrize("n,world,micro", [(64, 4, 2), (61, 4, 2), (3, 4, 2), (5, 2, 8), (1, 2, 1)])
-def test_shares_deal_every_row_once_and_give_all_ranks_the_same_number_of_passes(n, world, micro):
+def test_micro_batches_deal_every_row_once_and_give_all_ranks_the_same_number_of_passes(n, world, micro):
     lengths = [(7 * i) % 13 + 1 for i in range(n)]
-    dealt = [train.shares(list(range(n)), lengths, Ranks(r, world, torch.device("cpu")), micro) for r in range(world)]
+    dealt = [train.micro_batches(list(range(n)), lengths, Ranks(r, world, torch.device("cpu")), micro) for r in range(world)]
     assert len({len(d) for d in dealt}) == 1
     real = [i for d in dealt for rows, count in d for i in rows[:count]]
     assert sorted(real) == list(range(n))
