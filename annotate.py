@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import em
 from common.errors import InputError
-from common.files import read_json, read_jsonl
+from common.files import find, read_json, read_jsonl
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
@@ -70,7 +70,7 @@ class Annotator(Protocol):
 
 def read_cues(path: str | Path) -> dict[str, list[str]]:
     """A cue table {label: [phrase, ...]} from JSON. Raises InputError on a wrong label, an empty or repeated phrase."""
-    cues = read_json(path)
+    cues = read_json(find(path))
     if not isinstance(cues, dict) or not cues:
         raise InputError(f"{path}: must be a JSON object of label -> list of phrases; see mini/cues.json")
     owner: dict[str, str] = {}

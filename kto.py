@@ -1,17 +1,19 @@
-"""The losses: KTO, MR-ALIGN, the SFT baseline and APO, as pure functions of per-row sums; LOSSES has a row for each.
+"""The losses: KTO, MR-ALIGN and the SFT baseline, as pure functions of per-row sums.
 
 KTO and MR-ALIGN are one formula. A row's implicit reward is the policy's minus the reference's sum of w_t * log p_t
 over the completion: w_t = 1 everywhere is KTO (Eq. 1), w_t from em.segment_weights on the thinking tokens is MR-ALIGN
 (Eq. 9; answer, tags and end token keep 1). The sums come from kernels.segment_logprob. z0 (Eq. 2) never sees w.
 
+`LOSSES` at the end has one row for every loss that can be trained; nothing else in the project lists them.
+
 One optimiser step, for rows b, the same numbers however the rows are split into ranks and micro-batches:
   1. without gradient, for the mismatched pairs (prompt b, completion b+1): kl_b = sum log pi - sum log pi_ref;
      (sum of kl_b, number of pairs) are added up over the micro-batches and all ranks, then `z0_estimate`
-  2. per micro-batch: the row losses of the method's function, their sum / rows of the step, backward
+  2. per micro-batch: `LOSSES[name].of(sums, strength).sum() / rows of the step`, backward
   3. `reward_stats` of every micro-batch are added up; one all-reduce of that one small tensor serves every metric
 
-Worked by hand: log-ratios .2, -.1, .3 on three steps and .4 on the answer, w = .9429, 2.2770, 1.0005.
-KTO: r = .8. MR-ALIGN: r = .2*.9429 - .1*2.2770 + .3*1.0005 + .4 = .66103. With z0 = .05, beta = .1, chosen and
+Worked by hand: log-ratios .2, -.1, .3 on three steps and .4 on the answer, w = .9429, 2.2770,
+1.0005. KTO: r = .8. MR-ALIGN: r = .2*.9429 - .1*2.2770 + .3*1.0005 + .4 = .66103. With z0 = .05, beta = .1, chosen and
 lambda_c = 1: v = sigmoid(.1 * (.66103 - .05)) = .515271, loss = 1 - v = .484729.
 
 Left out: paired losses, a token-level KL penalty, length normalisation (rewards are sums, so longer rows weigh more).
@@ -19,6 +21,7 @@ Left out: paired losses, a token-level KL penalty, length normalisation (rewards
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,15 +77,6 @@ def kto_loss(r: Tensor, z0: Tensor, chosen: Tensor, beta: float, lambda_c: float
     return lambda_y * torch.sigmoid(-beta * gain)  # Eq. 4, 11
 
 
-def apo_zero_unpaired_loss(r: Tensor, chosen: Tensor, beta: float, lambda_c: float, lambda_r: float) -> Tensor:
-    """Loss of each row (B,): lambda_c * (1 - sigma(beta r)) if chosen, lambda_r * sigma(beta r) if rejected.
-
-    APO-zero (arXiv 2408.06266) on unpaired rows, as TRL 1.16 has it under this name. It is KTO with z0 = 0, so it needs
-    no mismatched pairs and keeps no state. Arguments as in `kto_loss`.
-    """
-    return kto_loss(r, r.new_zeros(()), chosen, beta, lambda_c, lambda_r)
-
-
 def sft_loss(plain: Tensor, n_tokens: int | Tensor) -> Tensor:
     """Each row's share (B,) of the step's cross-entropy per token; their sum over the step is the loss, in nats.
 
@@ -130,56 +124,73 @@ def metrics(stats: Tensor) -> dict[str, float]:
     return out
 
 
+# ---------- the table of losses
+
+
+class Strength(Protocol):
+    """The settings a loss may read."""
+
+    beta: float
+    lambda_c: float
+    lambda_r: float
+
+
 @dataclass(frozen=True)
 class Sums:
-    """What a loss may use of the B rows of one pass and of the optimiser step they belong to."""
+    """What a loss is made of, for the B rows of a micro-batch. Sums of log p over completion tokens, in nats."""
 
-    r: Tensor  # (B,) implicit rewards; zeros where the loss has no reference
-    plain: Tensor  # (B,) sums of log p over the completion, nats
-    chosen: Tensor  # (B,) bool: True for D+, False for D-
-    z0: Tensor  # () baseline, Eq. 2; 0 where the loss has none
-    rows: int  # of the whole step, all ranks
-    tokens: int  # completion tokens of the whole step, all ranks
+    weighted: Tensor  # (B,) sum of w_t * log pi(y_t)
+    plain: Tensor  # (B,) sum of log pi(y_t)
+    ref_weighted: Tensor  # (B,) the same under the reference; zeros for a loss that has none
+    ref_plain: Tensor  # (B,)
+    chosen: Tensor  # (B,) bool
+    z0: Tensor  # () Eq. 2 of the whole step; 0 for a loss without it
+    n_rows: int  # of the whole step, all ranks
+    n_tokens: Tensor  # () completion tokens of the whole step, all ranks
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES: one training method."""
+    """One way to train. of(sums, strength): the loss of each row (B,); the step's loss is their sum over n_rows."""
 
-    title: str  # its name in tables
-    weights: str  # "fitted": w of the fit stage; "shuffled": the same permuted within each class; "ones"
-    rows: str  # "all", or "chosen" ones only
-    reference: bool  # whether r is the reward over the reference policy; else it is 0
-    z0: bool  # whether z0 is estimated from mismatched pairs; else it is 0
-    first: Callable[[float, float, float], float] | None  # loss of step 0: (share of chosen rows, lambda_c, lambda_r)
-    rate: str  # the setting with its peak learning rate
-    study: bool  # whether `make study` trains it
-    function: Callable[[Sums, float, float, float], Tensor]  # (sums, beta, lambda_c, lambda_r) -> loss of each row (B,)
-
-
-def half_lambda(chosen: float, lambda_c: float, lambda_r: float) -> float:
-    """The first loss where policy and reference are equal: r = 0, z0 = 0, so every row has lambda_y / 2."""
-    return 0.5 * (lambda_c * chosen + lambda_r * (1 - chosen))
+    title: str  # what tables call it
+    of: Callable[[Sums, Strength], Tensor]
+    weights: str  # of the steps: "own" (Eq. 10), "ones", or "shuffled" among the steps of a class
+    rate: str  # the setting that is its peak learning rate
+    rows: str = "all"  # or "chosen"
+    reference: bool = True  # it compares with the reference policy
+    z0: bool = True  # it subtracts Eq. 2's baseline
+    study: bool = True  # `make study` trains it
+    # Its value before training, where policy and reference agree, from the shares (chosen, rejected) of the rows.
+    first: Callable[[float, float, Strength], float] | None = None
 
 
-def _sft(x: Sums, *_: float) -> Tensor:
-    return sft_loss(x.plain, x.tokens) * x.rows  # the mean over the step's rows is the mean over its tokens
+def _kto(sums: Sums, s: Strength) -> Tensor:
+    """KTO's loss of each row; MR-ALIGN's with the weights of Eq. 10."""
+    r = implicit_reward(sums.weighted, sums.ref_weighted)  # Eq. 9; w = 1: Eq. 1
+    return kto_loss(r, sums.z0, sums.chosen, s.beta, s.lambda_c, s.lambda_r)  # Eq. 11-12; w = 1: Eq. 3-4
 
 
-def _kto(x: Sums, beta: float, lambda_c: float, lambda_r: float) -> Tensor:
-    return kto_loss(x.r, x.z0, x.chosen, beta, lambda_c, lambda_r)
+def _apo_zero(sums: Sums, s: Strength) -> Tensor:
+    """APO-zero for unpaired rows (D'Oosterlinck et al. 2024, as TRL has it): KTO against a baseline of exactly 0."""
+    r = implicit_reward(sums.weighted, sums.ref_weighted)
+    return kto_loss(r, torch.zeros_like(sums.z0), sums.chosen, s.beta, s.lambda_c, s.lambda_r)
 
 
-def _apo(x: Sums, beta: float, lambda_c: float, lambda_r: float) -> Tensor:
-    return apo_zero_unpaired_loss(x.r, x.chosen, beta, lambda_c, lambda_r)
+def _sft(sums: Sums, s: Strength) -> Tensor:
+    """Cross-entropy of the chosen rows."""
+    return sft_loss(sums.plain, sums.n_tokens) * sums.n_rows
 
 
-# A loss is one row here and its function: --method, training, tables and figures read everything else from it.
+def _half(chosen: float, rejected: float, s: Strength) -> float:
+    """r = 0 and z0 = 0: every row is at sigma(0)."""
+    return 0.5 * (s.lambda_c * chosen + s.lambda_r * rejected)
+
+
 LOSSES = {
-    #                title, weights, rows, reference, z0, first loss, peak rate, in the study, function
-    "sft": Loss("SFT", "ones", "chosen", False, False, None, "sft_lr", True, _sft),
-    "kto": Loss("KTO", "ones", "all", True, True, half_lambda, "lr", True, _kto),
-    "mralign": Loss("MR-ALIGN", "fitted", "all", True, True, half_lambda, "lr", True, _kto),
-    "shuffled": Loss("MR-ALIGN, weights shuffled", "shuffled", "all", True, True, half_lambda, "lr", True, _kto),
-    "apo_zero_unpaired": Loss("APO-zero", "ones", "all", True, False, half_lambda, "lr", False, _apo),
+    "sft": Loss("SFT", _sft, weights="ones", rate="sft_lr", rows="chosen", reference=False, z0=False),
+    "kto": Loss("KTO", _kto, weights="ones", rate="lr", first=_half),
+    "mralign": Loss("MR-ALIGN", _kto, weights="own", rate="lr", first=_half),
+    "shuffled": Loss("MR-ALIGN, weights shuffled", _kto, weights="shuffled", rate="lr", first=_half),
+    "apo_zero_unpaired": Loss("APO-zero", _apo_zero, weights="ones", rate="lr", z0=False, study=False, first=_half),
 }

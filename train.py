@@ -1,7 +1,4 @@
-"""Rows and a base model become an adapter: a loss of kto.LOSSES over LoRA under DistributedDataParallel.
-
-`plain_loop` is the whole of it for one process. `Trainer` takes the same steps on several ranks, in micro-batches,
-with the reference computed once, and is tested against it; `train` adds resume, checkpoints and the adapter's files.
+"""Rows and a base model become an adapter: SFT, KTO or MR-ALIGN over LoRA under DistributedDataParallel.
 
 One optimiser step is `batch_size` rows whatever the number of ranks and the micro-batch: z0 (Eq. 2) is taken over the
 whole step before the first gradient, each row's loss is divided by the rows of the step, and DDP adds the rest. So the
@@ -44,12 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import kto
 import lora
-from common import checkpoint
+from common import checkpoint, training
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.settings import opt
-from common.training import Training, memory_named
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
 
@@ -61,7 +57,7 @@ NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 class TrainSettings:
     """What a training run depends on besides its rows and its base model."""
 
-    lr: float = opt(5e-6, "peak learning rate of all methods but sft (Table 13)", "training")
+    lr: float = opt(5e-6, "peak learning rate of every loss but sft (Table 13)", "training")
     sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)")
     epochs: int = opt(3, "passes over the rows (Table 13)")
     batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)")
@@ -83,41 +79,6 @@ class TrainSettings:
     kernel: str = opt("", "segment log-probability op: torch or triton; none: triton where there is a GPU")
 
 
-def plain_loop(
-    model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, impl: str = "torch"
-) -> Iterator[dict[str, float]]:
-    """The training as a plain loop: one process, no resume, no shards, no progress; z0 from all rows of a step.
-
-    Leaves the trained adapters on `model` and yields loss, z0 and grad_norm of every step.
-    """
-    loss, z0_state = kto.LOSSES[method], 0.0
-    partner = mismatched(len(rows), s.seed)  # whose completion goes with which prompt in Eq. 2
-    adapters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
-    optimizer = torch.optim.AdamW(adapters, weight_decay=0.0)
-    steps = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
-    for number, step in enumerate(steps):
-        y = data.pack([(rows[i].prompt_ids, rows[i].completion_ids, rows[i].w) for i in step])
-        others = [(rows[i], rows[partner[i]]) for i in step]
-        y_other = data.pack([(a.prompt_ids, b.completion_ids, b.w) for a, b in others])
-        with torch.no_grad():
-            with lora.disabled(model):  # the reference policy is the base model
-                ref_weighted, _ = sequence_sums(model, model.head, y, impl)
-                _, ref_other = sequence_sums(model, model.head, y_other, impl)
-            _, other = sequence_sums(model, model.head, y_other, impl)
-        z0, z0_state = kto.z0_estimate((other - ref_other).sum(), torch.tensor(len(step)), z0_state, s.z0_ema)  # Eq. 2
-        weighted, plain = sequence_sums(model, model.head, y, impl)
-        r_theta = kto.implicit_reward(weighted, ref_weighted)  # Eq. 9; w = 1: Eq. 1
-        chosen = torch.tensor([rows[i].chosen for i in step])
-        sums = kto.Sums(r_theta, plain, chosen, z0, len(step), len(y.targets))
-        mean = loss.function(sums, s.beta, s.lambda_c, s.lambda_r).mean()  # Eq. 11-12
-        mean.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(adapters, s.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, len(steps), s.warmup, getattr(s, loss.rate))
-        optimizer.step()
-        optimizer.zero_grad()
-        yield {"loss": float(mean), "z0": float(z0), "grad_norm": float(grad_norm)}
-
-
 def step_rows(n: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Row indices of every optimiser step: each epoch in its own seeded order, its last step what is left over."""
     steps = []
@@ -136,17 +97,17 @@ def mismatched(n: int, seed: int) -> list[int]:
 
 
 def micro_batches(indices: list[int], lengths: list[int], ranks: Ranks, size: int) -> list[tuple[list[int], int]]:
-    """This rank's passes over the rows `indices`, at most `size` rows each, the longest rows first.
+    """This rank's part of `indices` in micro-batches of at most `size` rows: (rows, how many of them are its own).
 
-    A pass is (rows, real): only its first `real` rows count. Every rank gets the same number of passes, since each ends
-    in the same sums over ranks; a rank with nothing left repeats a row that does not count. Three rows, longest first
-    7, 4, 9, on two ranks with size 1: rank 0 has [([7], 1), ([9], 1)], rank 1 has [([4], 1), ([9], 0)].
+    Longest rows first. Every rank gets the same number of micro-batches, since each ends in the same collectives; where
+    nothing is left for a rank it computes a row once more and counts 0 of it. Rows 0 1 2, equally long, on two ranks,
+    one at a time: rank 0 gets [([0], 1), ([2], 1)], rank 1 gets [([1], 1), ([2], 0)].
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     mine = order[ranks.rank :: ranks.world]
-    passes = math.ceil(math.ceil(len(order) / ranks.world) / size)
-    parts = [mine[k * size : (k + 1) * size] for k in range(passes)]
-    return [(part, len(part)) if part else (order[-1:], 0) for part in parts]
+    slots = math.ceil(math.ceil(len(order) / ranks.world) / size)
+    chunks = [mine[k * size : (k + 1) * size] for k in range(slots)]
+    return [(chunk, len(chunk)) if chunk else (order[-1:], 0) for chunk in chunks]
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -163,13 +124,51 @@ def sequence_sums(model: nn.Module, head: Tensor, batch: data.Batch, impl: str) 
     return segment_logprob(hidden[batch.predict], head, batch.targets, batch.w, batch.cu_targets, impl)
 
 
+def plain_loop(
+    model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, impl: str = "torch"
+) -> Iterator[dict[str, float]]:
+    """The training of Section 3.2 as it reads: one process, every step's rows at once, nothing saved.
+
+    Yields loss, z0 and grad_norm of every optimiser step. It is what `Trainer` must agree with, whatever the ranks and
+    micro-batches; read it first. model: frozen; adapters are added to it.
+    """
+    loss, partner = kto.LOSSES[method], mismatched(len(rows), s.seed)
+    adapters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+    optimizer = torch.optim.AdamW(adapters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def sums(indices: list[int], completions: list[int]) -> tuple[Tensor, Tensor]:
+        """(weighted, plain) of prompts x_i with completions y_j."""
+        pairs = [(rows[i], rows[j]) for i, j in zip(indices, completions, strict=True)]
+        packed = data.pack([(x.prompt_ids, y.completion_ids, y.w) for x, y in pairs])
+        return sequence_sums(model, model.head, packed, impl)
+
+    steps, state = step_rows(len(rows), s.batch_size, s.epochs, s.seed), 0.0
+    for number, batch in enumerate(steps):
+        others = [partner[i] for i in batch]
+        with torch.no_grad():
+            kl = sums(batch, others)[1]
+            with lora.disabled(model):  # the reference policy: the same weights, adapters off
+                reference, ref_kl = sums(batch, batch), sums(batch, others)[1]
+        z0, state = kto.z0_estimate((kl - ref_kl).sum(), len(batch), state, s.z0_ema)  # Eq. 2
+        chosen = torch.tensor([rows[i].chosen for i in batch])
+        n_tokens = torch.tensor(sum(len(rows[i].completion_ids) for i in batch))
+        of_rows = loss.of(kto.Sums(*sums(batch, batch), *reference, chosen, z0, len(batch), n_tokens), s)  # Eq. 11-12
+        of_rows.mean().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapters, s.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(number, len(steps), s.warmup, getattr(s, loss.rate))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield {"loss": of_rows.mean().item(), "z0": float(z0), "grad_norm": float(grad_norm)}
+
+
 class Trainer:
     """A base model with adapters, its rows, and everything that stays the same from step to step."""
 
     def __init__(
         self, model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, ranks: Ranks, impl: str
     ) -> None:
-        self.s, self.ranks, self.loss, self.impl, self.rows = s, ranks, kto.LOSSES[method], impl, rows
+        self.s, self.ranks, self.impl, self.rows = s, ranks, impl, rows
+        self.loss = kto.LOSSES[method]
         if not 0 < s.kl_rows <= 1:
             raise InputError(f"kl_rows is {s.kl_rows}; give a share above 0 and at most 1")
         self.model = model
@@ -179,66 +178,68 @@ class Trainer:
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         if s.shard:
-            shard(model, self.parameters, ranks)
+            training.shard(model, self.parameters, ranks)
         self.policy = model if s.shard else DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
+        self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
+        self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
+        self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
+        self.guessing = False  # whether its tokens have been seen to be less probable than by guessing
         if self.loss.z0:
             self.partner = mismatched(len(rows), s.seed)
             pairs = zip(rows, self.partner, strict=True)
             self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
-        self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
-        self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
-        self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
-        self.guessing = False  # whether the model has been seen to be worse than guessing
 
-    def passes(
-        self, indices: list[int], size: int, kl: bool = False
-    ) -> Iterator[tuple[data.Batch, list[int], int, bool]]:
-        """This rank's passes over rows: (batch, its rows, how many of them count, whether it is the last pass).
+    def batch(self, indices: list[int]) -> data.Batch:
+        """Rows (x_i, y_i) with their weights, packed, on this rank's device."""
+        picked = [self.rows[i] for i in indices]
+        return data.pack([(r.prompt_ids, r.completion_ids, r.w) for r in picked]).to(self.ranks.device)
 
-        kl: the prompts with their partners' completions, for Eq. 2. Raises Stopped before a pass, on every rank, if any
-        was asked to stop.
-        """
-        lengths = self.kl_lengths if kl else self.lengths
-        parts = micro_batches(indices, lengths, self.ranks, size)
-        for k, (rows, real) in enumerate(parts):
-            self.ranks.check_stop()
-            self.at, self.at_lengths = rows, lengths
-            picked = [(self.rows[i], self.rows[self.partner[i] if kl else i]) for i in rows]
-            batch = data.pack([(a.prompt_ids, b.completion_ids, b.w) for a, b in picked])
-            yield batch.to(self.ranks.device), rows, real, k == len(parts) - 1
+    def kl_batch(self, indices: list[int]) -> data.Batch:
+        """Mismatched rows (x_i, y_partner(i)) for Eq. 2, packed; their weights are not used."""
+        picked = [(self.rows[i], self.rows[self.partner[i]]) for i in indices]
+        return data.pack([(r.prompt_ids, p.completion_ids, p.w) for r, p in picked]).to(self.ranks.device)
 
-    def memory_named(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, running out of memory raises MemoryFull, which names the rows of the pass and the flags that help."""
-        s = self.s
+    def begin(self, indices: list[int], lengths: list[int]) -> None:
+        """Before each pass, on all ranks alike: remember its rows; raise Stopped on every rank if one was asked to."""
+        self.ranks.check_stop()
+        self.at, self.at_lengths = indices, lengths
+
+    def memory_message(self) -> str:
+        """One line: which rows did not fit, how long they are, how much was in use, what to change."""
+        s, device = self.s, self.ranks.device
+        rows = ", ".join(f"{self.rows[i].id} ({self.at_lengths[i]:,} tokens)" for i in self.at)
         flags = [f"--micro-batch {s.micro_batch // 2}"] if s.micro_batch > 1 else []
-        flags += [f"--{name.replace('_', '-')}" for name in ("gradient_checkpointing", "shard") if not getattr(s, name)]
-        return memory_named(self.rows_of_pass, self.ranks.device, flags)
-
-    def rows_of_pass(self) -> str:
-        """The rows of the pass in progress with their lengths: "row a (512 tokens), b (498 tokens)"."""
-        return "row " + ", ".join(f"{self.rows[i].id} ({self.at_lengths[i]:,} tokens)" for i in self.at)
+        flags += [f"--{name.replace('_', '-')}" for name in ("gradient_checkpointing", "shard") if not asdict(s)[name]]
+        remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
+        peak = training.peak_memory(device)
+        return f"out of memory on {device} at row {rows}; peak {peak}; {remedy}, the result stays the same"
 
     def reference_sums(self) -> dict[str, Tensor]:
         """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
 
-        Only what the loss needs is computed, the rest is 0. Each rank does its share; the sum over ranks puts them
-        together. Rows go longest first, so a row that does not fit in memory stops the run now.
+        Zeros where the loss does not need them. Each rank does its share; the sum over ranks puts them together. Rows
+        go longest first, so a row that does not fit in memory stops the run now.
         """
         n, size = len(self.rows), self.s.micro_batch * NO_GRAD_PACK
         table = torch.zeros(3, n, device=self.ranks.device)
-        wanted = [False] * self.loss.reference + [True] * self.loss.z0  # kl or not
-        progress = Progress(self.ranks, n * len(wanted), "reference sums", "rows")
+        if not self.loss.reference:
+            return dict(zip(("weighted", "plain", "kl"), table, strict=True))
+        progress = Progress(self.ranks, n * (1 + self.loss.z0), "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
-            for kl in wanted:
-                for batch, rows, real, _ in self.passes(list(range(n)), size, kl):
-                    weighted, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
-                    for k, sums in [(2, plain)] if kl else [(0, weighted), (1, plain)]:
-                        table[k, rows[:real]] = sums[:real]
-                    progress(real * self.ranks.world)
-        if wanted:
-            progress.close()
+            for indices, real in micro_batches(list(range(n)), self.lengths, self.ranks, size):
+                self.begin(indices, self.lengths)
+                weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
+                table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
+                progress(real * self.ranks.world)
+            pairs = micro_batches(list(range(n)), self.kl_lengths, self.ranks, size) if self.loss.z0 else []
+            for indices, real in pairs:
+                self.begin(indices, self.kl_lengths)
+                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
+                table[2, indices[:real]] = plain[:real]
+                progress(real * self.ranks.world)
+        progress.close()
         self.ranks.sum(table)
         return dict(zip(("weighted", "plain", "kl"), table, strict=True))
 
@@ -250,9 +251,9 @@ class Trainer:
         indices = indices[: math.ceil(self.s.kl_rows * len(indices))]
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
-            size = self.s.micro_batch * NO_GRAD_PACK
-            for batch, rows, real, _ in self.passes(indices, size, kl=True):
-                _, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
+            for rows, real in micro_batches(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
+                self.begin(rows, self.kl_lengths)
+                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
                 total[0] += (plain - reference["kl"][rows])[:real].double().sum()
                 total[1] += real
         kl_sum, count = self.ranks.sum(total)
@@ -267,23 +268,23 @@ class Trainer:
         """
         s, n = self.s, len(indices)
         stats = torch.zeros(2, len(kto.STAT_FIELDS), dtype=torch.float64, device=self.ranks.device)
-        tokens = sum(len(self.rows[i].completion_ids) for i in indices)
-        for batch, rows, real, last in self.passes(indices, s.micro_batch):
-            with contextlib.nullcontext() if s.shard or last else self.policy.no_sync():
-                weighted, plain = sequence_sums(self.policy, self.model.head, batch, self.impl)
-                r = r_raw = torch.zeros_like(plain)
-                if self.loss.reference:
-                    r_raw = plain.detach() - reference["plain"][rows]
-                    r = kto.implicit_reward(weighted, reference["weighted"][rows])  # (B,) Eq. 9; w = 1: Eq. 1
-                sums = kto.Sums(r, plain, self.chosen[rows], z0, n, tokens)
-                loss = self.loss.function(sums, s.beta, s.lambda_c, s.lambda_r)  # (B,) Eq. 11-12
+        tokens = torch.tensor(sum(len(self.rows[i].completion_ids) for i in indices), device=self.ranks.device)
+        parts = micro_batches(indices, self.lengths, self.ranks, s.micro_batch)
+        for k, (rows, real) in enumerate(parts):
+            self.begin(rows, self.lengths)
+            at_once = s.shard or k == len(parts) - 1
+            with contextlib.nullcontext() if at_once else self.policy.no_sync():
+                weighted, plain = sequence_sums(self.policy, self.model.head, self.batch(rows), self.impl)
+                ref = (reference["weighted"][rows], reference["plain"][rows])
+                sums = kto.Sums(weighted, plain, *ref, self.chosen[rows], z0, n, tokens)
+                loss = self.loss.of(sums, s)  # (B,)
                 finite = torch.isfinite(loss[:real]).tolist()
                 bad = [self.rows[i].id for i, ok in zip(rows, finite, strict=False) if not ok]
                 if bad:
                     raise NumericsError(f"the loss is not finite for row {', '.join(bad)}; look at its weights")
                 # Gradients are averaged over ranks, so times world: the result is that of sum(loss) / n.
                 (loss[:real].sum() * (self.ranks.world / n)).backward()
-            columns = (loss, r, r_raw, plain, self.chosen[rows])
+            columns = (loss, weighted - ref[0], plain - ref[1], plain, self.chosen[rows])
             stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
         if s.shard:
             self.average_gradients()
@@ -298,13 +299,13 @@ class Trainer:
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
         s = self.s
-        z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), 0.0)
+        z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), None)
         metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
         if self.loss.z0:
             metrics |= {"kl": kl, "z0": float(z0)}
         if not self.loss.reference:
             metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
-        if number == 0:
+        if number == 0 and self.loss.first:
             self.check_first_step(metrics, indices)
         self.warn_if_guessing(metrics, number, indices)
         metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
@@ -320,14 +321,12 @@ class Trainer:
         return metrics
 
     def check_first_step(self, metrics: dict[str, float], indices: list[int]) -> None:
-        """B = 0 makes the policy the reference: r = 0 and z0 = 0, so the loss is LOSSES' first. Anything else is a bug.
+        """B = 0 makes the policy the reference, so the first loss is known (`kto.Loss.first`). Anything else is a bug.
 
         It catches a shifted mask, a wrong reference, a prompt that changed. Raises NumericsError.
         """
-        if self.loss.first is None:
-            return
         chosen = sum(self.rows[i].chosen for i in indices) / len(indices)
-        expected = self.loss.first(chosen, self.s.lambda_c, self.s.lambda_r)
+        expected = self.loss.first(chosen, 1 - chosen, self.s)
         fp32 = next(self.model.parameters()).dtype == torch.float32
         if not abs(metrics["loss"] - expected) <= (1e-4 if fp32 else 1e-2):
             raise NumericsError(
@@ -336,26 +335,14 @@ class Trainer:
             )
 
     def warn_if_guessing(self, metrics: dict[str, float], number: int, indices: list[int]) -> None:
-        """Say once, with the step, when its tokens are less probable than guessing among the vocabulary makes them."""
+        """Say once, with the step, that its tokens are less probable than guessing in the vocabulary makes them."""
         nats = sum(metrics[f"logps/{c}"] * metrics[f"count/{c}"] for c in kto.CLASSES if metrics[f"count/{c}"])
         mean = nats / sum(len(self.rows[i].completion_ids) for i in indices)
         guess = -math.log(self.model.config.vocab_size)
         if mean < guess and not self.guessing:
             self.guessing = True
-            self.ranks.log(
-                f"warning: step {number + 1}: log-probability of {mean:,.1f} a token, guessing has {guess:.1f}; "
-                "the model falls apart, use a lower learning rate"
-            )
-
-
-def records_of(records: list[dict[str, Any]], method: str, seed: int) -> list[dict[str, Any]]:
-    """The training records of `data.load_train` that a method trains on, with the weights it trains with."""
-    loss = kto.LOSSES[method]
-    if loss.rows == "chosen":
-        records = [r for r in records if r["label"]]
-    if loss.weights == "shuffled":
-        return data.shuffle_weights(records, seed)
-    return records if loss.weights == "fitted" else [r | {"w": [1.0] * len(r["w"])} for r in records]
+            what = f"log-probability of {mean:,.1f} a token, guessing has {guess:.1f}"
+            self.ranks.log(f"warning: step {number + 1}: {what}; the model falls apart, use a lower learning rate")
 
 
 def check(rows: list[data.Row], method: str, s: TrainSettings, config: ModelConfig, ranks: Ranks) -> None:
@@ -396,31 +383,36 @@ def train(
 ) -> dict[str, float]:
     """Train `method` on `rows` and leave a PEFT adapter, metrics.jsonl and the last two checkpoints in `out`.
 
-    model: on the ranks' device, or on the CPU with s.shard. rows: of `records_of`, as tensors. origin: checksums of the
-    base model and of the data, part of the run's identity. base_name, revision: what the adapter's config names as its
-    base model, and the commit if it came from the Hub.
+    model: on the ranks' device, or on the CPU with s.shard. rows: for sft the chosen ones only. origin: checksums of
+    the base model and of the data, part of the run's identity. base_name, revision: what the adapter's config names as
+    its base model, and the commit if it came from the Hub.
     resume: continue an interrupted run from its last checkpoint; one that has left its adapter is started anew.
     Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
     the last finished step has been saved.
     """
-    plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
     check(rows, method, s, model.config, ranks)
     trainer = Trainer(model, rows, method, s, ranks, impl)
-    names, identity = lora.state(model), run_identity(method, s, origin)
-    state = lambda: {"z0_state": trainer.z0_state}  # noqa: E731
-    training = Training(out, ranks, names, trainer.optimizer, identity, len(plan), s.save_every, state)
+    plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
+    run = training.Training(
+        out,
+        ranks,
+        lora.state(model),
+        trainer.optimizer,
+        run_identity(method, s, origin),
+        total=len(plan),
+        save_every=s.save_every,
+        state=lambda: {"z0_state": trainer.z0_state},
+    )
     finished = any(ranks.gather((out / lora.WEIGHTS).exists()))
-    manifest = training.take_up() if resume and not finished else None
-    if manifest is not None:
+    manifest = run.take_up() if resume and not finished else None
+    if manifest is None:
+        run.start_anew(lora.WEIGHTS, lora.CONFIG)
+    else:
         trainer.z0_state = manifest["z0_state"]
-    done = len(training.log)
     if ranks.rank == 0:
-        checkpoint.check_space(out, training.names)
-        if not done:
-            training.start_anew()
-            for name in (lora.WEIGHTS, lora.CONFIG):
-                (out / name).unlink(missing_ok=True)
-    with training.stoppable(), trainer.memory_named():
+        checkpoint.check_space(out, run.names)
+    done = len(run.log)
+    with run.stoppable(), training.memory_named(trainer.memory_message):
         reference = trainer.reference_sums() if done < len(plan) else {}
         started = time.perf_counter()
 
@@ -429,32 +421,12 @@ def train(
             epoch = (number + 1) * s.batch_size / len(rows)
             return {"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics}
 
-        training.run(step, step_line, f"training {method}")
+        run.run(step, step_line, f"training {method}")
     if ranks.rank == 0:
         lora.save(model, out, base_name, revision)
     ranks.wait()
     tokens = sum(trainer.lengths[i] for step in plan[done:] for i in step)
-    speed = round(tokens / (time.perf_counter() - started))
-    return training.log[-1] | {"tokens_per_second": speed, "steps": len(plan)}
-
-
-def shard(model: Qwen3, trained: list[nn.Parameter], ranks: Ranks) -> None:
-    """Leave on each rank its part of every layer's frozen weights, gathered again for the time the layer computes.
-
-    model: on the CPU or on the ranks' device; what is not sharded (see above) goes to the device whole.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and rarely needed
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    layers = model.model.layers
-    whole = set(model.parameters()) - set(layers.parameters()) | set(trained)
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-    for p in whole:
-        p.data = p.data.to(ranks.device)
-    # FSDP moves all arguments to the device; the boundaries of rows are read on the CPU.
-    model.register_forward_pre_hook(lambda _, args: (args[0], args[1].cpu()))
+    return run.log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
 
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A training that can be stopped: its steps, its log, its checkpoints; and what running out of memory says.
+"""What training loops need beside their step: resume, stop and save; memory that runs out is named; sharded layers.
 
     training = Training(out, ranks, names, optimizer, identity, total=327, save_every=20, state=lambda: {"z0_state": 0})
     manifest = training.take_up()               # None: there is no checkpoint, so this starts at step 1
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from common import checkpoint
 from common.errors import InputError, MemoryFull, Stopped
@@ -75,14 +76,18 @@ class Training:
         self.ranks.log(f"{self.out}: continuing after step {self.saved} of {self.total}")
         return manifest
 
-    def start_anew(self) -> None:
-        """Remove an earlier run's checkpoints and metrics; damaged ones are named and kept under another name."""
+    def start_anew(self, *results: str) -> None:
+        """Remove an earlier run's checkpoints, metrics and `results`, which are names of files.
+
+        Damaged checkpoints are named and keep their files under another name.
+        """
         if self.ranks.rank == 0:
             broken = {path: reason for path in checkpoint.found(self.out) if (reason := checkpoint.damage(path))}
             self.keep_damaged(broken)
             for old in checkpoint.found(self.out):
                 checkpoint.remove(old)
-            (self.out / checkpoint.METRICS).unlink(missing_ok=True)
+            for name in (checkpoint.METRICS, *results):
+                (self.out / name).unlink(missing_ok=True)
 
     def keep_damaged(self, damaged: Mapping[Path, str]) -> None:
         """Say what is wrong with each of these checkpoints, and rename it."""
@@ -128,21 +133,38 @@ class Training:
 
 
 @contextlib.contextmanager
-def memory_named(where: Callable[[], str], device: torch.device, flags: list[str]) -> Iterator[None]:
-    """Inside, running out of memory raises MemoryFull instead: one line with `where()`, the peak and what to change.
-
-    flags: command-line flags that take less memory and give the same result, best first.
-    """
+def memory_named(message: Callable[[], str]) -> Iterator[None]:
+    """Inside, running out of memory raises MemoryFull with `message()`, one line: at which rows, and what to change."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB"
-        remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
-        raise MemoryFull(
-            f"out of memory on {device} at {where()}; peak {peak}; {remedy}, the result stays the same"
-        ) from None
+        raise MemoryFull(message()) from None
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory in use so far, in words: "31.2 of 40.0 GB" of a GPU, "3.1 GB" of this process."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+
+
+def shard(model: nn.Module, trained: list[nn.Parameter], ranks: Ranks) -> None:
+    """Leave on each rank its part of every layer's frozen weights, gathered again for the time the layer computes.
+
+    model: on the CPU or on the ranks' device; what is not sharded (train.py says what) goes to the device whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and rarely needed
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    layers = model.model.layers
+    whole = set(model.parameters()) - set(layers.parameters()) | set(trained)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+    for p in whole:
+        p.data = p.data.to(ranks.device)
+    # FSDP moves all arguments to the device; the boundaries of rows are read on the CPU.
+    model.register_forward_pre_hook(lambda _, args: (args[0], args[1].cpu()))

@@ -30,7 +30,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import em
-from common.errors import AnnotationError, InputError, ServiceError
+from common.endings import program
+from common.errors import AnnotationError, InputError
 from common.files import atomic_write, read_jsonl, write_json
 from common.settings import cli, opt
 from common.template import fill, load_prompt
@@ -278,15 +279,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 3 bad input, 4 a server, a key or the budget ended the run."""
-    try:
-        cfg, _ = cli(Settings, argv, __doc__)
-        print(table(discover(cfg)))
-    except (InputError, ServiceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4 if isinstance(error, ServiceError) else 3
-    return 0
+@program
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    cfg, _ = cli(Settings, argv, __doc__)
+    print(table(discover(cfg)))
 
 
 if __name__ == "__main__":
