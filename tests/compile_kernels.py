@@ -26,9 +26,9 @@ from kernels import segment_logprob as op  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 V = 151936  # Qwen3
 CASES = [
-    (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
+    (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
     *[
-        (op._direction_kernel, f"*fp32 *i64 *fp32 *fp32 *{G} i32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE)
+        (op._direction_kernel, f"*fp32 *i64 *fp32 *fp32 *fp32 *{G} i32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE)
         for G in ("bf16", "fp32")
     ],
     (op._segment_sum_kernel, "*fp32 *fp32 *i64 *fp32 *fp32", dict(BLOCK=op.SUM_BLOCK), op.NARROW),
