@@ -264,6 +264,15 @@ def default_impl(device: torch.device | str) -> str:
     return "triton" if torch.device(device).type == "cuda" and triton is not None else "torch"
 
 
+def elementwise_impl(x: Tensor, *scales: Tensor) -> str:
+    """Which text of the elementwise kernels beside this file runs on x: "triton" as above, but "torch" for fp64, where
+    a scale is trained (they make it no gradient) and under torch.compile, which fuses the torch text by itself."""
+    trained = torch.is_grad_enabled() and any(scale.requires_grad for scale in scales)
+    if trained or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return "torch"
+    return default_impl(x.device)
+
+
 def default_chunk(device: torch.device | str, V: int, dtype: torch.dtype) -> int:
     """Rows of one pass: 320 on the CPU; on CUDA the power of two whose buffers take at most 1 GiB, 128 at least."""
     if torch.device(device).type == "cpu":
