@@ -66,8 +66,8 @@ class LoRALinear(nn.Linear):
         if x.dtype != self.lora_A.dtype:
             return adapted(x, [self], self.weight, self.bias)
         # PEFT's order of operations, so that an fp32 model gives its bits.
-        delta = F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.r)
-        return F.linear(x, self.weight, self.bias) + delta
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.r)
 
 
 def joint(x: Tensor, linears: list[nn.Module], weight: Tensor, bias: Tensor | None) -> Tensor:
