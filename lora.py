@@ -27,8 +27,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's wrappers, which its tensor names keep
 
-# Fields of adapter_config.json that do not touch the forward pass of a saved adapter. Every other field that PEFT
-# knows, or will know, switches on something this file does not compute when it is not empty.
+# What becomes of each field of adapter_config.json, as PEFT 0.21 writes it: honoured are r, lora_alpha, target_modules;
+# these do not touch the forward pass of a saved adapter; every other one that PEFT knows, or will know, switches on
+# something this file does not compute and is refused when it is not empty.
 INERT = {
     "peft_type",
     "task_type",
@@ -44,7 +45,11 @@ INERT = {
     "peft_version",
     "megatron_core",
     "qalora_group_size",
+    "eva_config",  # how A was drawn
+    "ensure_weight_tying",  # of embeddings and head, on which there is no adapter here
 }
+# Ways to draw A and B that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change them.
+DRAWN = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class LoRALinear(nn.Linear):
@@ -241,6 +246,8 @@ def load(model: nn.Module, path: str | Path) -> list[nn.Parameter]:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json that this file computes exactly. Raises InputError naming the field and its value."""
     config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: must hold one JSON object; save the adapter again")
     required = ("peft_type", "r", "lora_alpha", "target_modules")
     missing = [name for name in required if name not in config]
     if missing:
@@ -255,14 +262,13 @@ def read_config(path: Path) -> dict[str, Any]:
             "a list of module names",
         ),
         "bias": (config.get("bias", "none") == "none", "'none'"),
-        # The others (PiSSA, OLoRA, ...) change the base weights when the adapter is made.
-        "init_lora_weights": (config.get("init_lora_weights", True) in (True, False, "gaussian"), "true"),
+        "init_lora_weights": (config.get("init_lora_weights", True) in DRAWN, f"one of {DRAWN}"),
     }
     for name, (good, supported) in rules.items():
         if not good:
             raise InputError(f"{path}: {name} is {config[name]!r}; supported: {supported}")
-    for name in config.keys() - INERT:
-        if config[name]:
+    for name in sorted(config.keys() - INERT):
+        if config[name] or config[name] == 0 and config[name] is not False:  # layers_to_transform 0 is the first layer
             raise InputError(f"{path}: {name} is {config[name]!r}; not supported, train the adapter without it")
     return config
 

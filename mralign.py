@@ -28,6 +28,7 @@ import torch
 import annotate
 import data
 import em
+import kto
 import lora
 import sample
 import train
@@ -51,7 +52,7 @@ def draw_samples(run: Run) -> dict[str, Any]:
     cfg = run.cfg
     questions, tally = data.load_questions(cfg.questions, drop_repeated=True)
     run.ranks.log(f"{cfg.questions}: {tally}")
-    if odd := [q for q in questions if q.get("dataset") in benchmarks.NEVER_TRAIN]:
+    if odd := [q for q in questions if not benchmarks.may_train(q.get("dataset"))]:
         raise InputError(f"{cfg.questions}: {odd[0]['dataset']} is for evaluation only; train on other questions")
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
@@ -71,9 +72,10 @@ def select_candidates(run: Run) -> dict[str, Any]:
         segments=(cfg.min_segments, cfg.max_segments),
         think_tokens=(cfg.min_think_tokens, cfg.max_think_tokens),
         matcher=cfg.matcher,
+        fold=cfg.fold,
     )
     write_jsonl(run.out / "candidates.jsonl", rows)
-    return tally
+    return tally["all"] | {"by data set": {name: of for name, of in tally.items() if name != "all"}}
 
 
 def label_steps(run: Run) -> dict[str, Any]:
@@ -121,13 +123,9 @@ def fit_transitions(run: Run) -> dict[str, Any]:
 def train_method(run: Run, method: str) -> dict[str, Any]:
     """Stage train: the adapter of one method (3.2.3)."""
     cfg, path = run.cfg, run.out / "train.jsonl"
-    rows = data.load_train(path)
-    if method == "sft":
-        rows = [r for r in rows if r["label"]]
-    if method == "shuffled":
-        rows = data.shuffle_weights(rows, cfg.seed)
-    if method in ("sft", "kto"):
-        rows = [r | {"w": [1.0] * len(r["w"])} for r in rows]
+    loss = kto.LOSSES[method]
+    rows = [r for r in data.load_train(path) if r["label"] or loss.rows == "all"]
+    rows = data.reweighted(rows, loss.weights, cfg.seed)
     base = run.base_model(torch.device("cpu") if cfg.shard else None)
     origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(run.source.folder).values()])}
     metrics = train.train(

@@ -21,7 +21,7 @@ from typing import Any
 
 import annotate
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.files import ROOT, atomic_write, find, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.settings import opt
 from llm import agreement, committee
 from llm.chat import Chat
@@ -92,7 +92,7 @@ SHAPING += ("annotate_temperature", "annotate_max_tokens")  # the settings that 
 def inputs(cfg: LabelSettings) -> list[Path]:
     """The files that the labels depend on, besides the candidates."""
     if cfg.annotator == "cues":
-        return [Path(cfg.cues)]
+        return [find(cfg.cues)]
     if cfg.annotator == "committee":
         return [PROMPTS / name for name in committee.FILES]
     return [Path(cfg.annotator), manifest_path(Path(cfg.annotator))]

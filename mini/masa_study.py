@@ -30,9 +30,9 @@ import torch
 from matplotlib.figure import Figure
 
 from common import table
-from common.errors import InputError
+from common.endings import program
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
-from masa.run import GRID
+from masa.problems import GRID
 from mini.study import write_table
 from tools.sweep import Child, run_all, unfinished
 
@@ -201,6 +201,7 @@ def build_base() -> None:
         subprocess.run([sys.executable, "-m", "mini.arithmetic", "--out", str(OUT / "base")], cwd=ROOT, check=True)
 
 
+@program
 def main() -> int:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,12 +210,8 @@ def main() -> int:
     cells = [("masa", seed) for seed in SEEDS]  # first: they say how long grpo runs
     cells += [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
     children = [child(*cell) for cell in cells]
-    try:
-        build_base()
-        ends = run_all(children, 2, OUT)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    build_base()
+    ends = run_all(children, 2, OUT)
     if code := unfinished(ends, children):
         return code
     study = {"receipt": receipt(), "settings": read_json(CONFIG), "flags": FLAGS, "seeds": list(SEEDS), **collect()}

@@ -27,6 +27,7 @@ import annotate
 import data
 import eval as evaluation
 from common import table
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, read_text, write_json
 from tools.sweep import Child, flag, run_all, unfinished
@@ -221,15 +222,12 @@ def write_table(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) ->
         f.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+@program
 def main() -> int:
     """Run what is missing, then summarise."""
     todo = cells()
     children = [child(cell) for cell in todo]
-    try:
-        ends = run_all(children, 2, OUT)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    ends = run_all(children, 2, OUT)
     if code := unfinished(ends, children):
         return code
     receipts = read_json(todo[0].out / "results.json")["receipt"]

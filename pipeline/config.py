@@ -8,10 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import kto
 from common.errors import InputError
 from common.settings import opt
+from data import MATCHERS
 from llm import judge, labelling
-from train import METHODS, TrainSettings
+from train import TrainSettings
 
 REFINE, RET = "refine", "+ret"  # variants beside thinkoff, thinkon and the methods: Self-Refine, search results first
 
@@ -25,7 +27,7 @@ class WhereSettings:
     questions: str = opt("", "training questions, JSONL {id, dataset, question, answers}")
     eval_sets: str = opt("", "evaluation questions, comma-separated name=path")
     out: str = opt("runs/default", "directory for everything the run writes")
-    method: str = opt("mralign", f"one or several with commas of {', '.join(METHODS)}")
+    method: str = opt("mralign", f"one or several with commas of {', '.join(kto.LOSSES)}")
     resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
     reuse_from: str = opt("", "folders of other runs: what they made with the same settings and inputs is taken over")
     redo: str = opt("", "stages to do again although their result is there, comma-separated")
@@ -55,7 +57,8 @@ class CandidateSettings:
     max_segments: int = opt(15, "most thinking segments, inclusive")
     min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive")
     max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
-    matcher: str = opt("equal", "answer counts as right if it equals a gold, or contains one: equal or contains (A.2)")
+    matcher: str = opt("equal", "an answer is right if it equals a gold, contains one (A.2), has it in whole words")
+    fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class TransitionSettings:
 class EvalSettings:
     """How the variants are sampled and what is measured on them (4.1, Table 15)."""
 
-    temperature: float = opt(0.6, "sampling temperature", "evaluation (Table 15)")
+    score_matcher: str = opt("", "matcher of Acc, Mis and all that follows; none: --matcher", "evaluation (Table 15)")
+    temperature: float = opt(0.6, "sampling temperature")
     top_p: float = opt(0.95, "nucleus")
     top_k: int = opt(20, "most probable tokens kept; 0: all")
     min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped")
@@ -100,8 +104,13 @@ class RunConfig(
     """Every setting of a run."""
 
     @property
+    def scored_by(self) -> str:
+        """The matcher of every headline, difference and analysis: that of the candidates unless told."""
+        return self.score_matcher or self.matcher
+
+    @property
     def methods(self) -> list[str]:
-        """What is trained, in order: names of METHODS."""
+        """What is trained, in order: names of kto.LOSSES."""
         return _parts(self.method)
 
     @property
@@ -148,7 +157,8 @@ def check(cfg: RunConfig) -> None:
         "dtype": ("float32", "bfloat16"),
         "backend": ("local", "openai"),
         "keep": ("first", "all"),
-        "matcher": ("equal", "contains"),
+        "matcher": tuple(MATCHERS),
+        "score_matcher": ("", *MATCHERS),
         "transitions": ("em", "frequency"),
         "labels": ("one", "two"),
         "kernel": ("", "torch", "triton"),
@@ -159,8 +169,8 @@ def check(cfg: RunConfig) -> None:
     if (cfg.backend == "openai") != bool(cfg.base_url):
         raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
     for method in cfg.methods:
-        if method not in METHODS:
-            raise InputError(f"--method {method!r} is not one of {', '.join(METHODS)}")
+        if method not in kto.LOSSES:
+            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
     for part in _parts(cfg.eval_sets):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")

@@ -26,6 +26,7 @@ from report import analysis
 
 Turn = Callable[[Question, int], str]  # (question, draw) -> what the user says
 Answers = dict[tuple[str, int], str]  # (question id, draw) -> answer
+MATCHING = ("matcher", "score_matcher", "fold")  # when an answer is right
 DECODING = ("system", "dtype", "seed", "temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws")
 FITTING = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
 
@@ -60,10 +61,10 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
         found.append(Stage("judge", judge_answers, settings, sets | samples | prompts, made, dear=True))
     questions = {"training questions": Path(cfg.questions)}
     made = {"scores.json": out / "eval" / "scores.json"}
-    found.append(Stage("scores", score, which, questions | sets | samples, made))
+    found.append(Stage("scores", score, (*which, *MATCHING), questions | sets | samples, made))
     reads = sets | samples | training | (labels if cfg.label_eval else {})
     made = {"analysis.json": out / "eval" / "analysis.json"}
-    found.append(Stage("analysis", analyse, (*which, "label_eval", "seed", *FITTING), reads, made))
+    found.append(Stage("analysis", analyse, (*which, *MATCHING, "label_eval", "seed", *FITTING), reads, made))
     return found
 
 
@@ -236,7 +237,10 @@ def _judge_long(run: Run, name: str, who: judge.Judge, stop: threading.Event) ->
 
 def load_scored(run: Run, name: str) -> dict[str, list[dict[str, Any]]]:
     """variant -> scored samples of one set."""
-    return {v: [evaluation.score(r, run.tokenizer) for r in read_jsonl(run.samples(name, v))] for v in run.variants}
+    return {
+        v: [evaluation.score(r, run.tokenizer, run.cfg.fold) for r in read_jsonl(run.samples(name, v))]
+        for v in run.variants
+    }
 
 
 def short_sets(run: Run) -> dict[str, list[Question]]:
@@ -259,12 +263,13 @@ def score(run: Run) -> dict[str, Any]:
         scored = load_scored(run, name)
         pairs = [(a, b) for order in thinking_variants(run) for i, a in enumerate(order) for b in order[:i]]
         # Ids that differ after "#" only ask for the same fact; the bootstrap draws them together.
+        by = run.cfg.scored_by
         fact: dict[str, str] | None = {q["id"]: q["id"].partition("#")[0] for q in questions}
         if len(set(fact.values())) == len(fact):
             fact = None  # every question stands alone: McNemar's test applies
         scores[name] = {
-            "metrics": {variant: evaluation.metrics(rows) for variant, rows in scored.items()},
-            "differences": {f"{a} - {b}": evaluation.compare(scored[a], scored[b], cluster=fact) for a, b in pairs},
+            "metrics": {variant: evaluation.metrics(rows, run.cfg.scored_by) for variant, rows in scored.items()},
+            "differences": {f"{a} - {b}": evaluation.compare(scored[a], scored[b], by, fact) for a, b in pairs},
             "seen_in_training": sum(data.normalise(q["question"]) in seen for q in questions),
             "engines": {v: read_jsonl(run.samples(name, v))[0].get("engine", "unknown") for v in run.variants},
         }
@@ -272,7 +277,7 @@ def score(run: Run) -> dict[str, Any]:
             kept = {q["id"] for q in questions if not q.get("needs_options")}
             fewer = {v: [row for row in rows if row["id"] in kept] for v, rows in scored.items()}
             scores[f"{name}, no stems that need options"] = {
-                "metrics": {variant: evaluation.metrics(rows) for variant, rows in fewer.items()},
+                "metrics": {variant: evaluation.metrics(rows, run.cfg.scored_by) for variant, rows in fewer.items()},
                 "differences": {},
                 "seen_in_training": scores[name]["seen_in_training"],
                 "engines": scores[name]["engines"],
@@ -286,13 +291,15 @@ def analyse(run: Run) -> dict[str, Any]:
     out: dict[str, Any] = {"positions": {}, "strata": {}, "outcomes": {}, "change": {}}
     for name in short_sets(run):
         scored = load_scored(run, name)
-        plain = thinking_variants(run)[0]
+        plain, by = thinking_variants(run)[0], run.cfg.scored_by
         for variant in plain:
-            out["positions"][f"{name}, {variant}"] = analysis.positions(read_jsonl(run.samples(name, variant)))
-        out["strata"][name] = {v: analysis.strata(scored["thinkon"], scored[v]) for v in plain if v != "thinkon"}
+            out["positions"][f"{name}, {variant}"] = analysis.positions(
+                read_jsonl(run.samples(name, variant)), by, run.cfg.fold
+            )
+        out["strata"][name] = {v: analysis.strata(scored["thinkon"], scored[v], by) for v in plain if v != "thinkon"}
         if run.cfg.label_eval:
             labels = {v: read_labels(run, name, v) for v in ("thinkon", *run.methods)}
-            out["outcomes"][name] = {v: analysis.label_outcomes(scored[v], of) for v, of in labels.items()}
+            out["outcomes"][name] = {v: analysis.label_outcomes(scored[v], of, matcher=by) for v, of in labels.items()}
             before = list(labels["thinkon"].values())
             out["change"][name] = {
                 m: analysis.change(before, list(labels[m].values()), run.fit_matrix, seed=run.cfg.seed)

@@ -13,7 +13,7 @@ from common import verifier
 from common.errors import InputError
 from common.files import read_json
 from masa import passk
-from masa import run as masa
+from masa.problems import parse_meta
 from mini import arithmetic, build, masa_study, study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def test_metas_know_nothing_about_the_problem():
     assert len({text.split("\n")[1] for text in said}) == 1  # the same chance, the same prediction
     rng, rates, lengths = random.Random(3), Counter(), []
     for k in range(1800):
-        found = masa.parse_meta(arithmetic.meta(problems[k % len(problems)], rng))
+        found = parse_meta(arithmetic.meta(problems[k % len(problems)], rng))
         rates[round(8 * found.p_hat)] += 1
         lengths.append(found.length)
         assert found.reasoning == arithmetic.look(problems[k % len(problems)])
@@ -78,7 +78,7 @@ def test_metas_know_nothing_about_the_problem():
     assert set(rates) == set(range(9)) and max(rates.values()) < 1.3 * 200
     assert (min(lengths), max(lengths)) == arithmetic.LENGTHS
     for problem in problems:  # a description is in the same form and foresees nothing
-        found = masa.parse_meta(arithmetic.description(problem, rng))
+        found = parse_meta(arithmetic.description(problem, rng))
         assert found.reasoning == arithmetic.look(problem) and found.p_hat is None and found.length is None
 
 
@@ -152,6 +152,7 @@ def test_rows_of_a_study_come_from_the_cells_files(tmp_path, monkeypatch):
 
     def row(step: int, correct: int) -> dict:
         base = {"step": step, "set": "heldout", "id": "p", "n": 4, "correct": correct, "lengths": [3], "at_limit": 0}
+        base["correct_lengths"] = []
         base |= {"metas": 2, "parsed": 2, "p_hats": [0.5, 1.0], "l_hats": [], "gated": False, "cut_at": 9}
         return base | dict.fromkeys(("r_length", "r_difficulty", "r_notion"), 0.0)
 

@@ -1,6 +1,7 @@
 """lora.py against peft: the same logits from the same files, in both directions, and exact switching."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -335,7 +336,9 @@ def folder(tmp_path: Path) -> Path:
         ("use_dora", True, "not supported"),
         ("modules_to_save", ["lm_head"], "not supported"),
         ("rank_pattern", {"q_proj": 8}, "not supported"),
-        ("init_lora_weights", "pissa", "true"),
+        ("init_lora_weights", "pissa", "gaussian"),
+        ("init_lora_weights", "olora", "gaussian"),
+        ("layers_to_transform", 0, "not supported"),
         ("a_field_of_the_future", 1, "not supported"),
     ],
 )
@@ -347,6 +350,94 @@ def test_refused_config(folder: Path, field: str, value: object, word: str) -> N
         lora.load(peer(), folder)
     message = str(error.value)
     assert field in message and word in message and "\n" not in message, message
+
+
+# What PEFT's config may hold besides its defaults: field -> a value with which it saves an adapter, and what we do.
+PEFT_OPTIONS = {
+    "task_type": ("CAUSAL_LM", "honoured"),
+    "lora_dropout": (0.3, "honoured"),
+    "target_modules": (["layers.0.self_attn.q_proj", "down_proj"], "honoured"),
+    "r": (5, "honoured"),
+    "lora_alpha": (3, "honoured"),
+    "inference_mode": (True, "honoured"),
+    "megatron_core": ("another.core", "honoured"),
+    "qalora_group_size": (8, "honoured"),
+    "ensure_weight_tying": (True, "honoured"),
+    "eva_config": ({"rho": 1.0}, "honoured"),
+    "init_lora_weights": ("orthogonal", "honoured"),
+    "bias": ("lora_only", "refused"),
+    "exclude_modules": (["layers.1.self_attn.q_proj"], "refused"),
+    "use_rslora": (True, "refused"),
+    "modules_to_save": (["lm_head"], "refused"),
+    "layers_to_transform": ([0], "refused"),
+    "layers_pattern": (["layers"], "refused"),
+    "rank_pattern": ({"q_proj": 2}, "refused"),
+    "alpha_pattern": ({"q_proj": 32}, "refused"),
+    "trainable_token_indices": ([1, 2], "refused"),
+    "use_dora": (True, "refused"),
+    "alora_invocation_tokens": ([1], "refused"),
+    "use_qalora": (True, "refused"),
+    "layer_replication": ([[0, 2], [1, 2]], "refused"),
+    "lora_bias": (True, "refused"),
+    "target_parameters": (["mlp.weight"], "refused"),
+    "fan_in_fan_out": (True, "refused"),
+    "auto_mapping": ({"base_model_class": "X"}, "refused"),
+    "loftq_config": ({"loftq_bits": 4}, "refused"),
+    "corda_config": ({"rho": 1}, "refused"),
+    "lora_ga_config": ({"scale": "stable"}, "refused"),
+    "velora_config": ({"num_groups": 2}, "refused"),
+    "monteclora_config": ({"num_samples": 2}, "refused"),
+    "kasa_config": ({"x": 1}, "refused"),
+    "arrow_config": ({"x": 1}, "refused"),
+    "use_bdlora": ({"nblocks": 2}, "refused"),
+    "megatron_config": ({"x": 1}, "refused"),
+}
+
+
+def test_every_field_of_pefts_config_is_in_the_table() -> None:
+    named = {"peft_type", "base_model_name_or_path", "revision", "peft_version"}  # written in every file
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - {"runtime_config"} == named | set(PEFT_OPTIONS)
+
+
+@pytest.mark.parametrize("field", [f for f, (_, what) in PEFT_OPTIONS.items() if what == "honoured"])
+def test_an_option_that_is_honoured_gives_pefts_logits(tmp_path: Path, field: str) -> None:
+    """Whatever PEFT wrote into its file: the two models agree bit for bit, and the adapter does something."""
+    value = PEFT_OPTIONS[field][0]
+    made = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(peer(), peft.LoraConfig(**made | ({} if field == "eva_config" else {field: value})))
+    fill([p for name, p in theirs.named_parameters() if "lora_" in name])
+    theirs.save_pretrained(tmp_path)
+    if field == "eva_config":  # it needs data to be made with; what it leaves in the file is this
+        edited(tmp_path, {field: value, "init_lora_weights": "eva"})
+    elif field == "inference_mode":
+        assert json.loads((tmp_path / lora.CONFIG).read_text())[field] is True
+    m = peer()
+    lora.load(m, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(peer(), tmp_path).eval()
+    assert torch.equal(logits(m), logits(theirs))
+    assert (logits(m) - logits(peer())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("field", [f for f, (_, what) in PEFT_OPTIONS.items() if what == "refused"])
+def test_an_option_that_is_not_computed_is_refused(folder: Path, field: str) -> None:
+    edited(folder, {field: PEFT_OPTIONS[field][0]})
+    with pytest.raises(InputError, match=f"adapter_config.json: {field} is "):
+        lora.load(peer(), folder)
+
+
+def edited(folder: Path, changes: dict) -> None:
+    path = folder / lora.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_config_with_all_of_pefts_defaults_written_out_loads(folder: Path) -> None:
+    defaults = peft.LoraConfig().to_dict()
+    keep = {"peft_type", "r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    edited(folder, {k: v for k, v in defaults.items() if k not in keep})
+    assert lora.load(peer(), folder)
+    (folder / lora.CONFIG).write_text("[]")
+    with pytest.raises(InputError, match="must hold one JSON object"):
+        lora.load(peer(), folder)
 
 
 def test_every_wrong_tensor_is_named(folder: Path) -> None:

@@ -67,7 +67,9 @@ def test_the_miniatures_ablations_differ_from_its_first_run_in_one_setting_and_q
     differ = []
     for name in list(parsed["runs"])[1:]:
         other = config_of(parsed, name, 2)
-        differ.append([(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k not in ("out", "reuse_from")])
+        differ.append(
+            [(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k not in ("out", "reuse_from")]
+        )
     assert [len(d) for d in differ] == [1] * len(differ)
     found = {d[0] for d in differ}
     assert found >= {("transitions", "frequency"), ("labels", "one"), ("lambda_r", 1.0), ("lambda_r", 2.0)}

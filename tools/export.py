@@ -27,6 +27,7 @@ from torch import Tensor
 import data
 import lora
 import sample
+from common.endings import program
 from common.errors import Disagreement, InputError, ServiceError
 from common.files import read_json, sync_folder, write_json
 from common.hub import Source, locate, member
@@ -342,21 +343,11 @@ def run(args: argparse.Namespace) -> None:
         print("good")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns 0, 3 at bad input, 4 when the server fails, 5 when two things disagree."""
+@program
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     args = parse_args(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except ServiceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
-    except Disagreement as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 5
-    return 0
+    run(args)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 import eval as evaluation
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.ranks import Ranks
@@ -404,6 +405,7 @@ def receipt(sweep: Sweep, done: Done, words: Sequence[str]) -> dict[str, str]:
     return about
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 3 for bad input, else the exit code of the first run that did not end well."""
     parser = argparse.ArgumentParser(
@@ -414,21 +416,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; for a CPU, a core each [1]")
     words = sys.argv[1:] if argv is None else argv
     given, flags = parser.parse_known_args(words)
-    try:
-        sweep = load(given.sweep)
-        if taken := [word for word in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", word)]:
-            raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
-        children = plan(sweep, given.gpus, flags)
-        ends = run_all(list(children.values()), given.jobs, ROOT / sweep["out"])
-        if not any(code in STOPPED for code in ends.values()):
-            done = {key for key, child in children.items() if not ends[child.name]}
-            head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
-            result = head | {"settings": sweep["settings"]} | summary(sweep, done)
-            write(sweep, result)
-            print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    sweep = load(given.sweep)
+    if taken := [word for word in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", word)]:
+        raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
+    children = plan(sweep, given.gpus, flags)
+    ends = run_all(list(children.values()), given.jobs, ROOT / sweep["out"])
+    if not any(code in STOPPED for code in ends.values()):
+        done = {key for key, child in children.items() if not ends[child.name]}
+        head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
+        result = head | {"settings": sweep["settings"]} | summary(sweep, done)
+        write(sweep, result)
+        print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
     return unfinished(ends, list(children.values()))
 
 
