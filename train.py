@@ -178,6 +178,8 @@ class Trainer:
             model.stack()
         model.gradient_checkpointing = s.gradient_checkpointing
         if s.compile:
+            if model.head.dtype != torch.float32:
+                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         if s.shard:

@@ -235,13 +235,12 @@ def test_z0_from_a_share_of_the_rows_is_the_mean_over_the_first_of_them(base, gr
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link from a path with a space in it")
-@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-def test_compiled_layers_give_the_same_gradients(base, group, dtype, near):
+def test_compiled_layers_give_the_same_gradients(base, group):
     """Two batches of different lengths, the second without a new compilation error; checkpointing on top."""
     gradients = []
     for settings in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
         s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=4, **settings)
-        model = qwen.load(base, dtype).requires_grad_(False)
+        model = qwen.load(base).requires_grad_(False)
         trainer = train.Trainer(model, as_rows(make_rows(8)), "kto", s, group, "torch")
         reference = trainer.reference_sums()
         with torch.no_grad():
@@ -251,7 +250,14 @@ def test_compiled_layers_give_the_same_gradients(base, group, dtype, near):
         gradients.append([p.grad for p in trainer.parameters])
     for eager, *compiled in zip(*gradients, strict=True):
         for grad in compiled:
-            assert (grad - eager).norm() <= near * eager.norm()
+            assert (grad - eager).norm() <= 1e-5 * eager.norm()
+
+
+def test_compile_is_refused_where_adapters_compute_in_half_precision(base, group):
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=True)
+    model = qwen.load(base, torch.bfloat16).requires_grad_(False)
+    with pytest.raises(InputError, match="--compile needs a float32 model"):
+        train.Trainer(model, as_rows(make_rows(4)), "kto", s, group, "torch")
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):
