@@ -40,6 +40,7 @@ from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, plan, reporting
+from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
@@ -81,6 +82,8 @@ def select_candidates(run: Run) -> dict[str, Any]:
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
+    if run.cfg.annotator == "self":
+        return own_labels.label(run, rows)
     for other in run.cfg.lenders:
         labelling.lend_replies(other, run.out)
     progress = Progress(run.ranks, None, "annotation", "calls")
@@ -111,13 +114,15 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
         rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
+    flat = [w for r in rows for w in r["w"]]
+    coverage = annotate.check_coverage(steps.values(), flat)
     write_jsonl(run.out / "train.jsonl", rows)
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}
     write_json(run.out / "transitions.json", result)
-    flat = [w for r in rows for w in r["w"]]
-    return {"steps": len(flat), "mean_w": round(sum(flat) / len(flat), 4), "min_w": min(flat), "max_w": max(flat)}
+    found = {"steps": len(flat), "mean_w": round(sum(flat) / len(flat), 4), "min_w": min(flat), "max_w": max(flat)}
+    return found | coverage
 
 
 def train_method(run: Run, method: str) -> dict[str, Any]:
@@ -162,12 +167,15 @@ def stages(run: Run) -> list[Stage]:
     questions = {"questions": Path(cfg.questions), "prompt": run.prompt_path}
     labels = candidates | {path.name: path for path in labelling.inputs(cfg)}
     manifest = labelling.manifest_path(out / "annotations.jsonl")
-    labelled, label_settings = annotations | {manifest.name: manifest}, (*labelling.SHAPING, "seed")
+    own = cfg.annotator == "self"  # then the model, and how it is asked, are inputs of the labels
+    labels |= model if own else {}
+    label_settings = (*labelling.SHAPING, "seed", "system", "dtype") if own else (*labelling.SHAPING, "seed")
+    labelled = annotations | {manifest.name: manifest}
     training = ("dtype", *(n for n in names(train.TrainSettings) if n not in train.SPEED_ONLY))
     before = [
         Stage("sample", draw_samples, drawing, model | questions, samples, everyone=True, dear=True),
         Stage("candidates", select_candidates, filters, samples, candidates),
-        Stage("annotate", label_steps, label_settings, labels, labelled, dear=True),
+        Stage("annotate", label_steps, label_settings, labels, labelled, everyone=own, dear=True),
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:

@@ -51,6 +51,12 @@ class Run:
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
 
+    def beside(self, source: hub.Source) -> "Run":
+        """The same run with another base model, to ask it something; it shares the stage under way and its journals."""
+        other = Run(self.cfg, source, self.ranks)
+        other.methods, other.key, other.journals = [], self.key, self.journals
+        return other
+
     # ---------- files
 
     def samples(self, name: str, variant: str) -> Path:

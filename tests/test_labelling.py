@@ -15,9 +15,11 @@ import pytest
 from fake_server import FakeServer, labeller
 
 import mralign
+from common.errors import InputError
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from llm import labelling
 from pipeline.config import RunConfig
-from tools import discover, labelling
+from tools import discover
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"
@@ -304,3 +306,28 @@ def test_replies_that_another_run_paid_for_are_copied_once(tmp_path):
     own.write_text("lent, and more of its own")
     labelling.lend_replies(a, b)
     assert own.read_text() == "lent, and more of its own"
+
+
+def candidate(name: str, thought: str = "a\n\nb") -> dict:
+    return {"id": name, "question": f"{name}?", "answers": ["x"], "completion": thought, "spans": [[0, 3], [3, 4]]}
+
+
+def test_a_file_of_more_candidates_serves_some_of_them_and_a_changed_thought_is_refused(tmp_path):
+    """As the rows of one data set of two take over the labels of both."""
+    rows = [candidate(name) for name in ("nq1", "sciq1", "nq2")]
+    steps = [{"segments": [0], "labels": ["framing"], "confidence": [9.0], "source": "single"}]
+    records = [{"id": row["id"], "steps": steps} for row in rows]
+    labelling.write_annotations(rows, records, {"annotator": "committee"}, tmp_path)
+    cfg = labelling.LabelSettings(annotator=str(tmp_path / "annotations.jsonl"))
+    labelling.label([rows[0], rows[2]], cfg, tmp_path / "nq", 0, lambda n: None)
+    assert [r["id"] for r in read_jsonl(tmp_path / "nq" / "annotations.jsonl")] == ["nq1", "nq2"]
+    for row, words in ((candidate("nq1", "c\n\nb"), "made from another thought"), (candidate("new"), "not in it")):
+        with pytest.raises(InputError, match=f"candidate '{row['id']}' is {words}"):
+            labelling.label([row], cfg, tmp_path / "other", 0, lambda n: None)
+
+
+def test_nobody_labels_unless_told_who():
+    with pytest.raises(InputError, match="--annotator is not set.*self.*committee.*cues are for the miniature"):
+        labelling.check(labelling.LabelSettings())
+    with pytest.raises(InputError, match="--annotator-model is the second model of --annotator self"):
+        labelling.check(labelling.LabelSettings(annotator="cues", annotator_model="x"))
