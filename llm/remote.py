@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.errors import ServiceError
+from common.errors import Refused, ServiceError
 from common.ranks import Ranks
 from llm.client import Client, Endpoint, Limits, in_threads
 from sample import Completion, Sampling
@@ -127,11 +127,22 @@ class Served:
         if ranks.rank == 0:
             path = self.folder / self.name
             save(path)
-            client.post("/load_lora_adapter", {"lora_name": self.name, "lora_path": str(path)}, words=True)
+            self._load(client, path)
             if before != self.base.model:
                 client.post("/unload_lora_adapter", {"lora_name": before}, words=True)
                 shutil.rmtree(self.folder / before)
         ranks.wait()
+
+    def _load(self, client: Client, path: Path) -> None:
+        """Load the adapter; one of that name, left by a run that was stopped, is forgotten first: it may be another."""
+        body = {"lora_name": self.name, "lora_path": str(path)}
+        try:
+            client.post("/load_lora_adapter", body, words=True)
+        except Refused as error:
+            if error.status != 400 or "already been loaded" not in str(error):  # vLLM's words
+                raise
+            client.post("/unload_lora_adapter", {"lora_name": self.name}, words=True)
+            client.post("/load_lora_adapter", body, words=True)
 
     def generate(
         self,
