@@ -100,14 +100,21 @@ def token_weights(offsets: Sequence[Span], spans: Sequence[Sequence[int]], w: Se
 # ---------- parsing
 
 
+PLACEHOLDER = "your answer"  # what prompts/factual.txt writes between its answer tags
+FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)  # the first or last line of a fenced block
+_THOUGHT = r"<think>((?:(?!</?think>).)*)</think>"
+TWICE = re.compile(rf"\s*{_THOUGHT}\s*{_THOUGHT}(?!.*</?think>)", re.DOTALL)
+USABLE = ("ok", "twice", "leading", "trailing")  # outcomes whose thought and answer are beyond doubt
+
+
 @dataclass(frozen=True)
 class Parsed:
     """What `parse` found in one completion."""
 
     outcome: str
-    thought: str  # completion[span[0]:span[1]], "" with thinking off
+    thought: str  # completion[span[0]:span[1]], "" without a thought
     answer: str  # stripped; "" where none can be taken
-    span: Span | None  # where the thought is; None with thinking off
+    span: Span | None  # where the thought is; None without one
     tagged: bool  # the answer stood in <answer>...</answer>; else it is all that follows </think>
 
 
@@ -120,34 +127,46 @@ def parse_sample(sample: Mapping[str, Any]) -> Parsed:
 def parse(completion: str, thinking: bool = True, finished: bool = True, opened: bool = False) -> Parsed:
     """Split a completion into thought and answer. The outcome is the first line of this table that holds:
 
-    outcome    when                                                                   answer
-    no_close   no </think>, or a <think> after the last one: the thought never ended  ""
-    cut        not finished, and no </answer> after the last <answer>                 ""
-    multiple   a tag comes twice; with thinking off, any think tag at all             as below
-    no_open    </think> without <think>: the thought is all that precedes it          as below
-    unclosed   <answer> without </answer> or the reverse                              the rest without the tag
-    empty      the thought or the answer is blank                                     as below
-    leading    text before <think>                                                    as below
-    trailing   text after </answer>                                                   as below
-    ok         none of these                                                          as below
+    outcome      when                                                                   answer
+    no_thought   it ended by itself, without any </think>; no thought is taken          ""
+    no_close     no </think>, or a <think> after the last one: the thought never ended  ""
+    cut          not finished, and no </answer> after the last <answer>                 ""
+    placeholder  the answer is the prompt's own "your answer"                           ""
+    twice        two thoughts, then one tagged answer: the model's own way, the prompt's  as below
+    multiple     a tag comes twice; with thinking off, any think tag at all             as below
+    no_open      </think> without <think>: the thought is all that precedes it          as below
+    unclosed     <answer> without </answer> or the reverse                              the rest without the tag
+    empty        the thought or the answer is blank                                     as below
+    leading      text before <think>                                                    as below
+    trailing     text after </answer>                                                   as below
+    ok           none of these                                                          as below
 
-    The thought runs from the first <think> to the last </think>; answer tags inside it are text. The answer is the
-    content of the last <answer>...</answer> after it, else all that follows it: `tagged` says which. A thought that
+    The thought runs from the first <think> to the last </think>; answer tags inside it are text. Of two thoughts in a
+    row it is the first that is not blank. The answer is the content of the last <answer>...</answer> after it, else all
+    that follows it: `tagged` says which. Lines that open or close a fenced block are no part of it. A thought that
     never ended is never read as an answer. thinking=False: the prompt holds a closed empty think block, the completion
     is the answer alone. finished=False: the completion ran into its length limit. opened=True: the prompt ends in
     <think> (`opens_thought`), which counts as the first one: the thought starts where the completion does.
     """
     assert thinking or not opened, "a prompt that opens the thought has thinking on"
     close = completion.rfind(TAGS[1])
+    if thinking and close < 0 and finished:
+        return Parsed("no_thought", "", "", None, False)
     start = completion.find(TAGS[0]) + len(TAGS[0]) if TAGS[0] in completion and not opened else 0
     if (thinking and close < 0) or completion.rfind(TAGS[0]) > close:
         span = (start, len(completion)) if thinking else None
         return Parsed("no_close", completion[start:] if thinking else "", "", span, False)
     rest = completion[close + len(TAGS[1]) if close >= 0 else 0 :]
     answer, tagged = _answer(rest)
+    span = (start, close) if thinking else None
     thought = completion[start:close] if thinking else ""
+    one_answer = tagged and rest.count(TAGS[2]) == rest.count(TAGS[3]) == 1
     if not finished and (TAGS[3] not in rest or rest.rfind(TAGS[2]) > rest.rfind(TAGS[3])):
         outcome, answer, tagged = "cut", "", False
+    elif normalise(answer) == PLACEHOLDER:
+        outcome, answer = "placeholder", ""
+    elif thinking and answer and one_answer and (own := _first_of_two(completion, opened)):
+        outcome, span, thought = "twice", own, completion[slice(*own)]
     elif max(completion.count(TAGS[0]) + opened, completion.count(TAGS[1]), *map(rest.count, TAGS[2:])) > 1:
         outcome = "multiple"
     elif not thinking and close >= 0:
@@ -158,13 +177,13 @@ def parse(completion: str, thinking: bool = True, finished: bool = True, opened:
         outcome = "unclosed"
     elif not answer or (thinking and not thought.strip()):
         outcome = "empty"
-    elif thinking and not opened and completion[: start - len(TAGS[0])].strip():
+    elif thinking and not opened and FENCE.sub("", completion[: start - len(TAGS[0])]).strip():
         outcome = "leading"
-    elif tagged and rest[rest.rfind(TAGS[3]) + len(TAGS[3]) :].strip():
+    elif tagged and FENCE.sub("", rest[rest.rfind(TAGS[3]) + len(TAGS[3]) :]).strip():
         outcome = "trailing"
     else:
         outcome = "ok"
-    return Parsed(outcome, thought, answer, (start, close) if thinking else None, tagged)
+    return Parsed(outcome, thought, answer, span, tagged)
 
 
 def _answer(rest: str) -> tuple[str, bool]:
@@ -172,12 +191,31 @@ def _answer(rest: str) -> tuple[str, bool]:
     opened = rest.rfind(TAGS[2], 0, max(rest.rfind(TAGS[3]), 0))
     if opened >= 0:
         begin = opened + len(TAGS[2])
-        return rest[begin : rest.find(TAGS[3], begin)].strip(), True
-    return rest.replace(TAGS[2], " ").replace(TAGS[3], " ").strip(), False
+        return FENCE.sub("", rest[begin : rest.find(TAGS[3], begin)]).strip(), True
+    return FENCE.sub("", rest.replace(TAGS[2], " ").replace(TAGS[3], " ")).strip(), False
+
+
+def _first_of_two(completion: str, opened: bool) -> Span | None:
+    """Of a completion that begins with two closed thoughts, the first that is not blank; None for any other one."""
+    shift = len(TAGS[0]) if opened else 0
+    match = TWICE.match(TAGS[0] + completion if opened else completion)
+    spans = [match.span(k) for k in (1, 2) if match[k].strip()] if match else []
+    return (spans[0][0] - shift, spans[0][1] - shift) if spans else None
+
+
+def count_outcomes(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """{"on": {outcome: completions}, "off": ...} of sample records, the commonest first: what `parse` made of them."""
+    counts: dict[str, Counter[str]] = {"on": Counter(), "off": Counter()}
+    for sample in samples:
+        counts[sample["mode"]][parse_sample(sample).outcome] += 1
+    return {mode: dict(of.most_common()) for mode, of in counts.items()}
+
+
+BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 
 def split_segments(text: str, start: int, end: int) -> list[Span]:
-    r"""Segments of the thought text[start:end]: cut after every run of two or more newlines (3.1.1).
+    r"""Segments of the thought text[start:end]: cut after every run of blank lines (3.1.1).
 
     The delimiter belongs to the segment before it. A blank piece is no segment: it goes to the one before it, at the
     beginning to the one after it. So the segments cover the thought exactly; a blank thought has none.
@@ -185,7 +223,10 @@ def split_segments(text: str, start: int, end: int) -> list[Span]:
     >>> split_segments("<think>Hm.\n\nParis!\n</think>", 7, 20)
     [(7, 12), (12, 20)]
     """
-    cuts = [match.end() for match in re.compile(r"\n{2,}").finditer(text, start, end)]
+    # PAPER: splits on "\n\n".
+    # HERE:  a line of spaces or tabs is blank too, and a line may end in "\r\n".
+    # WHY:   models write both; it is the same cut to a reader, and the same one where there is neither.
+    cuts = [match.end() for match in BLANK_LINES.finditer(text, start, end)]
     segments: list[Span] = []
     begin = start
     for cut in cuts + [end]:
@@ -202,47 +243,58 @@ def split_segments(text: str, start: int, end: int) -> list[Span]:
 # ---------- exact match
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+FOLDS = {"-": "‐‑‒–—―−", "'": "‘’‚‛′`´", '"': "“”„‟″«»", " degrees ": "°º"}  # what `fold` writes: for which signs
+FOLD = str.maketrans({sign: plain for plain, signs in FOLDS.items() for sign in signs})
 
 
-def normalise(text: str) -> str:
+def normalise(text: str, fold: bool = False) -> str:
     """The open-domain QA normal form (ORQA): NFD, lower case, no ASCII punctuation, no a/an/the, single spaces.
+
+    fold: before that, accents go, and Unicode dashes, quotes and degree signs become plain ones.
 
     >>> normalise("The  Beatles' (1968)")
     'beatles 1968'
+    >>> normalise("Beyoncé’s 1914–1918", fold=True)
+    'beyonces 19141918'
     """
-    text = unicodedata.normalize("NFD", text).lower().translate(PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = unicodedata.normalize("NFD", text)
+    if fold:
+        text = "".join(c for c in text if unicodedata.category(c) != "Mn").translate(FOLD)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
-def contains_gold(text: str, golds: Iterable[str], words: bool = False) -> bool:
-    """Is a gold inside `text`, both normalised? words: as whole words, so that "era" is not found in "several".
-
-    A gold that normalises to nothing ("A+", "---") would be inside every text; it never matches.
-    """
-    text = normalise(text)
-    wanted = [g for g in map(normalise, golds) if g]
-    if words:
-        return any(re.search(rf"(?<!\w){re.escape(g)}(?!\w)", text) for g in wanted)
-    return any(g in text for g in wanted)
+def contains_gold(text: str, golds: Iterable[str], fold: bool = False) -> bool:
+    """Is a gold inside `text`, both normalised? A gold that normalises to nothing ("A+", "---") never matches."""
+    text = normalise(text, fold)
+    return any(g and g in text for g in (normalise(gold, fold) for gold in golds))
 
 
-def equals_gold(text: str, golds: Iterable[str]) -> bool:
+def contains_gold_words(text: str, golds: Iterable[str], fold: bool = False) -> bool:
+    """`contains_gold` in whole words, so that "era" is not found in "several"."""
+    text = normalise(text, fold)
+    wanted = [g for g in (normalise(gold, fold) for gold in golds) if g]
+    return any(re.search(rf"(?<!\w){re.escape(g)}(?!\w)", text) for g in wanted)
+
+
+def equals_gold(text: str, golds: Iterable[str], fold: bool = False) -> bool:
     """Is `text` a gold, both normalised? A gold that normalises to nothing never matches."""
-    text = normalise(text)
-    return bool(text) and any(text == normalise(g) for g in golds)
+    text = normalise(text, fold)
+    return bool(text) and any(text == normalise(gold, fold) for gold in golds)
 
 
-MATCHERS = {"equal": equals_gold, "contains": contains_gold}
+MATCHERS = {"equal": equals_gold, "contains": contains_gold, "words": contains_gold_words}
 
 
-def exact_match(thought: str, answer: str, golds: Sequence[str], matcher: str = "equal") -> tuple[bool, bool]:
+def exact_match(
+    thought: str, answer: str, golds: Sequence[str], matcher: str = "equal", fold: bool = False
+) -> tuple[bool, bool]:
     """(EM_t, EM_a) of A.2: a gold is a substring of the thought; the answer is a gold. Any alias counts.
 
     PAPER: A.2's formula asks that the answer equals the gold, its text that the gold appears in the answer.
-    HERE:  matcher "equal" is the formula and the headline, "contains" the text; evaluation prints both.
-    WHY:   containment takes "not Mark Twain" for Mark Twain; equality fails an answer that is a whole sentence.
+    HERE:  matcher "equal" is the formula and the headline, "contains" the text, "words" the text in whole words.
+    WHY:   containment takes "asexual" for sexual, both take "not Mark Twain" for Mark Twain; equality fails a sentence.
     """
-    return contains_gold(thought, golds), MATCHERS[matcher](answer, golds)
+    return contains_gold(thought, golds, fold), MATCHERS[matcher](answer, golds, fold)
 
 
 # ---------- candidates
@@ -258,28 +310,36 @@ def select_candidates(
     segments: tuple[int, int] = (4, 15),
     think_tokens: tuple[int, int] = (450, 1000),
     matcher: str = "equal",
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    fold: bool = False,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Candidate rows and the tally of 3.1.1: which questions thinking settles, and what became of every one of them.
 
     z_on, z_off: the answer of a draw is right with thinking on, off. Chosen: (1, 0) in each of the draws 0..n_draws-1;
-    rejected: (0, 1) in each of them. Then the trace must parse as "ok", end by itself, and have `segments` segments and
+    rejected: (0, 1) in each of them. Then the trace must be USABLE, end by itself, and have `segments` segments and
     `think_tokens` thinking tokens, both ends included.
     keep: "first": draw 0 alone becomes a row, under the question's id. "all": every draw that is not a repeat does,
     under id#draw. The tally then counts each draw of such a question where it counts the question with "first".
-    Raises InputError at a draw that is missing or there twice, and when a class ends up empty.
+    The tally is {"all": counts, and for each data set its own: counts}, counts = {"questions": drawn, "chosen": kept,
+    "rejected": kept, reason: lost, ...}, as in Table 1. Raises InputError at a draw that is missing or there twice, and
+    when a class ends up empty.
     """
     # PAPER: does not say which of the N traces becomes y, nor whether (4,15) and (450,1000) hold their ends.
     # HERE:  draw 0; the ends are in.
     # WHY:   one trace a question is what the counts of Table 1 read like; nothing depends on the ends.
     assert keep in ("first", "all"), keep
-    questions = _group(samples, n_draws)
-    rows, reasons = [], Counter()
-    for draws in questions.values():
-        z_on, z_off = ({_is_right(sample, matcher) for sample in draws[mode]} for mode in ("on", "off"))
+    rows: list[dict[str, Any]] = []
+    tally: dict[str, Counter[str]] = {"all": Counter(questions=0, chosen=0, rejected=0)}
+    thoughts: Counter[str] = Counter()  # outcomes with thinking on
+    for draws in _group(samples, n_draws).values():
+        dataset = draws["on"][0].get("dataset") or "unnamed"
+        counts = [tally["all"], tally.setdefault(dataset, Counter(questions=0, chosen=0, rejected=0))]
+        thoughts.update(parse_sample(sample).outcome for sample in draws["on"])
+        found: list[str] = ["questions"]
+        z_on, z_off = ({_is_right(sample, matcher, fold) for sample in draws[mode]} for mode in ("on", "off"))
         if len(z_on) + len(z_off) > 2:
-            reasons["draws disagree"] += 1
+            found.append("draws disagree")
         elif z_on == z_off:
-            reasons["right in both modes" if z_on == {True} else "wrong in both modes"] += 1
+            found.append("right in both modes" if z_on == {True} else "wrong in both modes")
         else:
             seen: set[tuple[int, ...]] = set()
             for sample in draws["on"] if keep == "all" else draws["on"][:1]:
@@ -287,20 +347,41 @@ def select_candidates(
                 if tuple(sample["ids"]) in seen:
                     row, reason = None, "repeated draw"
                 seen.add(tuple(sample["ids"]))
-                if row is None:
-                    reasons[reason] += 1
-                else:
+                if row is not None:
                     name = row["id"] if keep == "first" else f"{row['id']}#{sample['draw']}"
                     rows.append(row | {"id": name, "chosen": z_on == {True}})
-    chosen = sum(row["chosen"] for row in rows)
-    kept = {"questions": len(questions), "chosen": chosen, "rejected": len(rows) - chosen}
-    tally = kept | dict(sorted(reasons.items()))
+                found.append(reason or ("chosen" if z_on == {True} else "rejected"))
+        for count in counts:
+            count.update(found)
+    order = ("questions", "chosen", "rejected")
+    done = {name: {k: of[k] for k in (*order, *sorted(of.keys() - set(order)))} for name, of in tally.items()}
     for name in ("chosen", "rejected"):
-        if not tally[name]:
-            found = ", ".join(f"{k} {v}" for k, v in tally.items())
-            remedy = "draw for more questions, at another temperature, or widen the segment and token limits"
-            raise InputError(f"candidates: no {name} row came out of the samples ({found}); {remedy}")
-    return rows, tally
+        if not done["all"][name]:
+            told = ", ".join(f"{k} {v}" for k, v in done["all"].items())
+            remedy = _remedy(done["all"], thoughts)
+            raise InputError(f"candidates: no {name} row came out of the samples ({told}); {remedy}")
+    return rows, done
+
+
+def _remedy(tally: Mapping[str, int], thoughts: Counter[str]) -> str:
+    """What to do about a class without rows: it follows the commonest cause."""
+    if thoughts.total() and 2 * (thoughts["no_thought"] + thoughts["empty"]) > thoughts.total():
+        return "most completions hold no thought: take a model that reasons, or a prompt it follows"
+    if 2 * (thoughts["no_close"] + thoughts["cut"]) > thoughts.total():
+        return "most completions were cut short: raise --draw-max-new"
+    causes = {reason: n for reason, n in tally.items() if reason not in ("questions", "chosen", "rejected")}
+    main = max(causes, key=lambda reason: causes[reason], default="")
+    for words, remedy in (
+        ("disagree", "draw at a lower temperature, or fewer draws a question"),
+        ("right in both", "the questions are too easy for this model; take harder ones"),
+        ("wrong in both", "no answer is a gold: look at some, then try --matcher words, another prompt or model"),
+        (" segments", "widen --min-segments and --max-segments"),
+        (" tokens", "widen --min-think-tokens and --max-think-tokens"),
+        ("trace ", "the model does not write its answers as the prompt asks; try another prompt"),
+    ):
+        if words in main:
+            return f"{remedy}; or draw for more questions"
+    return "draw for more questions"
 
 
 def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -323,10 +404,9 @@ def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[st
     return {n: {m: [draws[k] for k in range(n_draws)] for m, draws in modes.items()} for n, modes in groups.items()}
 
 
-def _is_right(sample: dict[str, Any], matcher: str) -> bool:
-    """z of one draw: its answer is a gold."""
-    parsed = parse_sample(sample)
-    return MATCHERS[matcher](parsed.answer, sample["answers"])
+def _is_right(sample: dict[str, Any], matcher: str, fold: bool) -> bool:
+    """Whether the answer of one draw is right (z of 3.1.1)."""
+    return MATCHERS[matcher](parse_sample(sample).answer, sample["answers"], fold)
 
 
 def _candidate(
@@ -334,7 +414,7 @@ def _candidate(
 ) -> tuple[dict[str, Any] | None, str]:
     """The candidate row of a draw with thinking on, without its class; or None and why there is none."""
     parsed = parse_sample(sample)
-    if parsed.outcome != "ok":
+    if parsed.outcome not in USABLE or parsed.span is None:
         return None, f"trace is {parsed.outcome}"
     if sample["finish"] != "stop":
         return None, "trace has no end token"
@@ -406,6 +486,13 @@ def _train_problem(row: dict[str, Any]) -> str:
     if edges != sorted(edges):
         return "field 'spans' must be ascending, apart and inside the completion"
     return ""
+
+
+def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled"."""
+    if weights == "ones":
+        return [row | {"w": [1.0] * len(row["w"])} for row in rows]
+    return shuffle_weights(rows, seed) if weights == "shuffled" else rows
 
 
 def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

@@ -21,46 +21,59 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import data
+from common.endings import program
 from common.errors import InputError
 from common.files import read_jsonl, write_jsonl
+from common.table import markdown
 from common.tokens import token_offsets
 
 SAMPLE_FIELDS = ("id", "mode", "draw", "question", "answers", "prompt", "text", "finish")
 Z95 = 1.959963984540054  # standard normal quantile at 0.975
+FORMS = ("ok", "truncated", "no_thought", "empty", "malformed")  # they add up
+FORM_OF = {"ok": "ok", "no_thought": "no_thought", "empty": "empty", "placeholder": "empty"}  # others: malformed
 WARN = 0.01  # a share of truncated or empty completions above this is said aloud
 
 
-def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+def score(sample: Mapping[str, Any], tokenizer: Tokenizer | None = None, fold: bool = False) -> dict[str, Any]:
     """One sample record judged: {id, mode, draw, outcome, form, answer, em_*, n_think_tokens, truncated, ...}.
 
-    em_t, em_t_word: a gold is in the thought, as a substring (A.2) or as whole words. em_a_equal, em_a_contains: the
-    answer is a gold, or holds one. An unfinished thought or answer is never scored as an answer (`data.parse`).
-    form: "truncated" (the length limit was hit or the thought never ended), "empty", "malformed" or "ok".
+    em_t, em_t_word: a gold is in the thought, as a substring (A.2) or as whole words. em_a_MATCHER: the answer is right
+    under each of `data.MATCHERS`. fold: in the folded normal form (`data.normalise`). An unfinished thought or answer
+    is never scored as an answer (`data.parse`). form: one of FORMS. "no_thought" ended by itself without a thought: it
+    is wrong and no part of Mis. sentence: the answer is one, see `is_sentence`.
     n_think_tokens: counted on the sampled ids; None without a tokenizer. Raises InputError at a missing field.
     """
     if missing := [name for name in SAMPLE_FIELDS if name not in sample]:
         raise InputError(f"samples: field {missing[0]!r} is missing in a row of id {sample.get('id')!r}; sample again")
     parsed = data.parse_sample(sample)
     golds = sample["answers"]
-    em_t, em_a_equal = data.exact_match(parsed.thought, parsed.answer, golds, "equal")
-    truncated = sample["finish"] == "length" or parsed.outcome in ("no_close", "cut")
+    form = "truncated" if sample["finish"] == "length" else FORM_OF.get(parsed.outcome, "malformed")
     n_think_tokens = None
     if tokenizer is not None:
         _, offsets = token_offsets(tokenizer, sample["ids"])
         n_think_tokens = data.count_think_tokens(offsets, parsed.span or (0, 0))
     return {name: sample[name] for name in ("id", "mode", "draw")} | {
         "outcome": parsed.outcome,
-        "form": "truncated" if truncated else parsed.outcome if parsed.outcome in ("ok", "empty") else "malformed",
-        "truncated": truncated,
+        "form": form,
+        "truncated": form == "truncated",
         "answer": parsed.answer,
-        "em_t": em_t,
-        "em_t_word": data.contains_gold(parsed.thought, golds, words=True),
-        "em_a_equal": em_a_equal,
-        "em_a_contains": data.contains_gold(parsed.answer, golds),
-        "gold_in_question": data.contains_gold(sample["question"], golds),
+        "sentence": is_sentence(parsed.answer),
+        "em_t": data.contains_gold(parsed.thought, golds, fold),
+        "em_t_word": data.contains_gold_words(parsed.thought, golds, fold),
+        **{f"em_a_{name}": match(parsed.answer, golds, fold) for name, match in data.MATCHERS.items()},
+        "gold_in_question": data.contains_gold(sample["question"], golds, fold),
         "n_empty_golds": sum(not data.normalise(gold) for gold in golds),
         "n_think_tokens": n_think_tokens,
     }
+
+
+def is_sentence(answer: str) -> bool:
+    """Whether an answer reads as a sentence: four words or more that end in a full stop, question or exclamation mark.
+
+    >>> is_sentence("The capital is Paris."), is_sentence("Paris."), is_sentence("U.S. Steel Co.")
+    (True, False, False)
+    """
+    return len(answer.split()) >= 4 and answer.rstrip("\"'”’)*_ ").endswith((".", "!", "?"))
 
 
 def indicator(scored: Sequence[Mapping[str, Any]], metric: str, matcher: str = "equal") -> np.ndarray:
@@ -91,7 +104,7 @@ def metrics(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict
     """All figures of one run on one test set, as JSON values; a share is {k, n, share, low, high} (Wilson interval).
 
     acc, mis and the 2x2 table of (EM_t, EM_a) under `matcher`; em_thought_contains, em_thought_word, em_answer_exact,
-    em_answer_contains; ok, truncated, empty and malformed, which add up to n; the outcomes of `data.parse`; mean and
+    em_answer_contains, em_answer_words; FORMS, which add up to n; sentences; the outcomes of `data.parse`; mean and
     median thinking tokens (None where they were not counted); empty_golds: golds that normalise to nothing and never
     match. With thinking off what is about a thought is None.
     Several draws of a question are pooled: k and n count all of them, but an interval counts each question once, as its
@@ -136,9 +149,11 @@ def metrics(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> dict
         "em_thought_word": share_of("em_t_word") if on else None,
         "em_answer_exact": share_of("em_a_equal"),
         "em_answer_contains": share_of("em_a_contains"),
+        "em_answer_words": share_of("em_a_words"),
+        "sentences": share_of("sentence"),
         "gold_in_question": share_of("gold_in_question"),
         "empty_golds": sum(row["n_empty_golds"] for row in first.values()),
-        **{form: part(forms[form]) for form in ("ok", "truncated", "empty", "malformed")},
+        **{form: part(forms[form]) for form in FORMS},
         "outcomes": dict(sorted(Counter(row["outcome"] for row in scored).items())),
         "think_tokens_mean": float(np.mean(tokens)) if on and counted else None,
         "think_tokens_median": float(np.median(tokens)) if on and counted else None,
@@ -170,9 +185,13 @@ def over_draws(scored: Sequence[Mapping[str, Any]], matcher: str = "equal") -> d
 def warnings(figures: Mapping[str, Any]) -> list[str]:
     """What a reader must know before the headline of a `metrics`: the token budget or the format decided the score."""
     lines = []
-    for form, why in (("truncated", "the token limit decides part of the score"), ("empty", "nothing to score")):
+    for form, why in (
+        ("truncated", "the token limit decides part of the score"),
+        ("no_thought", "they ended without one, count as wrong and are no part of Mis"),
+        ("empty", "nothing to score"),
+    ):
         if figures[form]["share"] > WARN:
-            lines.append(f"{100 * figures[form]['share']:.1f} % of the completions are {form}: {why}")
+            lines.append(f"{100 * figures[form]['share']:.1f} % of the completions are {form.replace('_', ' ')}: {why}")
     if figures["empty_golds"]:
         lines.append(f"{figures['empty_golds']} gold answers normalise to nothing and can never match")
     return lines
@@ -269,24 +288,23 @@ def _by_id(scored: Sequence[Mapping[str, Any]], metric: str, matcher: str) -> di
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """`metrics` of several runs as an aligned Markdown table, a row each; percentages, 95 % intervals in brackets.
 
-    EM_a stands there under both matchers, since the paper's text and formula disagree (`data.exact_match`).
+    EM_a stands there under every matcher, since the paper's text and formula disagree (`data.exact_match`).
     """
     assert len({m["matcher"] for m in results.values()}) == 1, "a table holds one matcher"
     matcher = next(iter(results.values()))["matcher"]
     head = ["", f"Acc {matcher} (95 %)", "Acc k/n", f"Mis {matcher} (95 %)", "Mis k/n"]
-    head += ["EM_a equal", "EM_a contains", "EM_t", "EM_t words", "ok", "truncated", "empty", "thinking tokens"]
-    rows = [head]
+    head += ["EM_a equal", "EM_a contains", "EM_a words", "EM_t", "EM_t words"]
+    head += ["sentences", *(form.replace("_", " ") for form in FORMS[:-1]), "thinking tokens"]
+    rows = []
     for name, m in results.items():
         mis = [_interval(m["mis"]), f"{m['mis']['k']}/{m['n']}"] if m["mis"] else ["-", "-"]
-        fields = ("em_answer_exact", "em_answer_contains", "em_thought_contains", "em_thought_word")
-        fields += ("ok", "truncated", "empty")
+        fields = ("em_answer_exact", "em_answer_contains", "em_answer_words", "em_thought_contains", "em_thought_word")
+        fields += ("sentences", *FORMS[:-1])
         shares = [f"{100 * m[f]['share']:.1f}" if m[f] else "-" for f in fields]
         tokens = "-" if m["think_tokens_median"] is None else f"{m['think_tokens_median']:.0f}"
-        rows.append([name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens])
-    widths = [max(3, *(len(row[c]) for row in rows)) for c in range(len(head))]
-    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    lines = ([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens]
+        rows.append(dict(zip(head, cells, strict=True)))
+    return markdown(rows)
 
 
 def _interval(share: Mapping[str, float]) -> str:
@@ -300,14 +318,15 @@ def draws_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     if max(len(m["draws"]["acc"]["all"]) for m in results.values()) < 2:
         return ""
-    lines = ["| | draws | Acc, mean ± sd | Mis, mean ± sd |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for name, m in results.items():
-        cells = [
-            "-" if d is None else f"{100 * d['mean']:.2f} ± " + ("-" if d["sd"] is None else f"{100 * d['sd']:.2f}")
-            for d in (m["draws"]["acc"], m["draws"]["mis"])
-        ]
-        lines.append(f"| {name} | {len(m['draws']['acc']['all'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        row = {"": name, "draws": len(m["draws"]["acc"]["all"])}
+        for metric in ("acc", "mis"):
+            d = m["draws"][metric]
+            spread = "-" if d is None or d["sd"] is None else f"{100 * d['sd']:.2f}"
+            row[f"{metric.capitalize()}, mean ± sd"] = "-" if d is None else f"{100 * d['mean']:.2f} ± {spread}"
+        rows.append(row)
+    return markdown(rows)
 
 
 def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -328,43 +347,38 @@ def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 for bad input."""
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.jsonl", help="saved samples; two: also their difference")
     parser.add_argument(
         "--matcher", default="equal", choices=data.MATCHERS, help="answer matcher of Acc and Mis [equal]"
     )
     parser.add_argument(
+        "--fold", action="store_true", help="fold accents, Unicode dashes, quotes and degree signs before matching"
+    )
+    parser.add_argument(
         "--export-lm-eval", metavar="FILE", help="write the first file in lm-evaluation-harness's format"
     )
     given = parser.parse_args(argv)
-    try:
-        rows = {path: read_jsonl(path, SAMPLE_FIELDS) for path in given.samples}
-        scored = {path: [score(row) for row in of] for path, of in rows.items()}
-        results = {
-            f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()
-        }
-        print(table(results))
-        for name, figures in results.items():
-            for line in warnings(figures):
-                print(f"{name}: {line}", file=sys.stderr)
-        if len(scored) == 2:
-            cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
-            clustered = len(set(cluster.values())) < len(cluster)
-            pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
-            for metric, d in pair.items():
-                p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
-                print(
-                    f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}"
-                )
-        if given.export_lm_eval:
-            count = write_jsonl(given.export_lm_eval, lm_eval_rows(rows[given.samples[0]]))
-            print(f"{given.export_lm_eval}: {count} samples")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
+    rows = {path: read_jsonl(path, SAMPLE_FIELDS) for path in given.samples}
+    scored = {path: [score(row, fold=given.fold) for row in of] for path, of in rows.items()}
+    results = {f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()}
+    print(table(results))
+    for name, figures in results.items():
+        for line in warnings(figures):
+            print(f"{name}: {line}", file=sys.stderr)
+    if len(scored) == 2:
+        cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
+        clustered = len(set(cluster.values())) < len(cluster)
+        pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
+        for metric, d in pair.items():
+            p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
+            print(f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}")
+    if given.export_lm_eval:
+        count = write_jsonl(given.export_lm_eval, lm_eval_rows(rows[given.samples[0]]))
+        print(f"{given.export_lm_eval}: {count} samples")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,24 @@ KTO and MR-ALIGN are one formula. A row's implicit reward is the policy's minus 
 over the completion: w_t = 1 everywhere is KTO (Eq. 1), w_t from em.segment_weights on the thinking tokens is MR-ALIGN
 (Eq. 9; answer, tags and end token keep 1). The sums come from kernels.segment_logprob. z0 (Eq. 2) never sees w.
 
+`LOSSES` at the end has one row for every loss that can be trained; nothing else in the project lists them.
+
 One optimiser step, for rows b, the same numbers however the rows are split into ranks and micro-batches:
   1. without gradient, for the mismatched pairs (prompt b, completion b+1): kl_b = sum log pi - sum log pi_ref;
      (sum of kl_b, number of pairs) are added up over the micro-batches and all ranks, then `z0_estimate`
-  2. per micro-batch: `kto_loss(implicit_reward(...), z0, ...).sum() / rows of the step`, backward
+  2. per micro-batch: `LOSSES[name].of(sums, strength).sum() / rows of the step`, backward
   3. `reward_stats` of every micro-batch are added up; one all-reduce of that one small tensor serves every metric
 
-Worked by hand (the README's trace): log-ratios .2, -.1, .3 on three steps and .4 on the answer, w = .9429, 2.2770,
+Worked by hand: log-ratios .2, -.1, .3 on three steps and .4 on the answer, w = .9429, 2.2770,
 1.0005. KTO: r = .8. MR-ALIGN: r = .2*.9429 - .1*2.2770 + .3*1.0005 + .4 = .66103. With z0 = .05, beta = .1, chosen and
 lambda_c = 1: v = sigmoid(.1 * (.66103 - .05)) = .515271, loss = 1 - v = .484729.
 
 Left out: paired losses, a token-level KL penalty, length normalisation (rewards are sums, so longer rows weigh more).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -116,3 +122,75 @@ def metrics(stats: Tensor) -> dict[str, float]:
         for field in ("rewards", "rewards_raw"):
             out[f"{field}/margins"] = out[f"{field}/chosen"] - out[f"{field}/rejected"]
     return out
+
+
+# ---------- the table of losses
+
+
+class Strength(Protocol):
+    """The settings a loss may read."""
+
+    beta: float
+    lambda_c: float
+    lambda_r: float
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a loss is made of, for the B rows of a micro-batch. Sums of log p over completion tokens, in nats."""
+
+    weighted: Tensor  # (B,) sum of w_t * log pi(y_t)
+    plain: Tensor  # (B,) sum of log pi(y_t)
+    ref_weighted: Tensor  # (B,) the same under the reference; zeros for a loss that has none
+    ref_plain: Tensor  # (B,)
+    chosen: Tensor  # (B,) bool
+    z0: Tensor  # () Eq. 2 of the whole step; 0 for a loss without it
+    n_rows: int  # of the whole step, all ranks
+    n_tokens: Tensor  # () completion tokens of the whole step, all ranks
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One way to train. of(sums, strength): the loss of each row (B,); the step's loss is their sum over n_rows."""
+
+    title: str  # what tables call it
+    of: Callable[[Sums, Strength], Tensor]
+    weights: str  # of the steps: "own" (Eq. 10), "ones", or "shuffled" among the steps of a class
+    rate: str  # the setting that is its peak learning rate
+    rows: str = "all"  # or "chosen"
+    reference: bool = True  # it compares with the reference policy
+    z0: bool = True  # it subtracts Eq. 2's baseline
+    study: bool = True  # `make study` trains it
+    # Its value before training, where policy and reference agree, from the shares (chosen, rejected) of the rows.
+    first: Callable[[float, float, Strength], float] | None = None
+
+
+def _kto(sums: Sums, s: Strength) -> Tensor:
+    """KTO's loss of each row; MR-ALIGN's with the weights of Eq. 10."""
+    r = implicit_reward(sums.weighted, sums.ref_weighted)  # Eq. 9; w = 1: Eq. 1
+    return kto_loss(r, sums.z0, sums.chosen, s.beta, s.lambda_c, s.lambda_r)  # Eq. 11-12; w = 1: Eq. 3-4
+
+
+def _apo_zero(sums: Sums, s: Strength) -> Tensor:
+    """APO-zero for unpaired rows (D'Oosterlinck et al. 2024, as TRL has it): KTO against a baseline of exactly 0."""
+    r = implicit_reward(sums.weighted, sums.ref_weighted)
+    return kto_loss(r, torch.zeros_like(sums.z0), sums.chosen, s.beta, s.lambda_c, s.lambda_r)
+
+
+def _sft(sums: Sums, s: Strength) -> Tensor:
+    """Cross-entropy of the chosen rows."""
+    return sft_loss(sums.plain, sums.n_tokens) * sums.n_rows
+
+
+def _half(chosen: float, rejected: float, s: Strength) -> float:
+    """r = 0 and z0 = 0: every row is at sigma(0)."""
+    return 0.5 * (s.lambda_c * chosen + s.lambda_r * rejected)
+
+
+LOSSES = {
+    "sft": Loss("SFT", _sft, weights="ones", rate="sft_lr", rows="chosen", reference=False, z0=False),
+    "kto": Loss("KTO", _kto, weights="ones", rate="lr", first=_half),
+    "mralign": Loss("MR-ALIGN", _kto, weights="own", rate="lr", first=_half),
+    "shuffled": Loss("MR-ALIGN, weights shuffled", _kto, weights="shuffled", rate="lr", first=_half),
+    "apo_zero_unpaired": Loss("APO-zero", _apo_zero, weights="ones", rate="lr", z0=False, study=False, first=_half),
+}

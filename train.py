@@ -28,8 +28,6 @@ step undone, so that it takes seconds whatever a step takes. Nothing is lost but
 
 import contextlib
 import math
-import resource
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,15 +41,15 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import kto
 import lora
-from common import checkpoint
-from common.errors import InputError, MemoryFull, NumericsError, Stopped
-from common.files import read_jsonl, write_jsonl
+from common import checkpoint, training
+from common.errors import InputError, NumericsError
+from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.settings import opt
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
 
-METHODS = ("sft", "kto", "mralign", "shuffled")
+SPEED_ONLY = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")  # not the result
 NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 
 
@@ -59,7 +57,7 @@ NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 class TrainSettings:
     """What a training run depends on besides its rows and its base model."""
 
-    lr: float = opt(5e-6, "peak learning rate of kto, mralign and shuffled (Table 13)", "training")
+    lr: float = opt(5e-6, "peak learning rate of every loss but sft (Table 13)", "training")
     sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)")
     epochs: int = opt(3, "passes over the rows (Table 13)")
     batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)")
@@ -98,16 +96,17 @@ def mismatched(n: int, seed: int) -> list[int]:
     return [nxt for _, nxt in sorted(zip(order, order[1:] + order[:1], strict=True))]
 
 
-def shares(indices: list[int], lengths: list[int], ranks: Ranks, micro_batch: int) -> list[tuple[list[int], int]]:
-    """This rank's micro-batches of `indices`, each (rows, how many of them count), longest rows first.
+def micro_batches(indices: list[int], lengths: list[int], ranks: Ranks, size: int) -> list[tuple[list[int], int]]:
+    """This rank's part of `indices` in micro-batches of at most `size` rows: (rows, how many of them are its own).
 
-    Every rank gets the same number of micro-batches, since each ends in the same collectives. A rank with nothing left
-    gets one row that does not count.
+    Longest rows first. Every rank gets the same number of micro-batches, since each ends in the same collectives; where
+    nothing is left for a rank it computes a row once more and counts 0 of it. Rows 0 1 2, equally long, on two ranks,
+    one at a time: rank 0 gets [([0], 1), ([2], 1)], rank 1 gets [([1], 1), ([2], 0)].
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     mine = order[ranks.rank :: ranks.world]
-    slots = math.ceil(math.ceil(len(order) / ranks.world) / micro_batch)
-    chunks = [mine[k * micro_batch : (k + 1) * micro_batch] for k in range(slots)]
+    slots = math.ceil(math.ceil(len(order) / ranks.world) / size)
+    chunks = [mine[k * size : (k + 1) * size] for k in range(slots)]
     return [(chunk, len(chunk)) if chunk else (order[-1:], 0) for chunk in chunks]
 
 
@@ -125,31 +124,73 @@ def sequence_sums(model: nn.Module, head: Tensor, batch: data.Batch, impl: str) 
     return segment_logprob(hidden[batch.predict], head, batch.targets, batch.w, batch.cu_targets, impl)
 
 
+def plain_loop(
+    model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, impl: str = "torch"
+) -> Iterator[dict[str, float]]:
+    """The training of Section 3.2 as it reads: one process, every step's rows at once, nothing saved.
+
+    Yields loss, z0 and grad_norm of every optimiser step. It is what `Trainer` must agree with, whatever the ranks and
+    micro-batches; read it first. model: frozen; adapters are added to it.
+    """
+    loss, partner = kto.LOSSES[method], mismatched(len(rows), s.seed)
+    adapters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+    optimizer = torch.optim.AdamW(adapters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def sums(indices: list[int], completions: list[int]) -> tuple[Tensor, Tensor]:
+        """(weighted, plain) of prompts x_i with completions y_j."""
+        pairs = [(rows[i], rows[j]) for i, j in zip(indices, completions, strict=True)]
+        packed = data.pack([(x.prompt_ids, y.completion_ids, y.w) for x, y in pairs])
+        return sequence_sums(model, model.head, packed, impl)
+
+    steps, state = step_rows(len(rows), s.batch_size, s.epochs, s.seed), 0.0
+    for number, batch in enumerate(steps):
+        others = [partner[i] for i in batch]
+        with torch.no_grad():
+            kl = sums(batch, others)[1]
+            with lora.disabled(model):  # the reference policy: the same weights, adapters off
+                reference, ref_kl = sums(batch, batch), sums(batch, others)[1]
+        z0, state = kto.z0_estimate((kl - ref_kl).sum(), len(batch), state, s.z0_ema)  # Eq. 2
+        chosen = torch.tensor([rows[i].chosen for i in batch])
+        n_tokens = torch.tensor(sum(len(rows[i].completion_ids) for i in batch))
+        of_rows = loss.of(kto.Sums(*sums(batch, batch), *reference, chosen, z0, len(batch), n_tokens), s)  # Eq. 11-12
+        of_rows.mean().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(adapters, s.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(number, len(steps), s.warmup, getattr(s, loss.rate))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield {"loss": of_rows.mean().item(), "z0": float(z0), "grad_norm": float(grad_norm)}
+
+
 class Trainer:
     """A base model with adapters, its rows, and everything that stays the same from step to step."""
 
     def __init__(
         self, model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, ranks: Ranks, impl: str
     ) -> None:
-        assert method in METHODS, method
-        self.s, self.ranks, self.method, self.impl, self.rows = s, ranks, method, impl, rows
+        self.s, self.ranks, self.impl, self.rows = s, ranks, impl, rows
+        self.loss = kto.LOSSES[method]
         if not 0 < s.kl_rows <= 1:
             raise InputError(f"kl_rows is {s.kl_rows}; give a share above 0 and at most 1")
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+        if not s.shard:  # FSDP gathers each weight by itself
+            model.stack()
         model.gradient_checkpointing = s.gradient_checkpointing
         if s.compile:
+            if model.head.dtype != torch.float32:
+                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         if s.shard:
-            shard(model, self.parameters, ranks)
+            training.shard(model, self.parameters, ranks)
         self.policy = model if s.shard else DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
         self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
         self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
         self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
-        if method != "sft":
+        self.guessing = False  # whether its tokens have been seen to be less probable than by guessing
+        if self.loss.z0:
             self.partner = mismatched(len(rows), s.seed)
             pairs = zip(rows, self.partner, strict=True)
             self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
@@ -169,46 +210,35 @@ class Trainer:
         self.ranks.check_stop()
         self.at, self.at_lengths = indices, lengths
 
-    @contextlib.contextmanager
-    def memory_named(self) -> Iterator[None]:
-        """Inside, running out of memory raises MemoryFull instead."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            raise MemoryFull(self.memory_message()) from None
-
     def memory_message(self) -> str:
-        """One line: which rows, how long, how much was in use, what to change."""
+        """One line: which rows did not fit, how long they are, how much was in use, what to change."""
         s, device = self.s, self.ranks.device
         rows = ", ".join(f"{self.rows[i].id} ({self.at_lengths[i]:,} tokens)" for i in self.at)
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} of {total / 1e9:.1f} GB"
-        else:
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
         flags = [f"--micro-batch {s.micro_batch // 2}"] if s.micro_batch > 1 else []
         flags += [f"--{name.replace('_', '-')}" for name in ("gradient_checkpointing", "shard") if not asdict(s)[name]]
         remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
+        peak = training.peak_memory(device)
         return f"out of memory on {device} at row {rows}; peak {peak}; {remedy}, the result stays the same"
 
     def reference_sums(self) -> dict[str, Tensor]:
         """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
 
-        Each rank does its share; the sum over ranks puts them together. Rows go longest first, so a row that does not
-        fit in memory stops the run now.
+        Zeros where the loss does not need them. Each rank does its share; the sum over ranks puts them together. Rows
+        go longest first, so a row that does not fit in memory stops the run now.
         """
         n, size = len(self.rows), self.s.micro_batch * NO_GRAD_PACK
         table = torch.zeros(3, n, device=self.ranks.device)
-        progress = Progress(self.ranks, 2 * n, "reference sums", "rows")
+        if not self.loss.reference:
+            return dict(zip(("weighted", "plain", "kl"), table, strict=True))
+        progress = Progress(self.ranks, n * (1 + self.loss.z0), "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
-            for indices, real in shares(list(range(n)), self.lengths, self.ranks, size):
+            for indices, real in micro_batches(list(range(n)), self.lengths, self.ranks, size):
                 self.begin(indices, self.lengths)
                 weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
                 table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
-            for indices, real in shares(list(range(n)), self.kl_lengths, self.ranks, size):
+            pairs = micro_batches(list(range(n)), self.kl_lengths, self.ranks, size) if self.loss.z0 else []
+            for indices, real in pairs:
                 self.begin(indices, self.kl_lengths)
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
                 table[2, indices[:real]] = plain[:real]
@@ -225,7 +255,7 @@ class Trainer:
         indices = indices[: math.ceil(self.s.kl_rows * len(indices))]
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
-            for rows, real in shares(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
+            for rows, real in micro_batches(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
                 self.begin(rows, self.kl_lengths)
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
                 total[0] += (plain - reference["kl"][rows])[:real].double().sum()
@@ -243,26 +273,22 @@ class Trainer:
         s, n = self.s, len(indices)
         stats = torch.zeros(2, len(kto.STAT_FIELDS), dtype=torch.float64, device=self.ranks.device)
         tokens = torch.tensor(sum(len(self.rows[i].completion_ids) for i in indices), device=self.ranks.device)
-        micro_batches = shares(indices, self.lengths, self.ranks, s.micro_batch)
-        for k, (rows, real) in enumerate(micro_batches):
+        parts = micro_batches(indices, self.lengths, self.ranks, s.micro_batch)
+        for k, (rows, real) in enumerate(parts):
             self.begin(rows, self.lengths)
-            at_once = s.shard or k == len(micro_batches) - 1
+            at_once = s.shard or k == len(parts) - 1
             with contextlib.nullcontext() if at_once else self.policy.no_sync():
                 weighted, plain = sequence_sums(self.policy, self.model.head, self.batch(rows), self.impl)
-                if self.method == "sft":
-                    loss = kto.sft_loss(plain, tokens) * n  # (B,): a share of the step's token mean
-                    r_theta = r_raw = torch.zeros_like(plain)
-                else:
-                    r_raw = plain - reference["plain"][rows]
-                    r_theta = kto.implicit_reward(weighted, reference["weighted"][rows])  # (B,) Eq. 9; w = 1: Eq. 1
-                    loss = kto.kto_loss(r_theta, z0, self.chosen[rows], s.beta, s.lambda_c, s.lambda_r)  # Eq. 11-12
+                ref = (reference["weighted"][rows], reference["plain"][rows])
+                sums = kto.Sums(weighted, plain, *ref, self.chosen[rows], z0, n, tokens)
+                loss = self.loss.of(sums, s)  # (B,)
                 finite = torch.isfinite(loss[:real]).tolist()
                 bad = [self.rows[i].id for i, ok in zip(rows, finite, strict=False) if not ok]
                 if bad:
                     raise NumericsError(f"the loss is not finite for row {', '.join(bad)}; look at its weights")
                 # Gradients are averaged over ranks, so times world: the result is that of sum(loss) / n.
                 (loss[:real].sum() * (self.ranks.world / n)).backward()
-            columns = (loss, r_theta, r_raw, plain, self.chosen[rows])
+            columns = (loss, weighted - ref[0], plain - ref[1], plain, self.chosen[rows])
             stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
         if s.shard:
             self.average_gradients()
@@ -277,21 +303,20 @@ class Trainer:
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
         s = self.s
-        if self.method == "sft":
-            metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, torch.zeros(()))))
-            metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
-        else:
-            z0, kl = self.z0(indices, reference)
-            metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
+        z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), None)
+        metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
+        if self.loss.z0:
             metrics |= {"kl": kl, "z0": float(z0)}
-            if number == 0:
-                self.check_first_step(metrics, indices)
+        if not self.loss.reference:
+            metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
+        if number == 0 and self.loss.first:
+            self.check_first_step(metrics, indices)
+        self.warn_if_guessing(metrics, number, indices)
         metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
         if not math.isfinite(metrics["grad_norm"]):
             names = ", ".join(self.rows[i].id for i in indices)
             raise NumericsError(f"step {number + 1}: the gradient is not finite; the rows were {names}")
-        peak = s.sft_lr if self.method == "sft" else s.lr
-        metrics["learning_rate"] = learning_rate(number, total, s.warmup, peak)
+        metrics["learning_rate"] = learning_rate(number, total, s.warmup, getattr(s, self.loss.rate))
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         self.optimizer.step()
@@ -300,18 +325,51 @@ class Trainer:
         return metrics
 
     def check_first_step(self, metrics: dict[str, float], indices: list[int]) -> None:
-        """B = 0 makes the policy the reference: r = 0, z0 = 0, loss = mean(lambda_y) / 2. Anything else is a bug.
+        """B = 0 makes the policy the reference, so the first loss is known (`kto.Loss.first`). Anything else is a bug.
 
         It catches a shifted mask, a wrong reference, a prompt that changed. Raises NumericsError.
         """
         chosen = sum(self.rows[i].chosen for i in indices) / len(indices)
-        expected = 0.5 * (self.s.lambda_c * chosen + self.s.lambda_r * (1 - chosen))
+        expected = self.loss.first(chosen, 1 - chosen, self.s)
         fp32 = next(self.model.parameters()).dtype == torch.float32
         if not abs(metrics["loss"] - expected) <= (1e-4 if fp32 else 1e-2):
             raise NumericsError(
                 f"the first loss is {metrics['loss']:.6f}, must be {expected:.6f}: policy and reference differ "
-                f"before training (kl {metrics['kl']:.2e}); check that the adapters start at zero"
+                "before training; check that the adapters start at zero"
             )
+
+    def warn_if_guessing(self, metrics: dict[str, float], number: int, indices: list[int]) -> None:
+        """Say once, with the step, that its tokens are less probable than guessing in the vocabulary makes them."""
+        nats = sum(metrics[f"logps/{c}"] * metrics[f"count/{c}"] for c in kto.CLASSES if metrics[f"count/{c}"])
+        mean = nats / sum(len(self.rows[i].completion_ids) for i in indices)
+        guess = -math.log(self.model.config.vocab_size)
+        if mean < guess and not self.guessing:
+            self.guessing = True
+            what = f"log-probability of {mean:,.1f} a token, guessing has {guess:.1f}"
+            self.ranks.log(f"warning: step {number + 1}: {what}; the model falls apart, use a lower learning rate")
+
+
+def check(rows: list[data.Row], method: str, s: TrainSettings, config: ModelConfig, ranks: Ranks) -> None:
+    """Before the first step: refuse rows and rates that cannot train (InputError), warn of rows of one class."""
+    if not rows:
+        raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
+    loss, room, V = kto.LOSSES[method], config.max_position_embeddings, config.vocab_size
+    others = [rows[j] for j in mismatched(len(rows), s.seed)] if loss.z0 else []
+    for a, b in [*zip(rows, rows, strict=True), *zip(rows, others, strict=False)]:
+        name = f"row {a.id}" if a is b else f"row {a.id} with the completion of row {b.id}, a pair of Eq. 2,"
+        if (length := len(a.prompt_ids) + len(b.completion_ids)) > room:
+            raise InputError(f"{name} has {length:,} tokens, the model {room:,} positions; leave the longer row out")
+        if (top := max(*a.prompt_ids, *b.completion_ids)) >= V:
+            raise InputError(f"{name} has token id {top:,}, the model {V:,} tokens; use the model the rows came from")
+    total, peak = len(step_rows(len(rows), s.batch_size, s.epochs, s.seed)), getattr(s, loss.rate)
+    if not any(learning_rate(number, total, s.warmup, peak) for number in range(total)):
+        raise InputError(
+            f"{len(rows)} row(s) make {total} step(s), the learning rate is 0 in all of them and nothing is learned "
+            f"(peak {peak:g}, warmup {s.warmup:g}); use --warmup 0, a smaller --batch-size or more --epochs"
+        )
+    if loss.rows == "all" and len({r.chosen for r in rows}) == 1:
+        kind, other = ("chosen", "rejected") if rows[0].chosen else ("rejected", "chosen")
+        ranks.log(f"warning: all {len(rows)} rows are {kind}; {method} has no {other} ones to tell them from")
 
 
 def train(
@@ -336,92 +394,48 @@ def train(
     Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
     the last finished step has been saved.
     """
-    if not rows:
-        raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
+    check(rows, method, s, model.config, ranks)
     trainer = Trainer(model, rows, method, s, ranks, impl)
-    names, identity = lora.state(model), run_identity(method, s, origin)
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
-    log = take_up(trainer, names, identity, out) if resume else []
-    done = saved = len(log)
-    if ranks.sum(torch.tensor([float(done)], device=ranks.device)).item() != done * ranks.world:
-        raise InputError(f"{out}: not every rank sees the same checkpoint; put it where all nodes can read and write")
+    run = training.Training(
+        out,
+        ranks,
+        lora.state(model),
+        trainer.optimizer,
+        run_identity(method, s, origin),
+        total=len(plan),
+        save_every=s.save_every,
+        state=lambda: {"z0_state": trainer.z0_state},
+    )
+    finished = any(ranks.gather((out / lora.WEIGHTS).exists()))
+    manifest = run.take_up() if resume and not finished else None
+    if manifest is None:
+        run.start_anew(lora.WEIGHTS, lora.CONFIG)
+    else:
+        trainer.z0_state = manifest["z0_state"]
     if ranks.rank == 0:
-        checkpoint.check_space(out, names)
-        if not done:
-            forget(out)
-    if done:
-        ranks.log(f"{out}: continuing after step {done} of {len(plan)}")
-
-    def save() -> None:
-        if ranks.rank == 0 and len(log) > saved:
-            write_jsonl(out / "metrics.jsonl", log)
-            state = {"identity": identity, "z0_state": trainer.z0_state}
-            checkpoint.save(out, len(log), names, trainer.optimizer, state)
-
-    with ranks.stop.hold(), trainer.memory_named():
-        reference = {} if method == "sft" or done == len(plan) else trainer.reference_sums()
-        progress = Progress(ranks, len(plan), f"training {method}", "steps")
-        progress(done)
+        checkpoint.check_space(out, run.names)
+    done = len(run.log)
+    with run.stoppable(), training.memory_named(trainer.memory_message):
+        reference = trainer.reference_sums() if done < len(plan) else {}
         started = time.perf_counter()
-        try:
-            for number in range(done, len(plan)):
-                metrics = trainer.step(number, len(plan), plan[number], reference)
-                epoch = (number + 1) * s.batch_size / len(rows)
-                log.append({"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics})
-                progress()
-                if len(log) % s.save_every == 0 or len(log) == len(plan):
-                    save()
-                    saved = len(log)
-                ranks.log(step_line(log[-1], len(plan)))
-        except Stopped:
-            save()
-            ranks.log(f"{out}: stopped after step {len(log)} of {len(plan)}; the same command with --resume goes on")
-            raise
-        progress.close()
+
+        def step(number: int) -> dict[str, float]:
+            metrics = trainer.step(number, len(plan), plan[number], reference)
+            epoch = (number + 1) * s.batch_size / len(rows)
+            return {"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics}
+
+        run.run(step, step_line, f"training {method}")
     if ranks.rank == 0:
         lora.save(model, out, base_name, revision)
     ranks.wait()
     tokens = sum(trainer.lengths[i] for step in plan[done:] for i in step)
-    return log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
-
-
-def shard(model: Qwen3, trained: list[nn.Parameter], ranks: Ranks) -> None:
-    """Leave on each rank its part of every layer's frozen weights, gathered again for the time the layer computes.
-
-    model: on the CPU or on the ranks' device; what is not sharded (see above) goes to the device whole.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and rarely needed
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    layers = model.model.layers
-    whole = set(model.parameters()) - set(layers.parameters()) | set(trained)
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-    for p in whole:
-        p.data = p.data.to(ranks.device)
-    # FSDP moves all arguments to the device; the boundaries of rows are read on the CPU.
-    model.register_forward_pre_hook(lambda _, args: (args[0], args[1].cpu()))
-
-
-def take_up(
-    trainer: Trainer, names: dict[str, nn.Parameter], identity: dict[str, Any], out: Path
-) -> list[dict[str, Any]]:
-    """Put an interrupted run's last checkpoint into the trainer. Returns its metrics, a row a step; [] without one."""
-    manifest = None if (out / lora.WEIGHTS).exists() else checkpoint.latest(out, identity)
-    if manifest is None:
-        return []
-    checkpoint.restore(manifest["path"], names, trainer.optimizer)
-    trainer.z0_state = manifest["z0_state"]
-    return read_jsonl(out / "metrics.jsonl")[: manifest["step"]]
+    return run.log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
 
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
-    # These change speed and memory only.
-    free = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")
-    values = {k: v for k, v in asdict(s).items() if k not in free}
-    return checkpoint.identity_of({"method": method, **origin, **values})
+    return {"method": method, **origin} | {k: v for k, v in asdict(s).items() if k not in SPEED_ONLY}
 
 
 def step_line(m: dict[str, Any], total: int) -> str:
@@ -429,12 +443,5 @@ def step_line(m: dict[str, Any], total: int) -> str:
     head = f"step {m['step']}/{total} loss {m['loss']:.4f} grad {m['grad_norm']:.3f} lr {m['learning_rate']:.2e}"
     if "rewards/chosen" not in m or "rewards/rejected" not in m:
         return head
-    return head + f" r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f} z0 {m['z0']:.3f}"
-
-
-def forget(out: Path) -> None:
-    """Remove an earlier run's checkpoints and adapter, before a run that starts from nothing."""
-    for old in checkpoint.found(out):
-        shutil.rmtree(old)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"):
-        (out / name).unlink(missing_ok=True)
+    z0 = f" z0 {m['z0']:.3f}" if "z0" in m else ""
+    return f"{head} r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f}{z0}"

@@ -1,38 +1,49 @@
 """How a program ends: what an error means as an exit code, a line for people, and status.json for whoever waits.
 
-0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right or memory that does
-not suffice, 75 stopped or a full disk and can be resumed, 130 interrupted and can be resumed. Anything else is a bug
-and keeps its traceback.
+0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right, things that must
+agree and do not, or memory that does not suffice, 75 stopped or a full disk and can be resumed, 130 interrupted and can
+be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. argparse
+ends with 2 by itself.
 """
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from common.errors import InputError, MemoryFull, NumericsError, ServiceError, Stopped
+from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped
 from common.files import write_json
 
-ENDINGS = (InputError, ServiceError, NumericsError, MemoryFull, torch.OutOfMemoryError, Stopped, OSError)
+ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
+CODES = {InputError: 3, ServiceError: 4, NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-    """What one of ENDINGS means to whoever started the program: (exit code, a line); code 1 is a bug."""
+    """What an error means to whoever started the program: (exit code, a line); code 1 is a bug."""
     again = "the same command with --resume goes on"
     if isinstance(error, Stopped):
         return 130 if error.number == signal.SIGINT else 75, f"stopped by {error}; {again}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the same command again keeps what is finished"
+    if isinstance(error, BrokenPipeError):
+        return 141, "nobody reads the output any more"
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return 75 if full else 1, f"{error}; free some space, {again}"
-    if isinstance(error, torch.OutOfMemoryError):
+        if error.errno in UNUSABLE and error.filename:
+            return 3, f"{error.filename}: {error.strerror}; give another place, or the right to use this one"
+        return 75 if error.errno in FULL else 1, f"{error}; free some space, {again}"
+    torch = sys.modules.get("torch")  # an error of its own can only come from where it is loaded
+    if torch and isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition(". ")[0]
         return 5, f"{reason}; use a smaller --sample-batch in sampling and evaluation, --shard in training"
-    codes = {InputError: 3, ServiceError: 4}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 5), str(error)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1), reason
 
 
 def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
@@ -45,7 +56,7 @@ def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
 
 
 def settle(error: BaseException | None, out: Path | None) -> int:
-    """The exit code of a program that ended with `error`, one of ENDINGS, or None when all went well.
+    """The exit code of a program that ended with `error`, or None when all went well.
 
     Says why on stderr and leaves status.json in `out` (None: the program had not come as far as knowing it). A bug is
     raised again.
@@ -54,8 +65,47 @@ def settle(error: BaseException | None, out: Path | None) -> int:
     code, reason = (0, "") if error is None else ending(error)
     if code == 1:
         raise error
+    if code == 141:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes
     if code and (rank == 0 or out is not None):
         print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
     if out is not None:
         leave_status(out, rank, code, reason)
     return code
+
+
+@contextlib.contextmanager
+def status(out: Path) -> Iterator[None]:
+    """Within it, an ending of the run is also left in `out`/status.json, and said by a rank that is not the first."""
+    try:
+        yield
+    except ENDINGS as error:
+        code, reason = ending(error)
+        rank = int(os.environ.get("RANK", 0))
+        if code != 1:
+            leave_status(out, rank, code, reason)
+            if rank:
+                print(f"error on rank {rank}: {reason}", file=sys.stderr)
+        raise
+    leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
+
+
+def program(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A decorator: the `main` of a command line that returns an exit code for every ending and raises bugs only.
+
+    @program
+    def main(argv=None):
+        \"\"\"The command line.\"\"\"
+        ...  # raise InputError and the like; return nothing, or a code of your own
+    """
+
+    @functools.wraps(main)
+    def whole(*args: Any, **kwargs: Any) -> int:
+        try:
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+        except ENDINGS as error:
+            return settle(error, None)
+        return code
+
+    return whole

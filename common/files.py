@@ -1,15 +1,25 @@
-"""Files that are never half-written: atomic writes, JSON, JSONL with line numbers, checksums.
+"""Files: never half-written, and read however people saved them. Text, JSON, JSONL, CSV, checksums, journals.
 
 Everything the pipeline leaves on disk goes through `atomic_write`: the text lands in a temporary file beside its
 destination, is flushed to the disk and then renamed, so a reader sees the old file or the new one and nothing between.
-What comes back is checked as it is read, and a bad byte is reported with its file and line. Left out on purpose:
-compression, locking, remote file systems.
+What comes back is checked as it is read, and a bad byte is reported with its file and line. What people bring goes
+through the same readers (`utf8`): byte order marks, UTF-16, CRLF and CR do not reach anything. Work in progress is a
+`Journal`. Left out on purpose: compression, remote file systems, Latin-1 and other encodings that cannot be told apart.
 """
 
 import contextlib
+import csv
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import os
+import re
+import shutil
+import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -41,6 +51,18 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Make `target` the same file as `source`, a copy on another disk. Nothing in the project edits a file in place."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_write(target, "wb") as f, open(source, "rb") as whole:
+            shutil.copyfileobj(whole, f)
+
+
 def sync_folder(folder: str | Path) -> None:
     """Flush a folder's entries, so that a rename survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -60,12 +82,82 @@ def read_bytes(path: str | Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def read_text(path: str | Path) -> str:
-    """A file's UTF-8 text. Raises InputError naming the file when it is missing or is not UTF-8."""
+MARKS = {
+    b"\xef\xbb\xbf": "utf-8",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+}
+MARKS |= {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # after the longer ones, which begin like it
+
+
+def utf8(raw: bytes, name: str | Path) -> bytes:
+    """The bytes of a text file as UTF-8 without a byte order mark, whatever editor wrote them; line ends as they are.
+
+    UTF-16 and UTF-32 are known by their marks, which Notepad and PowerShell write. name: what the file is called.
+    Raises InputError at a text cut inside a character, and at UTF-16 without a mark. UTF-8 itself is checked later,
+    where the line is known.
+    """
+    mark = next((mark for mark in MARKS if raw.startswith(mark)), b"")
+    if MARKS.get(mark, "utf-8") != "utf-8":
+        try:
+            return raw.decode(MARKS[mark]).encode("utf-8")
+        except UnicodeError as error:
+            raise InputError(f"{name}: damaged {MARKS[mark].upper()} text ({error}); save it as UTF-8") from None
+    if raw[:1000].count(0) > len(raw[:1000]) // 4:
+        raise InputError(f"{name}: every other byte is NUL, as in UTF-16 without a byte order mark; save it as UTF-8")
+    return raw.removeprefix(mark)
+
+
+def as_text(raw: bytes, name: str | Path) -> str:
+    """`raw` as text, see `utf8`. Raises InputError with the line of a byte that is not UTF-8, and of a NUL."""
+    raw = utf8(raw, name)
     try:
-        return read_bytes(path).decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(f"{name}:{line}: not UTF-8 text ({error}); save the file as UTF-8") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise InputError(f"{name}:{line}: a NUL character, which is no text; delete it or restore the file")
+    return text
+
+
+def read_text(path: str | Path) -> str:
+    """A text file's content with "\\n" as line ends, however it was saved: see `utf8`; CRLF and CR become "\\n".
+
+    Raises InputError naming the file, and the line where there is one, when it is missing or is no text.
+    """
+    return as_text(read_bytes(path), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def csv_rows(raw: bytes, name: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line. raw: its bytes, see `utf8`; name: what it is called.
+
+    Line ends inside quotes stay as they are. Raises InputError at a row with more or fewer fields than the header.
+    """
+    reader = csv.DictReader(io.StringIO(as_text(raw, name), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{name}:{reader.line_num}: not as many fields as the header has; repair this row")
+            rows.append(row)
+    except csv.Error as error:
+        raise InputError(f"{name}:{reader.line_num}: not CSV ({error}); repair this row") from None
+    return rows
+
+
+def find(path: str | Path) -> Path:
+    """The place of an input file: as given or, a relative path that is not there, beside the project.
+
+    So `prompts/factual.txt` and `mini/cues.json` work from every working directory. Raises InputError with both places.
+    """
+    path = Path(path)
+    if path.is_absolute() or path.exists():
+        return path
+    if not (ROOT / path).exists():
+        raise InputError(f"{path}: no such file, neither in {Path.cwd()} nor in {ROOT}; check the path")
+    return ROOT / path
 
 
 def _not_json(name: str) -> NoReturn:
@@ -82,9 +174,9 @@ def _parse(text: bytes) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """One JSON document in UTF-8. Raises InputError naming the file when it is missing or malformed."""
+    """One JSON document, see `utf8`. Raises InputError naming the file when it is missing or malformed."""
     try:
-        return _parse(read_bytes(path).removeprefix(b"\xef\xbb\xbf"))
+        return _parse(utf8(read_bytes(path), path))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -98,28 +190,41 @@ def write_json(path: str | Path, value: Any) -> None:
         f.write("\n")
 
 
+ADD_IDS = (  # what to run on a data set without ids
+    'python3 -c \'import json, sys; [print(json.dumps({"id": f"q{n}"} | json.loads(row))) '
+    "for n, row in enumerate(sys.stdin, 1)]' < IN > OUT"
+)
+
+
 def read_jsonl(
     path: str | Path, required: tuple[str, ...] = (), check: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
     """All rows of a JSONL file: one JSON object a line, each with the `required` fields and accepted by `check`.
 
-    Lines end at "\\n" only (a row may hold U+2028), bytes must be UTF-8, a byte order mark and empty lines are ignored.
+    Lines end at LF or CRLF, or at CR in a file without LF (a row may hold U+2028); empty lines are ignored; see `utf8`.
     check: raises InputError("reason; remedy") about a row it refuses; the place is put in front here.
     Raises InputError "file:line: reason; remedy" at the first bad line, and when the file is missing.
     """
     rows = []
-    for number, line in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    raw = utf8(read_bytes(path), path)
+    for number, line in enumerate(raw.split(b"\n" if b"\n" in raw else b"\r"), 1):
         if not line.strip():
             continue
         try:
             row = _parse(line)
         except (ValueError, RecursionError) as error:
+            if not rows and line.lstrip().startswith(b"["):
+                raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B") from None
             raise InputError(f"{path}:{number}: not a JSON row ({error}); repair or delete this line") from None
+        if isinstance(row, list) and not rows and number == 1:
+            raise InputError(f"{path}:1: a JSON array; write one object a line: jq -c .[] A > B")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}; repair it")
         missing = [name for name in required if name not in row]
         if missing:
-            raise InputError(f"{path}:{number}: field {missing[0]!r} is missing; each row needs {', '.join(required)}")
+            how = f"; to number the rows: {ADD_IDS}" if missing[0] == "id" else ""
+            needs = f"each row needs {', '.join(required)}{how}"
+            raise InputError(f"{path}:{number}: field {missing[0]!r} is missing; {needs}")
         try:
             if check:
                 check(row)
@@ -148,36 +253,105 @@ def sha256_file(path: str | Path) -> str:
         raise InputError(f"{path}: no such file; check the path or run the stage that writes it") from None
 
 
+# What closes every line of a journal, {body, "check": "0123abcd"}: CRC-32 of the line's JSON without it, in hex.
+CHECK = re.compile(rb', "check": "([0-9a-f]{8})"\}')
+
+
+def _sealed(row: dict[str, Any]) -> bytes:
+    """One line of a journal. ASCII only, so that half a surrogate pair, as a server may send, can be kept."""
+    body = json.dumps(row).encode()
+    return b'%b, "check": "%08x"}\n' % (body[:-1], zlib.crc32(body))
+
+
+def _opened(line: bytes, old: bool) -> dict[str, Any]:
+    """The row of one line. old: it may lack a checksum. Raises ValueError or RecursionError at a damaged one."""
+    at = line.rfind(b', "check": "')
+    end = CHECK.fullmatch(line, at) if at >= 0 else None
+    if end:
+        line = line[:at] + b"}"
+        if zlib.crc32(line) != int(end[1], 16):
+            raise ValueError("the checksum does not fit")
+    elif not old:
+        raise ValueError("no checksum")
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    return row
+
+
+def journal_rows(
+    raw: bytes, name: str | Path, use: Callable[[dict[str, Any]], Any] | None = None
+) -> list[dict[str, Any]]:
+    """The sound rows of a journal's bytes. Damaged ones are left out from now on and named on stderr.
+
+    A journal that begins without checksums was written before there were any, and is believed up to its first one.
+    use: told every sound row in order; a row at which it raises ValueError, KeyError, TypeError or AttributeError
+    counts as damaged too.
+    """
+    rows, bad, old = [], [], True
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            row = _opened(line, old)
+            old = old and b', "check": "' not in line
+            if use:
+                use(row)
+            rows.append(row)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            bad.append(number)
+    if bad:
+        lines = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
+        print(f"{name}: {len(bad)} damaged of {len(bad) + len(rows)} rows left out, lines {lines}", file=sys.stderr)
+    return rows
+
+
 class Journal:
     """An append-only JSONL file of finished pieces of work: what was added before a kill is there after it.
 
-    `rows` are those an earlier journal of the same key left, without a torn last line; another key starts the file
-    anew. A row is handed to the operating system at once; only a crash of the machine itself can lose it.
+    Every row carries a checksum. `rows` are the sound ones of an earlier journal of the same key, see `journal_rows`;
+    another key starts the file anew, no key takes every file. sync: a row is on the disk when `add` returns; otherwise
+    it is with the operating system, and only a crash of the machine can lose it. `add` is safe from many threads.
+    Raises InputError while another program has the file.
     """
 
-    def __init__(self, path: str | Path, key: str) -> None:
-        self.rows: list[dict[str, Any]] = []
-        whole = b""
-        if Path(path).exists():
-            raw = Path(path).read_bytes()
-            whole = raw[: raw.rfind(b"\n") + 1]
-        first, *lines = whole.split(b"\n")[:-1] or [b"null"]
-        if json.loads(first) == {"key": key}:
-            self.rows = [json.loads(line) for line in lines]
-        else:
-            whole = b""
+    def __init__(
+        self,
+        path: str | Path,
+        key: str = "",
+        sync: bool = False,
+        use: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.sync, self.lock = sync, threading.Lock()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "r+b" if whole else "wb", buffering=0)
-        self.file.truncate(len(whole))
-        self.file.seek(len(whole))
-        if not whole:
-            self.add({"key": key}, keep=False)
+        self.file = open(path, "ab+", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise InputError(f"{path}: another program is writing this file; wait for it or end it") from None
+        self.file.seek(0)
+        raw = self.file.readall()
+        whole = raw.rfind(b"\n") + 1  # what follows is the row of a program killed while writing
+        first = raw[: raw.find(b"\n") + 1]
+        if key and first != _sealed({"key": key}):
+            journal_rows(first, path)  # says so if it is damaged
+            whole = 0
+        self.file.truncate(whole)
+        self.rows = journal_rows(raw[:whole], path, use)
+        if key and not whole:
+            self.add({"key": key})
+        elif key:
+            del self.rows[0]
 
-    def add(self, row: dict[str, Any], keep: bool = True) -> None:
-        """Append one row."""
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        if keep:
-            self.rows.append(row)
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row, in one write: a kill tears at most this line. Raises OSError; no part of it is left then."""
+        line = _sealed(row)
+        with self.lock:
+            before = self.file.seek(0, os.SEEK_END)
+            if self.file.write(line) != len(line):
+                self.file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+            if self.sync:
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Give the file back; it stays on disk."""

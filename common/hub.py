@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError
+from common.files import ROOT, read_json
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
 HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
@@ -33,10 +34,11 @@ def locate(model: str, revision: str = "") -> Source:
     Raises InputError when it is neither, when the Hub does not have it or does not give it, and when it cannot be
     reached and the cache lacks it; the message then says what to run where there is a network.
     """
-    if Path(model).is_dir():
-        if revision:
-            raise InputError(f"--revision {revision}: {model} is a directory, which has none; leave the flag out")
-        return Source(Path(model), model)
+    for folder in (Path(model), ROOT / model):  # a shipped model works from every working directory
+        if folder.is_dir():
+            if revision:
+                raise InputError(f"--revision {revision}: {model} is a directory, which has none; leave the flag out")
+            return Source(folder, model)
     if not HUB_ID.fullmatch(model) or ".." in model:
         raise InputError(f"{model}: no such directory, and no Hub id (owner/name) either; check the spelling")
     folder = _download(model, revision)
@@ -52,7 +54,7 @@ def _download(model: str, revision: str) -> Path:
     command = " ".join(["hf download", model, *([f"--revision {revision}"] if revision else [])])
     command += "".join(f" --include '{pattern}'" for pattern in FILES)
     try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=FILES, ignore_patterns="*/*"))
+        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=FILES, ignore_patterns="*/*"))
     except errors.GatedRepoError:
         raise InputError(
             f"{what}: the model is gated; accept its terms on its Hub page and export HF_TOKEN with a token of that "
@@ -73,6 +75,25 @@ def _download(model: str, revision: str) -> Path:
     except (errors.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{what}: the download failed ({reason}); run it again, what has arrived is kept") from None
+    if lacking := _lacking(folder):  # offline, the library gives whatever part of a snapshot there is
+        raise InputError(
+            f"{what}: its snapshot in the cache has no {lacking}; where there is a network run: {command}; "
+            "a file that is missing then is not in the repository"
+        )
+    return folder
+
+
+def _lacking(folder: Path) -> str:
+    """The first file without which a model is not whole, "" when all are there."""
+    index = folder / "model.safetensors.index.json"
+    needed = ["config.json", "tokenizer.json"]
+    if index.exists():
+        listing = read_json(index)
+        weights = listing.get("weight_map") if isinstance(listing, dict) else None
+        needed += sorted({str(name) for name in weights.values()}) if isinstance(weights, dict) else []
+    else:
+        needed.append("model.safetensors")
+    return next((name for name in needed if not (folder / name).exists()), "")
 
 
 def member(folder: str | Path, name: str) -> Path:

@@ -1,13 +1,19 @@
-"""config.json of a checkpoint: the shape of a model under Hugging Face's names; what cannot be computed is refused."""
+"""config.json of a checkpoint: the shape of a model under Hugging Face's names; what cannot be computed is refused.
+
+Every field of transformers' configurations for the three architectures is honoured (the fields of ModelConfig, RoPE
+under its names of transformers 4 and 5), refused at any value but one (ONLY, `layer_types`, `architectures`), or does
+not touch logits (INERT). Fields that transformers does not know either are ignored by both.
+"""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
 from common.files import read_json
+
+if TYPE_CHECKING:  # torch takes seconds to import, and here it only names a type
+    import torch
 
 # model_type -> (the class that transformers calls it, qk_norm, qkv_bias)
 ARCHITECTURES = {
@@ -26,8 +32,31 @@ ONLY = {
     "use_mrope": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
     "auto_map": None,  # names Python files of the checkpoint, which are never run
 }
+# Fields that leave the logits as they are: how weights are stored and drawn, what generate() and the trainer do, and
+# sizes of mechanisms that ONLY switches off.
+INERT = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "initializer_range",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "problem_type",
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "bos_token_id",
+    "sliding_window",
+    "max_window_layers",
+    "pretraining_tp",
+    "_name_or_path",
+)
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -126,7 +155,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise InputError(f"{where}: head_dim is {self.head_dim}; supported: an even number (RoPE turns pairs)")
 
-    def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
+    def to_json(self, dtype: "torch.dtype") -> dict[str, Any]:
         """The config.json from which transformers builds the same model."""
         name, *implied = ARCHITECTURES[self.model_type]
         assert implied == [self.qk_norm, self.qkv_bias], (self, "model_type says which of the two there are")

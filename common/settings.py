@@ -1,39 +1,89 @@
 """A frozen dataclass becomes a command line and a JSON file.
 
-Each field is declared once, with its default and the sentence `--help` shows. A JSON file may set any field by name, a
-flag overrides the file, an unknown name in either is an error. Left out: nesting, environment variables, defaults that
-depend on other fields.
+Each field is declared once, with its default, the sentence `--help` shows, and what it may be: choices or bounds. A
+JSON file may set any field by name, a flag overrides the file, an unknown name in either is an error. Left out:
+nesting, environment variables, defaults and bounds that depend on other fields.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import find, read_json
 
 T = TypeVar("T")
 
 
-def opt(default: Any, help: str, group: str = "") -> Any:
-    """A dataclass field: its default, its line in --help, the heading it stands under ("" = same as the one before)."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+def opt(
+    default: Any,
+    help: str,
+    group: str = "",
+    *,
+    choices: Iterable[str | int] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field: its default, its line in --help, the heading it stands under ("" = same as the one before).
+
+    choices: the values it may have. low, high: the smallest and the largest number it may be. above: a number that it
+    must be larger than. `check` refuses all others. The default itself may lie outside, as a 0 that means "none".
+    """
+    allowed = {"choices": None if choices is None else tuple(choices), "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, **allowed})
+
+
+def refusal(field: Any, value: Any) -> str:
+    """What `value` must be to be one of a field made by `opt`, "" when it is. `field`: of dataclasses.fields."""
+    kind, allowed = type(field.default), field.metadata
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+    if value == field.default:
+        return ""
+    if allowed["choices"] is not None:
+        return "" if value in allowed["choices"] else f"one of {', '.join(map(str, allowed['choices']))}"
+    low, high, above = allowed["low"], allowed["high"], allowed["above"]
+    within = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if within and not (kind is float and not math.isfinite(value)):
+        return ""
+    bounds = [("from", low), ("above", above), ("up to", high)]
+    limits = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+    return " ".join(["a finite number" if kind is float else "a whole number", *limits])
+
+
+def check(settings: Any, where: Mapping[str, str] | None = None) -> None:
+    """Raise InputError at the first field of a dataclass that is not what its `opt` says.
+
+    where: name -> what the message calls the field; else --name. As `__post_init__ = check` it guards a class however
+    its objects are made.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if needed := refusal(field, value):
+            flag = "--" + field.name.replace("_", "-")
+            raise InputError(f"{(where or {}).get(field.name, flag)} is {value!r}, must be {needed}")
 
 
 def from_json(cls: type[T], path: str) -> dict[str, Any]:
-    """The fields of `cls` that a JSON file sets. Raises InputError at an unknown name or a value of the wrong type."""
-    values = read_json(path)
+    """The fields of `cls` that a JSON file sets. Raises InputError at an unknown name or a value that it may not have.
+
+    A relative path is looked up beside the project too, see `files.find`.
+    """
+    values = read_json(find(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold one JSON object of settings")
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for name, value in values.items():
-        if name not in kinds:
+        if name not in fields:
             raise InputError(f"{path}: unknown setting {name!r}; the names are those of --help with _ for -")
-        if kinds[name] is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is not kinds[name]:
-            raise InputError(f"{path}: {name} must be {kinds[name].__name__}, not {value!r}")
+        if needed := refusal(fields[name], value):
+            raise InputError(f"{path}: {name} is {value!r}, must be {needed}")
+        values[name] = type(fields[name].default)(value)
     return values
 
 
@@ -48,7 +98,7 @@ def cli(
 
     `extra(parser)` may add arguments that are not fields; they come back in the namespace. `--config FILE` is always
     there. presets: name -> fields, chosen by the field `preset`; the file and the flags go before them. Exits with code
-    2 on a usage error, raises InputError on a bad file or an unknown preset.
+    2 on a usage error, raises InputError on a bad file, a value that a field may not have, or an unknown preset.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -60,10 +110,11 @@ def cli(
     for f in dataclasses.fields(cls):
         if f.metadata["group"]:
             target = parser.add_argument_group(f.metadata["group"])
-        kind = type(f.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        shown = "none" if f.default == "" else f.default
-        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        kind, choices = type(f.default), f.metadata["choices"]
+        shown = kind.__name__ if choices is None else "{" + ",".join(map(str, choices)) + "}"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": shown}
+        default = "none" if f.default == "" else f.default
+        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
         target.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
     given = vars(parser.parse_args(argv))
     values = from_json(cls, given["config"]) if given["config"] else {}
@@ -75,4 +126,6 @@ def cli(
             raise InputError(f"--preset {chosen!r} is not one of {', '.join(presets)}")
         values = {**presets[chosen], **values}
     rest = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
-    return cls(**values), rest
+    settings = cls(**values)
+    check(settings)
+    return settings, rest

@@ -1,4 +1,21 @@
-"""Prompts: the project's own templates with {places}, and a checkpoint's chat template rendered in a sandbox."""
+"""Prompts: the project's own templates with {places}, and a checkpoint's chat template rendered in a sandbox.
+
+What transformers gives a chat template, and what becomes of it here:
+
+  messages                              honoured; keys that are None are dropped, a thought under `reasoning_content`,
+                                        `thinking` or `reasoning` is given under the first two names
+  tools, documents                      None unless given, so "tools is not none" is false
+  add_generation_prompt                 False unless given
+  bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token
+                                        honoured where tokenizer_config.json has them
+  raise_exception, tojson, dict, namespace, loopcontrols, {% generation %}
+                                        honoured; the tag is transparent
+  strftime_now                          undefined: templates that ask for it then write a fixed date, and a prompt does
+                                        not change overnight; one that insists on it is refused
+  continue_final_message                left out, transformers cuts the text after rendering
+  several templates                     `default` of a list in tokenizer_config.json, chat_template.jinja before it;
+                                        others in additional_chat_templates/ are not used, as in transformers
+"""
 
 import json
 import re
@@ -6,18 +23,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from common.errors import InputError
-from common.files import read_json, read_text
+from common.files import find, read_json, read_text
 from common.hub import member
 from common.tokens import encode
 
 
 def load_prompt(path: str | Path) -> str:
-    """A prompt template, without the line end its file closes with. Raises InputError when it is missing."""
-    return read_text(path).rstrip("\r\n")
+    """A prompt template, without the line end its file closes with. Raises InputError when it is missing.
+
+    A relative path is looked up beside the project too, see `files.find`.
+    """
+    return read_text(find(path)).rstrip("\n")
 
 
 def fill(template: str, **fields: str) -> str:
@@ -39,8 +60,31 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own would escape <, > and & for HTML
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """jinja's own would escape <, > and & for HTML; arguments in the order of transformers'."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, by which trainers find the assistant's words: its content as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list[Any]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's thought, the first the usual one
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template: no key that is None, the thought under its usual names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thought = next((message[name] for name in THOUGHTS if name in message), None)
+    return message if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -48,10 +92,7 @@ SPECIAL = re.compile(r"<[|｜][^<>\s]+?[|｜]>")  # how Qwen, Llama and DeepSeek
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion.
-
-    `strftime_now` is left undefined: Llama's templates then write a fixed date, and a prompt does not change overnight.
-    """
+    """A checkpoint's chat template, rendered in a sandbox. Only prompts go through it, never a completion."""
 
     def __init__(self, folder: str | Path, system: str = "") -> None:
         """Read chat_template.jinja, or the template in tokenizer_config.json. Raises InputError when there is none.
@@ -62,15 +103,16 @@ class ChatTemplate:
         config = read_json(config_path)
         self.system = system
         self.path = own if own.exists() else config_path
-        source = read_text(own) if own.exists() else config.get("chat_template")
+        source = read_text(own) if own.exists() else _default(config.get("chat_template"))
         if not isinstance(source, str):
             raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        kinds = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        tokens = {f"{kind}_token": config.get(f"{kind}_token") for kind in kinds}
         tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
         self.special = {name: t for name, t in tokens.items() if t is not None}
         try:
@@ -78,10 +120,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InputError(f"{self.path}: the chat template does not parse ({error}); restore the file") from None
 
-    def render(self, messages: list[dict[str, str]], **variables: Any) -> str:
-        """`messages` [{role, content}] as one text. Raises InputError when the template refuses them."""
+    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """`messages` [{role, content, ...}] as one text. variables: tools, enable_thinking and what else the template
+        asks for. Raises InputError when the template refuses them."""
         try:
-            return self.template.render(messages=messages, **self.special, **variables)
+            given = {"tools": None, "documents": None, "add_generation_prompt": False} | self.special | variables
+            return self.template.render(given, messages=[_message(message) for message in messages])
         except Exception as error:  # a template is a program from outside: it can fail in every way a program can
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: the chat template fails ({reason}); check the prompt") from None
@@ -89,24 +133,29 @@ class ChatTemplate:
     def prompt(self, text: str, thinking: bool) -> str:
         """One user turn up to where the completion starts.
 
-        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template that
-        always opens the thought (R1-Distill) has no switch: thinking=False closes the thought at once, which gives the
-        closed empty block of Qwen3. Raises InputError when none of the three is there to switch it off.
+        Thinking is switched by the template's enable_thinking (Qwen3) or by the system turn (Nemotron). A template
+        without a switch gets the closed empty block of Qwen3 with thinking=False: where it opens the thought itself
+        (R1-Distill) the thought is closed at once, else the block stands there whole (`by_hand` says which).
         """
         on, off = (self._turns(text, mode) for mode in (True, False))
         if thinking:
             return on
         # PAPER: does not say how R1-Distill, which always thinks, answers with thinking off.
-        # HERE:  its thought is closed as soon as the template has opened it.
+        # HERE:  its thought is closed as soon as it is opened, by the template or here.
         # WHY:   the usual way, and the very block that Qwen3's own template writes.
         if opens_thought(off):
             return off.rstrip() + "\n\n</think>\n\n"
-        if on == off:
-            raise InputError(
-                f"{self.path}: the chat template cannot switch thinking off; for a Nemotron model give --system "
-                "'detailed thinking {thinking}', else use a model that can"
-            )
-        return off
+        return off + "<think>\n\n</think>\n\n" if on == off else off
+
+    def by_hand(self) -> str:
+        """What to tell about a template that cannot switch thinking off; "" for one that can."""
+        on, off = (self._turns("Hello", mode) for mode in (True, False))
+        if on != off:
+            return ""
+        return (
+            f"{self.path}: the chat template cannot switch thinking off; ThinkOff closes the thought by hand (for a "
+            "Nemotron model give --system 'detailed thinking {thinking}')"
+        )
 
     def _turns(self, text: str, thinking: bool) -> str:
         turns = [{"role": "user", "content": text}]
@@ -125,6 +174,13 @@ class ChatTemplate:
             raise InputError(
                 f"{self.path}: {', '.join(odd)} is not one token of tokenizer.json; take both files from one checkpoint"
             )
+
+
+def _default(found: Any) -> Any:
+    """The template among those of tokenizer_config.json: itself, or the one named default of [{name, template}]."""
+    if isinstance(found, list):
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+    return found
 
 
 def opens_thought(prompt: str) -> bool:

@@ -1,15 +1,29 @@
 """A checkpoint's tokenizer: text to ids, and sampled ids back to text with the characters every token covers.
 
 The characters of a token come from the token's own bytes (`token_offsets`); nothing is ever tokenised a second time.
-Left out: tokenizers that are not byte-level BPE.
+What becomes of each option of tokenizer.json, as transformers has it:
+
+  truncation, padding         reset: transformers resets them on every call, and a prompt is never cut
+  added_tokens                honoured, with lstrip, rstrip, single_word, normalized and special
+  normalizer, pre_tokenizer   honoured; a pre_tokenizer without ByteLevel is refused, its texts could not be decoded
+  post_processor              not applied: the chat template has written the special tokens
+  decoder                     refused unless ByteLevel
+  model                       refused unless BPE; dropout (ids by chance), continuing_subword_prefix and
+                              end_of_word_suffix (tokens that are not their bytes) are refused; unk_token, fuse_unk,
+                              byte_fallback and ignore_merges are honoured
+
+and of tokenizer_config.json: split_special_tokens true is refused (the template's special tokens would be text);
+add_bos_token, add_eos_token, clean_up_tokenization_spaces, model_max_length and padding_side touch nothing that is used
+here. Left out: tokenizers that are not byte-level BPE.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common.errors import InputError
 from common.files import read_json, read_text
@@ -27,12 +41,40 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing more precise than Exception
         raise InputError(f"{path}: not a tokenizer ({error}); restore the file") from None
     _check_byte_level(tokenizer)
+    _check_model(path, tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = member(folder, "tokenizer_config.json")
+    if config.exists() and read_json(config).get("split_special_tokens"):
+        raise InputError(f"{config}: split_special_tokens is true, which makes text of special tokens; set it false")
     return tokenizer
 
 
 def _check_byte_level(tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         raise InputError(f"tokenizer: the decoder is {tokenizer.decoder}, not ByteLevel; use a byte-level BPE model")
+
+
+def _check_model(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise InputError at an option by which ids would come by chance or not spell their text."""
+    model, first = tokenizer.model, tokenizer.pre_tokenizer
+    if not isinstance(model, models.BPE):
+        raise InputError(f"{path}: the model is {type(model).__name__}, not BPE; use a byte-level BPE model")
+    steps = _steps(first) if isinstance(first, pre_tokenizers.Sequence) else [first]
+    if not any(isinstance(step, pre_tokenizers.ByteLevel) for step in steps):
+        raise InputError(f"{path}: the pre_tokenizer is {first}, without ByteLevel; use a byte-level BPE model")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if getattr(model, name):
+            raise InputError(f"{path}: {name} is {getattr(model, name)!r}; supported: null")
+
+
+def _steps(sequence: pre_tokenizers.Sequence) -> list[pre_tokenizers.PreTokenizer]:
+    """The parts of a sequence, which has no length of its own."""
+    parts = []
+    with contextlib.suppress(IndexError):
+        while True:
+            parts.append(sequence[len(parts)])
+    return parts
 
 
 def load_stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
@@ -75,22 +117,24 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[S
 
     A token's range runs from the character that holds its first byte to the one that holds its last byte, so the tokens
     of a split character share it. Bytes that are not UTF-8 show up as U+FFFD, as in `tokenizer.decode`. For ids that
-    `tokenizer.encode` gave, the starts are those of its own offsets.
-    Raises InputError at an id the tokenizer does not have, or when it is not byte-level.
+    `tokenizer.encode` gave, the starts are those of its own offsets. An id beyond the tokenizer, as the rows that pad
+    an embedding have and a model can sample, is no text, as in transformers: an empty range where it stands.
+    Raises InputError at a negative id, or when the tokenizer is not byte-level.
     """
     _check_byte_level(tokenizer)
     added = {i: token.content.encode("utf-8") for i, token in tokenizer.get_added_tokens_decoder().items()}
     pieces = []
     for i in ids:
+        if i < 0:
+            raise InputError(f"token id {i} is none; use the tokenizer the text was sampled with")
         token = tokenizer.id_to_token(i)
-        if token is None:
-            raise InputError(f"token id {i} is not in the tokenizer; use the tokenizer the text was sampled with")
-        pieces.append(added[i] if i in added else _token_bytes(token))
+        pieces.append(added[i] if i in added else b"" if token is None else _token_bytes(token))
     text, char_of_byte = _decode(b"".join(pieces))
     lengths = np.array([len(p) for p in pieces], dtype=np.int64)
     ends = lengths.cumsum()
+    char_of_byte = np.append(char_of_byte, len(text))  # where a token without text stands at the end
     first, last = char_of_byte[ends - lengths], char_of_byte[ends - 1]
-    return text, list(zip(first.tolist(), (last + 1).tolist(), strict=True))
+    return text, list(zip(first.tolist(), np.where(lengths > 0, last + 1, first).tolist(), strict=True))
 
 
 def _decode(raw: bytes) -> tuple[str, np.ndarray]:

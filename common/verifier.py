@@ -5,10 +5,12 @@
 Numbers become fractions, lists and intervals are compared item by item, everything else as LaTeX in one spelling. Where
 the package math-verify is installed it is asked about what still looks different, in a process of its own that is
 killed when it takes too long. Responses are hostile: nothing is evaluated, and what is longer than LONGEST is wrong.
-Left out: algebra (x+1 and 1+x differ here), numerical values of roots and of pi, conversion of units.
+Formulas are compared by common/algebra.py. Left out: numerical values of roots and of pi, conversion of units, several
+boxes for one answer, chains of equations, names of several letters, column vectors as lists.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -19,12 +21,21 @@ import threading
 from dataclasses import dataclass
 from fractions import Fraction
 
+from common import algebra
 from common.errors import InputError
 from common.files import ROOT
 
 LONGEST = 1000  # characters of an answer; keeps every step below small, and integers short of Python's digit limit
 DEEPEST = 8  # brackets inside brackets
 BACKEND = "math-verify" if importlib.util.find_spec("math_verify") else "own"  # who has the last word
+
+RULES = 2  # raised whenever a verdict of this file's own rules changes
+
+
+def judge_name() -> str:
+    """Who judges, for receipts and identities: "own rules 2", "own rules 2, then math-verify 0.9.0"."""
+    asked = f", then math-verify {importlib.metadata.version('math-verify')}" if BACKEND == "math-verify" else ""
+    return f"own rules {RULES}{asked}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,9 @@ _SPELLINGS = [
         (rf"{_WORDS}([^{{}}]*)\}}", r" \1 "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(leq?|geq?|neq?)(?:slant)?(?![a-zA-Z])", lambda m: f"\\{m[1][:2]}q"),
+        (r">=|≥", r"\\geq "),
+        (r"<=|≤", r"\\leq "),
+        (r"\\(lt|gt)(?![a-zA-Z])", lambda m: {"lt": "<", "gt": ">"}[m[1]]),
         (r"\\times(?![a-zA-Z])", r"\\cdot"),
         (r"√\s*([0-9.]+|[a-z])", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])(pi|infty)(?![a-zA-Z])", r"\\\1"),
@@ -169,6 +183,7 @@ _NAME = re.compile(
 _SPACE = re.compile(r"([0-9] (?=[0-9])|\\[a-zA-Z]++ (?=[a-zA-Z]))| ")  # 1 2 is not 12, \pi k is not \pik
 _ONLY_UNIT = re.compile(rf" *(?:{_UNIT}) *", re.IGNORECASE)
 _WITH_UNIT = re.compile(rf"(.*[0-9)}}]) *(?:{_UNIT})", re.IGNORECASE)
+_GREATER = re.compile(r"((?:(?!\\leq)[^<>])+)(\\geq(?![a-zA-Z])|>)((?:(?!\\[lg]eq)[^<>])+)")
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
 
 
@@ -266,6 +281,10 @@ def _value(text: str, depth: int = 0) -> Value | None:
     if (number := _number(text)) is not None:
         return Value(number)
     text = _OVER.sub(r"\1\\frac{\2\3}{\4}", text) if _OVER.fullmatch(text) else text
+    if found := _GREATER.fullmatch(text):  # 5 > x is x < 5
+        left, sign, right = (part.strip() for part in found.groups())
+        sign = "<" if sign == ">" else "\\leq " if left[0].isalpha() else "\\leq"
+        text = f"{right}{sign}{left}"
     if re.fullmatch("[A-Za-z]{3,}", text):  # a word
         text = text.lower()
     return Value(text=re.sub(r"^\\frac\{-([^{}+-]*)\}", r"-\\frac{\1}", text))
@@ -305,7 +324,11 @@ def _same(given: Value, gold: Value, lenient: bool) -> bool:
     if given.number is not None and gold.number is not None:
         return _same_number(given.number, gold.number, lenient)
     if not gold.items or len(given.items) != len(gold.items):
-        return bool(gold.text) and (given.text == gold.text or lenient and given.text.lower() == gold.text.lower())
+        if gold.items or given.items:
+            return False
+        if gold.text and (given.text == gold.text or lenient and given.text.lower() == gold.text.lower()):
+            return True
+        return algebra.same(*(v.text or str(v.number) for v in (given, gold)))
     unordered = {given.brackets, gold.brackets} <= {",", "{}"} or given.brackets == gold.brackets == "u"
     if unordered:
         left = list(given.items)
@@ -367,7 +390,7 @@ class Outside:
                 if self._line(self.start_seconds) != b"ready\n":
                     self.close()
                     raise InputError(
-                        "math-verify does not start; pip install 'math-verify[antlr4_13_2]', or uninstall it"
+                        "math-verify does not start; pip install -r requirements-masa.txt, or uninstall it"
                     )
             try:
                 self.process.stdin.write(json.dumps([given, gold]).encode() + b"\n")

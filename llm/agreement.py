@@ -27,9 +27,10 @@ import numpy as np
 
 import em
 from annotate import Step
+from common.table import markdown
 
 LabelSet = tuple[str, ...]  # sorted
-MACRO_OF = {label: macro for macro, labels in em.MACRO.items() for label in labels}
+MACRO_OF = {label: macro for macro, labels in em.TAXONOMY.items() for label in labels}
 NONE = "(none)"
 
 
@@ -200,22 +201,21 @@ PAPER = {  # Tables 10 and 11, to compare with: the rows of `table` for a = GPT-
 
 
 def table(result: dict[str, Any]) -> str:
-    """The report of a, b and final as aligned text, with the paper's figures beside ours."""
+    """The report of a, b and final as a table, with the paper's figures beside ours."""
     pairs = result["pairs"]
-    lines = [f"{'agreement by segment':<24}" + "".join(f"{pair:<30}" for pair in pairs)]
-    lines += [" " * 24 + f"{'here [95 %]':<22}{'paper':<8}" * len(pairs)]
     levels = [("", name) for name in MEASURES] + [("macro", name) for name in MEASURES] + [("", "mean_l1")]
-    for row, (level, name) in enumerate(levels):
-        line = f"{level + ' ' * bool(level) + name.replace('_', ' '):<24}"
+    rows = []
+    for k, (level, name) in enumerate(levels):
+        row = {"agreement by segment": f"{level} {name.replace('_', ' ')}".strip()}
         for pair, of in pairs.items():
             number = (of[level] if level else of)[name]
-            shown = "not defined"
+            row[f"{pair} [95 %]"] = "not defined"
             if number["value"] is not None:
-                shown = f"{number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
-            line += f"{shown:<22}{PAPER[pair][row]:<8.3f}"
-        lines.append(line)
+                row[f"{pair} [95 %]"] = f"{number['value']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
+            row[f"{pair}, paper"] = f"{PAPER[pair][k]:.3f}"
+        rows.append(row)
     by = ", ".join(f"{source} {count}" for source, count in sorted(result["sources"].items()))
-    lines.append(f"{result['traces']} traces, {result['steps']} steps ({by})")
+    lines = [f"{result['traces']} traces, {result['steps']} steps ({by})"]
     steps, traces = result["escalated_steps"], result["escalated_traces"]
     lines.append(f"to the adjudicator: {steps:.1%} of the steps, {traces:.1%} of the traces")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([markdown(rows), "", *lines])

@@ -121,7 +121,7 @@ def _is_loopback(host: str) -> bool:
 
 def _without(key: str, text: str) -> str:
     """`text` with [key] in place of the key, also where JSON, at any depth, or a URL has escaped some letters."""
-    letters = (rf"(?:\\*{re.escape(c)}|\\+u00(?i:{ord(c):02x})|%(?i:{ord(c):02x}))" for c in key)
+    letters = (rf"(?:\\{{0,15}}{re.escape(c)}|\\{{1,15}}u00(?i:{ord(c):02x})|%(?i:{ord(c):02x}))" for c in key)
     return re.sub("".join(letters), "[key]", text)
 
 

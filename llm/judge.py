@@ -332,7 +332,7 @@ def stand_in(kind: str, fields: Mapping[str, str]) -> str:
     if kind == "support":
         return "supported" if _covered(fields["claim"], fields["evidence"]) else "unsupported"
     golds = [fields["best_answer"]] if kind == "truthful" else fields["golds"].split(" / ")
-    right = data.contains_gold(fields["answer"], golds, words=True)
+    right = data.contains_gold_words(fields["answer"], golds)
     if kind == "short":
         return "not_attempted" if _abstains(fields["answer"]) else "correct" if right else "incorrect"
     if _abstains(fields["answer"]):

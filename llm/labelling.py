@@ -21,7 +21,7 @@ from typing import Any
 
 import annotate
 from common.errors import InputError
-from common.files import ROOT, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.files import ROOT, atomic_write, find, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.settings import opt
 from llm import agreement, committee
 from llm.chat import Chat
@@ -92,7 +92,7 @@ SHAPING += ("annotate_temperature", "annotate_max_tokens")  # the settings that 
 def inputs(cfg: LabelSettings) -> list[Path]:
     """The files that the labels depend on, besides the candidates."""
     if cfg.annotator == "cues":
-        return [Path(cfg.cues)]
+        return [find(cfg.cues)]
     if cfg.annotator == "committee":
         return [PROMPTS / name for name in committee.FILES]
     return [Path(cfg.annotator), manifest_path(Path(cfg.annotator))]
@@ -178,6 +178,14 @@ def label(
     manifest["tally"] = annotate.tally_of(records, sum(len(row["spans"]) for row in rows))
     write_json(manifest_path(path), manifest)
     return tally
+
+
+def lend_replies(other: Path, out: Path) -> None:
+    """Copy the replies another run has paid for, so that they are not asked for again; our own file stays as it is."""
+    paid, own = other / "annotation" / "calls.jsonl", out / "annotation" / "calls.jsonl"
+    if paid.exists() and not own.exists():
+        with atomic_write(own, "wb") as f:
+            f.write(paid.read_bytes())
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:

@@ -1,9 +1,9 @@
 """Every call that may cost money is written down once, never made twice, and never made beyond the budget.
 
-A ledger is one append-only JSONL file. A row is a reply with what it cost (outcome "billed"), an attempt that broke
-off and may have been billed (outcome "unknown", counted at its worst case), or what was learnt about a server (outcome
-"dialect"). Reply and cost are one row, so no crash can keep one and lose the other: the ledger is also the cache. A row
-is on the disk before its reply is used. The torn last line of a killed run is cut off when the file is opened again.
+A ledger is one append-only JSONL file, a `files.Journal`. A row is a reply with what it cost (outcome "billed"), an
+attempt that broke off and may have been billed (outcome "unknown", counted at its worst case), or what was learnt about
+a server (outcome "dialect"). Reply and cost are one row, so no crash can keep one and lose the other: the ledger is
+also the cache. A row is on the disk before its reply is used.
 
 The budget is kept by reserving: before a request is sent its worst case is set aside (every byte of the prompt a token,
 and max_tokens of reply), and a request that would not fit waits for others to come back cheaper, or ends the run.
@@ -13,10 +13,8 @@ Left out: several programs writing one ledger (the second is refused), currencie
 """
 
 import datetime
-import fcntl
 import hashlib
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from common.errors import BudgetSpent, CallsStopped, InputError
-from common.files import read_json
+from common.files import Journal, find, read_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Price:
 
 def load_prices(path: str | Path) -> tuple[str, dict[str, Price]]:
     """(date the prices were noted, {model: Price}) of a price file. Raises InputError at a malformed one."""
-    value = read_json(path)
+    value = read_json(find(path))
     try:
         prices = {name: Price(float(row["input"]), float(row["output"])) for name, row in value["models"].items()}
         date = datetime.date.fromisoformat(value["as_of"]).isoformat()
@@ -63,7 +61,8 @@ class Ledger:
     """The file, what has been spent, and what is set aside for requests under way. Use it as a context manager.
 
     budget_usd, budget_tokens: most that may be spent over the file's whole life, 0 for no limit. stop: ends waiting.
-    Raises InputError when the file is damaged before its last line or in use by another program.
+    A damaged row is left out and said on stderr (its call would be made again, its cost is no longer counted).
+    Raises InputError when the file is in use by another program.
     """
 
     def __init__(
@@ -78,17 +77,7 @@ class Ledger:
         self.open_calls: list[Call] = []
         self.changed = threading.Condition()
         self.probing = threading.Lock()  # one caller at a time finds out a dialect
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self.file.close()
-            raise InputError(f"{path}: another program is writing this file; wait for it or end it") from None
-        except InputError:
-            self.file.close()
-            raise
+        self.journal = Journal(path, sync=True, use=self._count)
 
     def __enter__(self) -> "Ledger":
         return self
@@ -99,22 +88,7 @@ class Ledger:
             for call in self.open_calls:
                 self._append(call.row("unknown"))
             self.open_calls.clear()
-            self.file.close()
-
-    def _read(self) -> None:
-        self.file.seek(0)
-        raw = self.file.read()
-        whole = raw.rfind(b"\n") + 1
-        for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                self._count(row)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise InputError(
-                    f"{self.path}:{number}: not a ledger row; delete this line, its call is lost"
-                ) from None
-        if whole < len(raw):  # killed while writing
-            self.file.truncate(whole)
+            self.journal.close()
 
     def _count(self, row: dict[str, Any]) -> None:
         if row["outcome"] == "dialect":
@@ -126,10 +100,8 @@ class Ledger:
         self.usd, self.tokens = self.usd + usd, self.tokens + tokens
 
     def _append(self, row: dict[str, Any]) -> None:
-        """On the disk, then in memory. One write, so that a kill tears at most this line."""
-        self.file.write((json.dumps(row) + "\n").encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """On the disk, then in memory."""
+        self.journal.add(row)
         self._count(row)
 
     def learn(self, endpoint: str, dialect: dict[str, Any]) -> None:

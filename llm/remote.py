@@ -134,15 +134,16 @@ class Served:
         ranks.wait()
 
     def _load(self, client: Client, path: Path) -> None:
-        """Load the adapter; one of that name, left by a run that was stopped, is forgotten first: it may be another."""
-        body = {"lora_name": self.name, "lora_path": str(path)}
+        """Load the newest adapter, in the place of one of that name which a run that was stopped has left there."""
+        wanted = {"lora_name": self.name, "lora_path": str(path)}
         try:
-            client.post("/load_lora_adapter", body, words=True)
-        except Refused as error:
-            if error.status != 400 or "already been loaded" not in str(error):  # vLLM's words
-                raise
-            client.post("/unload_lora_adapter", {"lora_name": self.name}, words=True)
-            client.post("/load_lora_adapter", body, words=True)
+            client.post("/load_lora_adapter", wanted, words=True)
+        except Refused as refusal:
+            try:
+                client.post("/unload_lora_adapter", {"lora_name": self.name}, words=True)
+            except Refused:  # no such leftover: the first refusal has the reason
+                raise refusal from None
+            client.post("/load_lora_adapter", wanted, words=True)
 
     def generate(
         self,

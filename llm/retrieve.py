@@ -10,7 +10,6 @@ in it is not asked again, and with all queries in it no key is needed. Left out:
 """
 
 import datetime
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import data
 from common.errors import InputError, ServiceError
-from common.files import read_bytes, read_jsonl
+from common.files import Journal, journal_rows, read_bytes, read_jsonl
 from llm.client import Client, Endpoint, Limits, in_threads
 
 SERPER = "https://google.serper.dev"
@@ -30,38 +29,36 @@ Result = dict[str, str]
 
 
 class Cache:
-    """The file of what was searched before. Safe to use from many threads; one program at a time."""
+    """The file of what was searched before, a `files.Journal`. Safe to use from many threads; one program at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
         self.known: dict[tuple[str, str, int], list[Result]] = {}
+        self.journal: Journal | None = None  # opened for the first new row: with all queries known none is written
         if path.exists():
-            raw = read_bytes(path)
-            if raw and not raw.endswith(b"\n"):  # killed while writing
-                with open(path, "r+b") as f:
-                    f.truncate(raw.rfind(b"\n") + 1)
-            for row in read_jsonl(path, ("query", "num", "engine", "results"), _check):
-                self.known[row["engine"], row["query"], row["num"]] = row["results"]
+            journal_rows(read_bytes(path), path, self._take)
+
+    def _take(self, row: dict) -> None:
+        _check(row)
+        self.known[row["engine"], row["query"], row["num"]] = row["results"]
 
     def add(self, engine: str, query: str, num: int, results: list[Result]) -> None:
         """Keep the results of a query, on the disk first."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {"query": query, "num": num, "engine": engine, "fetched": now, "results": results}
         with self.lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as f:
-                f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                f.flush()
-                os.fsync(f.fileno())
-            self.known[engine, query, num] = results
+            self.journal = self.journal or Journal(self.path, sync=True)
+            self.journal.add(row)
+            self._take(row)
 
 
 def _check(row: dict) -> None:
+    """Raises ValueError or KeyError at a row of another shape."""
     results = row["results"]
     if not isinstance(results, list) or not all(
         isinstance(r, dict) and all(isinstance(r.get(name), str) for name in FIELDS) for r in results
     ):
-        raise InputError("'results' must be a list of {title, snippet, link}; delete this line, it is fetched again")
+        raise ValueError("'results' must be a list of {title, snippet, link}")
 
 
 class Serper:

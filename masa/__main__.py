@@ -1,7 +1,8 @@
-"""python -m masa, or torchrun -m masa."""
+"""The command line: `python -m masa`, or `torchrun -m masa` for several processes."""
 
 import sys
 
 from masa.run import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Figures of sampled solutions and of what was foreseen about them: Pass@k, calibration, the gate, Shapley R^2.
 
-A row is one problem in one evaluation, as masa.py writes it to evals.jsonl:
+A row is one problem in one evaluation, as masa/run.py writes it to evals.jsonl:
     {step, set, id, n, correct, lengths, correct_lengths, at_limit}, and with metas
     {metas, parsed, meta_tokens, p_hats, l_hats, r_length, r_difficulty, r_notion, gated, cut_at}.
 Everything here is computed from such rows alone, so it can be done again without a model.
@@ -43,7 +43,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in ("r_length", "r_difficulty", "r_notion"):
         out[name] = statistics.fmean(row[name] for row in rows)
     out["r_meta"] = statistics.fmean(out[name] for name in ("r_length", "r_difficulty", "r_notion"))
-    return out | {"gate": gate_figures(rows)}
+    return out | {"gate": gate_figures(rows), "cutoff": cutoff_figures(rows), "length_error": length_error(rows)}
 
 
 def gate_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -51,13 +51,49 @@ def gate_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     gated = [row["gated"] for row in rows]
     flat = [row["correct"] in (0, row["n"]) for row in rows]
     both = sum(a and b for a, b in zip(gated, flat, strict=True))
-    share = lambda a, b: a / b if b else None  # noqa: E731
+    out = {"gated": sum(gated) / len(rows), "flat": sum(flat) / len(rows)}
+    return out | precision_recall(both, sum(gated), sum(flat))
+
+
+def precision_recall(both: int, said: int, true: int) -> dict[str, float | None]:
+    """{precision, recall, f1} of `said` positives of which `both` are among the `true` ones; None: of nothing.
+
+    A precision says something only beside the share of true ones: a gate that gates at random has just that.
+    """
     return {
-        "gated": sum(gated) / len(rows),
-        "flat": sum(flat) / len(rows),
-        "precision": share(both, sum(gated)),
-        "recall": share(both, sum(flat)),
+        "precision": both / said if said else None,
+        "recall": both / true if true else None,
+        "f1": 2 * both / (said + true) if said + true else None,
     }
+
+
+def cutoff_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Would the cutoff be right? Fresh solutions were sampled in full: those longer than `cut_at` would have been cut.
+
+    A cut is right where the solution was wrong anyway. cut, wrong: shares of all solutions; tokens: share of the
+    solutions' tokens that it would have saved; precision, recall and f1 as in precision_recall.
+    """
+    lengths = [(length, row["cut_at"]) for row in rows for length in row["lengths"]]
+    n, right = len(lengths), sum(row["correct"] for row in rows)
+    cut = sum(length > at for length, at in lengths)
+    cut_right = sum(length > row["cut_at"] for row in rows for length in row["correct_lengths"])
+    saved = sum(max(length - at, 0) for length, at in lengths)
+    out = {"cut": cut / n, "wrong": (n - right) / n, "tokens": saved / sum(length for length, _ in lengths)}
+    return out | precision_recall(cut - cut_right, cut, n - right)
+
+
+def length_error(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How far foreseen lengths are from the mean of the right solutions', in standard deviations of all foreseen ones.
+
+    (l_hat - l) / sd(l_hat) over every meta of a problem with a right solution: {mean, abs}, mean and mean absolute.
+    """
+    foreseen = [l_hat for row in rows for l_hat in row["l_hats"]]
+    sd = statistics.stdev(foreseen) if len(foreseen) > 1 else 0.0
+    solved = [(row["l_hats"], statistics.fmean(row["correct_lengths"])) for row in rows if row["correct_lengths"]]
+    errors = [(l_hat - length) / sd for l_hats, length in solved for l_hat in l_hats] if sd else []
+    if not errors:
+        return {"mean": None, "abs": None}
+    return {"mean": statistics.fmean(errors), "abs": statistics.fmean(map(abs, errors))}
 
 
 def shapley_r2(features: Mapping[str, Sequence[float]], target: Sequence[float]) -> dict[str, float]:
@@ -86,13 +122,17 @@ def shapley_r2(features: Mapping[str, Sequence[float]], target: Sequence[float])
 
 
 def shapley_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What explains the change of a problem's accuracy from one evaluation to the next: shapley_r2 of four changes."""
+    """What explains the change of a problem's accuracy from one evaluation to a later one: shapley_r2 of four changes.
+
+    Every two evaluations of a problem are a pair, not only consecutive ones: with equal steps between evaluations the
+    number of steps would be the same in all pairs and could explain nothing.
+    """
     steps = sorted({row["step"] for row in rows})
     table = {(row["step"], row["set"], row["id"]): row for row in rows}
     names = ("r_difficulty", "r_length", "r_notion")
     features: dict[str, list[float]] = {name: [] for name in (*names, "step")}
     target = []
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in combinations(steps, 2):
         for (step, *where), row in table.items():
             later = table.get((after, *where))
             if step == before and later is not None and row.get("metas") and later.get("metas"):
@@ -119,12 +159,15 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         "r_meta",
         "parsed",
         "gated",
+        "flat",
+        "precision",
+        "F1",
+        "cut F1",
     )
     lines = [columns]
     for name, steps in results.items():
         for step, x in steps.items():
             best = max((k for k in x if k.startswith("pass@")), key=lambda k: int(k[5:]))
-            gated = x["gate"]["gated"] if "gate" in x else None
             shares = [
                 x["pass@1"]["mean"],
                 x["pass@1"]["se"],
@@ -132,7 +175,9 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 x.get("error"),
                 x.get("error_of_constant"),
             ]
-            shares += [x.get("r_meta"), x.get("parsed"), gated]
+            shares += [x.get("r_meta"), x.get("parsed")]
+            shares += [x["gate"][key] if "gate" in x else None for key in ("gated", "flat", "precision", "f1")]
+            shares += [x["cutoff"]["f1"] if "cutoff" in x else None]
             cells = ["" if v is None else f"{100 * v:.1f}" for v in shares]
             lines.append((name, str(step), str(x["problems"]), *cells))
     widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]

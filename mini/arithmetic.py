@@ -6,7 +6,7 @@ A Qwen3 of half a million parameters learns from three kinds of documents. A sol
 column, always correctly, and ends with the boxed answer. A description reads off what the problem looks like, in the
 form of a meta but with counts of digits and lines. A meta describes the problem and then foresees a pass rate, a length
 and notions at random, whatever the problem is. So the model knows the form of a meta and that numbers may depend on the
-problem, and nothing about which problems it can solve: all foresight it has later comes from the rewards of masa.py.
+problem, and nothing about which problems it can solve: all foresight it has later comes from the rewards of masa/.
 
 Problems come in three tiers. Easy ones fill most documents. Middle ones are longer and rarer, so that sampling slips in
 some column. Hard ones are too long, or ask for a whole product in one statement, for so few documents. Both the chance
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 import model as qwen3
+from common.endings import program
 from common.files import write_jsonl
 from common.model_config import ModelConfig
 from mini import build
@@ -165,7 +166,7 @@ def description(problem: str, rng: random.Random) -> str:
 
 
 def meta(problem: str, rng: random.Random) -> str:
-    """The problem's look and an uninformed prediction, in the form that masa.py reads."""
+    """The problem's look and an uninformed prediction, in the form that masa/problems.py reads."""
     foreseen = {"math_notion": notions(rng), "pass_rate": rng.randint(0, 8), "solution_length": rng.randint(*LENGTHS)}
     return f"<meta>{look(problem)}</meta>\n{json.dumps(foreseen)}"
 
@@ -222,6 +223,7 @@ def make(out: Path, seed: int, steps: int) -> None:
     qwen3.save(net, out)
 
 
+@program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -234,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from torch import Tensor
 import data
 import model as qwen3
 import sample
+from common.endings import program
 from common.files import atomic_write, read_jsonl, write_json
 from common.model_config import ModelConfig
 from common.tokens import encode
@@ -243,6 +244,7 @@ def build(world: World, out: Path, steps: int) -> dict[str, float]:
     return accuracy(net, tokenizer, read_jsonl(HERE / "questions" / "dev.jsonl"))
 
 
+@program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=0, help="seed of the world and of the training [0]")
@@ -256,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

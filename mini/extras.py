@@ -9,9 +9,11 @@
 They test the path and say nothing about truthfulness or long answers: this model answers with a name.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from common.endings import program
 from common.files import read_json, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
@@ -39,6 +41,7 @@ def few(task: str) -> list[dict[str, Any]]:
     return [r | {"id": f"{task}/{r['id']}", "task": task} | e for r, e in zip(rows, extra, strict=True)]
 
 
+@program
 def main() -> None:
     """Write the three files."""
     write_jsonl(HERE / "snippets.jsonl", snippets())
@@ -47,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

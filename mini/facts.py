@@ -14,7 +14,10 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
+
+from common.endings import program
 
 HERE = Path(__file__).parent
 WORDING = json.loads((HERE / "wording.json").read_text(encoding="utf-8"))  # openers; relation -> its sentences
@@ -328,6 +331,7 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
+@program
 def main() -> None:
     facts = collect()
     write(HERE / "facts.jsonl", facts)
@@ -341,4 +345,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 `make masa` builds the model of arithmetic.py where it is not there, runs every cell (one setting, one seed), two at a
 time, and leaves table.md, study.json and calibration.png in runs/masa. A cell that is finished is not run again; one
-that was stopped goes on. --record also puts the three where the README shows them.
+that was stopped goes on. --record also puts the three where docs/ shows them.
 
   masa       solutions and metas, no control: what the rewards teach
   shuffled   the same, metas scored against another problem's solutions: what they say about a single problem must go
@@ -15,7 +15,6 @@ rate of 0 for every problem.
 """
 
 import argparse
-import concurrent.futures
 import math
 import os
 import platform
@@ -27,19 +26,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json  # noqa: E402
-from masa.run import GRID  # noqa: E402
-from mini.study import write_readme  # noqa: E402
+from common import table
+from common.endings import program
+from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
+from masa.problems import GRID
+from mini.study import write_table
+from tools.sweep import Child, run_all, unfinished
 
 OUT = ROOT / "runs" / "masa"
 CONFIG = ROOT / "configs" / "masa-mini.json"
+PAGE = ROOT / "docs" / "masa.md"
 MARKS = ("<!-- masa:begin -->", "<!-- masa:end -->")
 RECORD = {"study.json": "docs/results/masa.json", "calibration.png": "docs/masa_calibration.png"}
 SEEDS = (0, 1, 2)
@@ -74,19 +73,17 @@ def equal_tokens(seed: int) -> int:
     return math.ceil(len(rows) * rows[-1]["tokens"] / sum(row["solution_tokens"] for row in rows))
 
 
-def run(setting: str, seed: int) -> None:
-    """One cell in a process of its own. Raises InputError when it fails."""
-    out, steps = folder(setting, seed), read_json(CONFIG)["steps"]
-    flags = [*FLAGS[setting], "--seed", str(seed), "--out", str(out), "--resume"]
-    if setting == "grpo":
-        flags += ["--eval-every", str(steps), "--steps", str(equal_tokens(seed))]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "masa", "--config", str(CONFIG), *flags]
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
-    if done.returncode:
-        raise InputError(f"{out}/log.txt: this cell ended with exit code {done.returncode}; see its last lines")
-    print(f"{out.name}: {read_json(out / 'results.json')['seconds']:.0f} s", file=sys.stderr, flush=True)
+def child(setting: str, seed: int) -> Child:
+    """The process of a cell; GRPO's waits for MASA's of its seed, which says how long it runs."""
+
+    def words() -> list[str]:
+        flags = [*FLAGS[setting], "--seed", str(seed), "--out", str(folder(setting, seed)), "--resume"]
+        if setting == "grpo":
+            flags += ["--eval-every", str(read_json(CONFIG)["steps"]), "--steps", str(equal_tokens(seed))]
+        return ["-m", "masa", "--config", str(CONFIG), *flags]
+
+    out = folder(setting, seed)
+    return Child(out.name, out, words, folder("masa", seed).name if setting == "grpo" else "")
 
 
 def pick(summary: Mapping[str, Any], path: Sequence[str]) -> float | None:
@@ -152,18 +149,16 @@ def spread(values: Sequence[float | None], share: bool = True) -> str:
 
 
 def markdown(study: Mapping[str, Any]) -> str:
-    """The README's table: mean and standard deviation over the seeds, then the seeds one by one."""
-    lines = [f"| | steps | M tokens | {' | '.join(COLUMNS)} |", "|---|--:|--:|" + "--:|" * len(COLUMNS)]
-    for name, rows in study["rows"].items():
-        tokens = spread([row["tokens"] / 1e6 for row in rows], share=False)
-        steps = round(statistics.fmean(row["steps"] for row in rows))
-        cells = [spread([pick(row, path) for row in rows]) for path in COLUMNS.values()]
-        lines.append(f"| {name} | {steps} | {tokens} | {' | '.join(cells)} |")
+    """The table of docs/masa.md: mean and standard deviation over the seeds, then the seeds one by one."""
+    rows, seeds = [], []
     shown = {"Pass@1": ("pass@1", "mean"), "error": ("error",), "meta reward": ("r_meta",)}
-    lines += ["", f"| seed by seed | {' | '.join(shown)} |", "|---|" + "--:|" * len(shown)]
-    for name, rows in study["rows"].items():
-        cells = [", ".join(f"{100 * pick(row, path):.1f}" for row in rows) for path in shown.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, of in study["rows"].items():
+        row = {"": name, "steps": round(statistics.fmean(one["steps"] for one in of))}
+        row["M tokens"] = spread([one["tokens"] / 1e6 for one in of], share=False)
+        rows.append(row | {head: spread([pick(one, path) for one in of]) for head, path in COLUMNS.items()})
+        each = {head: ", ".join(f"{100 * pick(one, path):.1f}" for one in of) for head, path in shown.items()}
+        seeds.append({"seed by seed": name} | each)
+    lines = [table.markdown(rows), "", table.markdown(seeds)]
     gated, cut = (spread([row[k] for row in study["rows"]["efficient"]]) for k in ("gated", "cut"))
     lines += ["", f"In control, efficient gated {gated} % of the problems and cut {cut} % of the solutions."]
     receipt = study["receipt"]
@@ -177,7 +172,8 @@ def markdown(study: Mapping[str, Any]) -> str:
 def picture(bins: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Foreseen against measured pass rate, a panel each for before, MASA and the control; a dot's area is its metas."""
     titles = {"before": "before", "masa": "MASA", "shuffled": "control: statistics shuffled"}
-    figure, panels = plt.subplots(1, len(titles), figsize=(9.6, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True)
     for ax, (name, title) in zip(panels, titles.items(), strict=True):
         most = max(dot["metas"] for dot in bins[name])
         ax.plot([0, 1], [0, 1], color="0.75", lw=1, zorder=0)
@@ -190,7 +186,6 @@ def picture(bins: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> No
     panels[0].set_ylabel("measured pass rate")
     with atomic_write(path, "wb") as f:
         figure.savefig(f, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
 
 
 def receipt() -> dict[str, str]:
@@ -206,20 +201,19 @@ def build_base() -> None:
         subprocess.run([sys.executable, "-m", "mini.arithmetic", "--out", str(OUT / "base")], cwd=ROOT, check=True)
 
 
+@program
 def main() -> int:
     """Run what is missing, then summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="also write docs/ and the README's table")
+    parser.add_argument("--record", action="store_true", help="also write docs/ and the table in docs/masa.md")
     given = parser.parse_args()
-    try:
-        build_base()
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda seed: run("masa", seed), SEEDS))  # first: it says how long grpo runs
-            others = [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
-            list(pool.map(lambda cell: run(*cell), others))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    cells = [("masa", seed) for seed in SEEDS]  # first: they say how long grpo runs
+    cells += [(setting, seed) for seed in SEEDS for setting in FLAGS if setting != "masa"]
+    children = [child(*cell) for cell in cells]
+    build_base()
+    ends = run_all(children, 2, OUT)
+    if code := unfinished(ends, children):
+        return code
     study = {"receipt": receipt(), "settings": read_json(CONFIG), "flags": FLAGS, "seeds": list(SEEDS), **collect()}
     write_json(OUT / "study.json", study)
     picture(study["calibration"], OUT / "calibration.png")
@@ -228,7 +222,7 @@ def main() -> int:
     if given.record:
         for name, place in RECORD.items():
             shutil.copyfile(OUT / name, ROOT / place)
-        write_readme(markdown(study), MARKS)
+        write_table(markdown(study), PAGE, MARKS)
     print(markdown(study))
     print(f"{OUT / 'calibration.png'}", file=sys.stderr)
     return 0

@@ -1,7 +1,7 @@
-"""The evidence behind the README's table: several worlds, several seeds, two controls and two dials.
+"""The evidence behind docs/results.md: several worlds, several seeds, two controls and two dials.
 
 `make study` runs every cell (one world, one seed: its own draws, adapters and samples), two at a time, then writes
-docs/results/study.json and the table between the study marks of README.md. A cell that is finished is not run again.
+docs/results/study.json and the table between the study marks of docs/results.md. A finished cell is not run again.
 
   worlds   each has its own base model; which openers are traps and which facts are misconceived is drawn anew
   null     a world in which no move says anything about the answer: transitions cannot help, so no method should gain
@@ -15,11 +15,7 @@ docs/results/study.json and the table between the study marks of README.md. A ce
 Test and out-of-domain questions are looked at here and by `make train`; every setting was chosen on the dev questions.
 """
 
-import concurrent.futures
-import os
-import subprocess
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +26,29 @@ import numpy as np
 import annotate
 import data
 import eval as evaluation
+import kto
+from common import table
+from common.endings import program
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
+from common.files import ROOT, atomic_write, read_json, read_jsonl, read_text, write_json
+from tools.sweep import Child, flag, run_all, unfinished
 
 OUT = ROOT / "runs" / "study"
+PAGE = ROOT / "docs" / "results.md"
 RESULT = ROOT / "docs" / "results" / "study.json"
 MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
 SEEDS = (0, 1, 2)
 MODELS = {"world 0": "mini/model", "world 1": "mini/model-world1", "null": "mini/model-null"}
 WORLDS = ("world 0", "world 1")  # the others are controls
-METHODS = ("sft", "kto", "mralign", "shuffled")
+METHODS = tuple(name for name, loss in kto.LOSSES.items() if loss.study)
+RATED = tuple(name for name in METHODS if kto.LOSSES[name].rate == "lr")  # what another --lr changes
 NOISE = (0.2, 0.5)
 RATES = (3e-4, 1.5e-4)  # beside the configured one
 HALF = RATES[0]
-NULL_DRAWS = {"draws": 1, "draw-temperature": 1.0}
+NULL_DRAWS = {"draws": 1, "draw_temperature": 1.0}
 PAIRS = (("kto", "thinkon"), ("mralign", "thinkon"), ("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "sft"))
-SETS = ("test", "ood")
+HEADS = {"test": "test", "ood": "unseen relations"}  # evaluation set -> its heading
+SETS = tuple(HEADS)
 N_BOOT = 10_000
 
 
@@ -69,7 +72,7 @@ class Cell:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return METHODS if self.plain else ("mralign",) if self.noise else METHODS[1:]
+        return METHODS if self.plain else ("mralign",) if self.noise else RATED
 
 
 def cells() -> list[Cell]:
@@ -80,28 +83,16 @@ def cells() -> list[Cell]:
     return plain + rates + [Cell("world 0", seed, noise, HALF) for noise in NOISE for seed in SEEDS]
 
 
-def run(cell: Cell) -> float:
-    """Run the pipeline for one cell in a process of its own; returns its seconds. Raises InputError when it fails."""
-    cell.out.mkdir(parents=True, exist_ok=True)
-    if not cell.plain and cell.world != "null":  # the draws depend on neither dial: share them
-        source = Cell(cell.world, cell.seed).out
-        shared = ["samples.jsonl", "done/sample.json", "done/eval-thinkon.json", "done/eval-thinkoff.json"]
-        shared += [f"eval/{name}/{setting}.jsonl" for name in SETS for setting in ("thinkon", "thinkoff")]
-        for name in shared:
-            if not (cell.out / name).exists():
-                (cell.out / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(source / name, cell.out / name)
-    settings = {"model": MODELS[cell.world], "seed": cell.seed, "annotator-noise": cell.noise, "out": cell.out}
+def child(cell: Cell) -> Child:
+    """The process of a cell. The draws depend on neither dial, so a plain cell lends them to the others."""
+    settings = {"model": MODELS[cell.world], "seed": cell.seed, "annotator_noise": cell.noise, "out": cell.out}
     settings |= {"method": ",".join(cell.methods)} | ({"lr": cell.lr} if cell.lr else {})
     settings |= NULL_DRAWS if cell.world == "null" else {}
-    command = [sys.executable, "mralign.py", "--config", "configs/mini.json"]
-    command += [part for k, v in settings.items() for part in (f"--{k}", str(v))]
-    started = time.perf_counter()
-    with open(cell.out / "log.txt", "w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
-    if done.returncode:
-        raise InputError(f"{cell.out}/log.txt: this cell ended with exit code {done.returncode}; see its last lines")
-    return time.perf_counter() - started
+    words = [str(ROOT / "mralign.py"), "--config", str(ROOT / "configs" / "mini.json"), "--resume"]
+    source, borrows = Cell(cell.world, cell.seed).out, not cell.plain and cell.world != "null"
+    settings |= {"reuse_from": source} if borrows else {}
+    words += [word for setting in settings.items() for word in flag(*setting)]
+    return Child(cell.out.name, cell.out, lambda: words, source.name if borrows else "")
 
 
 def samples(cell: Cell, name: str, setting: str) -> list[dict[str, Any]]:
@@ -201,53 +192,46 @@ def summary() -> dict[str, Any]:
 
 
 def markdown(study: dict[str, Any]) -> str:
-    """The README's table and the paired differences under it; single worlds and other pairs are in the JSON file."""
+    """The table of docs/results.md and the paired differences; single worlds and other pairs are in the JSON file."""
     groups = {k: g for k, g in study["groups"].items() if k not in WORLDS}
-    head = "test Acc | test Mis | unseen relations Acc | unseen relations Mis"
-    lines = [f"| | {head} | backtracking |", "|---|--:|--:|--:|--:|--:|"]
+    names = {f"{name}_{m}": f"{head} {m.capitalize()}" for name, head in HEADS.items() for m in ("acc", "mis")}
+    rows, pairs = [], []
     for name, group in groups.items():
-        lines.append(f"| **{name}** ({group['cells']} runs) | | | | | |")
+        rows.append({"": f"**{name}** ({group['cells']} runs)"})
         for setting, row in group["settings"].items():
-            cells = [f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['sd']:.1f}" for k in KEYS]
-            share = 100 * row["labels"].get("backtracking", 0.0)
-            lines.append(f"| {setting} | {' | '.join(cells)} | {share:.1f} % |")
-    lines += ["", f"| paired difference, points | {head} |", "|---|--:|--:|--:|--:|"]
-    for name, group in groups.items():
+            cells = {head: f"{100 * row[k]['mean']:.1f} ± {100 * row[k]['sd']:.1f}" for k, head in names.items()}
+            rows.append(
+                {"": setting} | cells | {"backtracking": f"{100 * row['labels'].get('backtracking', 0.0):.1f} %"}
+            )
         for pair in ("mralign - kto", "mralign - shuffled"):
-            if row := group["differences"].get(pair):
-                lines.append(f"| {name}: {pair} | {' | '.join(_interval(row[k]) for k in KEYS)} |")
-    return "\n".join(lines)
+            if of := group["differences"].get(pair):
+                cells = {head: _interval(of[k]) for k, head in names.items()}
+                pairs.append({"paired difference, points": f"{name}: {pair}"} | cells)
+    return f"{table.markdown(rows, missing='')}\n\n{table.markdown(pairs)}"
 
 
 def _interval(d: dict[str, float]) -> str:
     return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
 
 
-KEYS = tuple(f"{name}_{metric}" for name in SETS for metric in ("acc", "mis"))
+def write_table(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) -> None:
+    """Put `text` between two marks of a page of docs/. Raises InputError where it has no such marks."""
+    before, begin, rest = read_text(page).partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise InputError(f"{page}: must hold the lines {marks[0]} and {marks[1]}, between which the table goes")
+    with atomic_write(page) as f:
+        f.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def write_readme(text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Put `text` between two marks of README.md."""
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    with atomic_write(path) as f:
-        f.write(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}")
-
-
+@program
 def main() -> int:
     """Run what is missing, then summarise."""
     todo = cells()
-    try:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for plain in (True, False):  # the others borrow draws, so they come after the plain ones
-                batch = [c for c in todo if c.plain == plain]
-                for cell, seconds in zip(batch, pool.map(run, batch), strict=True):
-                    print(f"{cell.out.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    children = [child(cell) for cell in todo]
+    ends = run_all(children, 2, OUT)
+    if code := unfinished(ends, children):
+        return code
     receipts = read_json(todo[0].out / "results.json")["receipt"]
     study = {
         "command": "make study",
@@ -257,7 +241,7 @@ def main() -> int:
         "groups": summary(),
     }
     write_json(RESULT, study)
-    write_readme(markdown(study))
+    write_table(markdown(study))
     print(markdown(study))
     return 0
 

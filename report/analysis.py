@@ -38,7 +38,7 @@ Labels = list[tuple[str, ...]]  # of one trace: the 0-2 labels of every step
 # ---------- Fig. 1
 
 
-def positions(samples: Iterable[Mapping[str, Any]], matcher: str = "equal") -> dict[str, Any]:
+def positions(samples: Iterable[Mapping[str, Any]], matcher: str = "equal", fold: bool = False) -> dict[str, Any]:
     """Where a gold stands in the thought, percent of its length: {"right": {n, first, last}, "wrong": ..., "left_out"}.
 
     first, last: mean start of the first and of the last occurrence, in characters of the normalised thought, over the
@@ -49,11 +49,11 @@ def positions(samples: Iterable[Mapping[str, Any]], matcher: str = "equal") -> d
     left_out = 0
     for sample in samples:
         parsed = data.parse_sample(sample)
-        place = _place(parsed.thought, sample["answers"])
+        place = _place(parsed.thought, sample["answers"], fold)
         if place is None or sample["finish"] != "stop" or parsed.outcome == "no_close":
             left_out += 1
         else:
-            places[data.MATCHERS[matcher](parsed.answer, sample["answers"])].append(place)
+            places[data.MATCHERS[matcher](parsed.answer, sample["answers"], fold)].append(place)
     out: dict[str, Any] = {"left_out": left_out}
     for name, side in (("right", True), ("wrong", False)):
         found = np.array(places[side]).reshape(-1, 2)
@@ -62,10 +62,10 @@ def positions(samples: Iterable[Mapping[str, Any]], matcher: str = "equal") -> d
     return out
 
 
-def _place(thought: str, golds: Sequence[str]) -> tuple[float, float] | None:
+def _place(thought: str, golds: Sequence[str], fold: bool) -> tuple[float, float] | None:
     """Percent of the normalised thought before the first and before the last gold in it; None without one."""
-    text = data.normalise(thought)
-    inside = [g for g in map(data.normalise, golds) if g and g in text]
+    text = data.normalise(thought, fold)
+    inside = [g for g in (data.normalise(gold, fold) for gold in golds) if g and g in text]
     if not inside:
         return None
     first, last = min(text.find(g) for g in inside), max(text.rfind(g) for g in inside)
@@ -156,7 +156,7 @@ def labels_of(rows: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, 
 
 
 def label_outcomes(
-    scored: Iterable[Mapping[str, Any]], labels: Mapping[str, Labels], least: int = 20
+    scored: Iterable[Mapping[str, Any]], labels: Mapping[str, Labels], least: int = 20, matcher: str = "equal"
 ) -> dict[str, Any]:
     """{"labels": [...], "moves": [...]}: Acc of traces with and without each label, and with each common move.
 
@@ -166,7 +166,7 @@ def label_outcomes(
     not what causes what.
     """
     mine = [row for row in scored if row["draw"] == 0 and row["id"] in labels]
-    right = dict(zip((row["id"] for row in mine), evaluation.indicator(mine, "acc").tolist(), strict=True))
+    right = dict(zip((row["id"] for row in mine), evaluation.indicator(mine, "acc", matcher).tolist(), strict=True))
     steps = Counter(label for name in right for step in labels[name] for label in step)
     total = sum(steps.values())
     has = {name: {label for step in labels[name] for label in step} for name in right}
@@ -214,8 +214,8 @@ def change(
 ) -> dict[str, Any]:
     """How the transitions moved: {states, before, after, delta, low, high, support, up, down, n_before, n_after}.
 
-    before, after: labels of every trace of two sets of samples. delta (17, 17) = P after - P before (Fig. 4); low, high
-    its 95 % bootstrap interval over traces; support (17,): soft counts of leaving each state, the smaller of the two.
+    before, after: labels of every trace of two sets of samples. delta (K, K) = P after - P before (Fig. 4); low, high
+    its 95 % bootstrap interval over traces; support (K,): soft counts of leaving each state, the smaller of the two.
     up, down: the TOP largest rises and falls as {from, to, delta, low, high}, from states with SUPPORT and more.
     Raises InputError when one of the two is empty.
     """
@@ -260,7 +260,7 @@ def matrix_intervals(
     n_boot: int = N_BOOT,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """95 % intervals of P, P_pos, P_neg, w_pos and w_neg: name -> {"low": (17, 17), "high": (17, 17)}, and their width.
+    """95 % intervals of P, P_pos, P_neg, w_pos and w_neg: name -> {"low": (K, K), "high": (K, K)}, and their width.
 
     positive, negative: labels of every chosen and rejected training trace. Traces are drawn with replacement inside
     their class and all three matrices fitted anew; w_ij is the clipped ratio of Eq. 10 for single labels, 1 where the

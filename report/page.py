@@ -14,7 +14,8 @@ from typing import Any
 
 import em
 from common.files import atomic_write
-from report.figures import clean, number, plain_answer
+from report.figures import clean, number
+from report.story import plain_answer
 
 _CSS = """
 :root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --faint: #5d6670; --rule: #d5d9de; --card: #f6f7f9;
@@ -138,15 +139,6 @@ def underline_golds(text: str, golds: Sequence[str]) -> str:
         return escape(text)
     parts = re.split(f"({'|'.join(patterns)})", text, flags=re.I)  # odd parts are the matches
     return "".join(f"<u>{escape(part)}</u>" if i % 2 else escape(part) for i, part in enumerate(parts))
-
-
-def markdown_rows(table: str) -> list[dict[str, str]]:
-    """The rows of a Markdown table, such as `eval.table` prints, for `trace_page`.
-
-    markdown_rows("| x | y |\\n| - | - |\\n| 1 | 2 |") -> [{"x": "1", "y": "2"}]
-    """
-    head, _, *lines = ([text.strip() for text in line.split("|")[1:-1]] for line in table.splitlines())
-    return [dict(zip(head, line, strict=True)) for line in lines]
 
 
 def column(values: Sequence[Any]) -> list[str]:

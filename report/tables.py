@@ -13,43 +13,25 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import kto
+from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
+from common.endings import program
 from common.errors import InputError
-from common.files import ROOT, read_json
+from common.files import read_json
+from common.table import markdown
+from eval import FORMS
 from report.charts import outcome_rows, percent, strata_rows
 from report.figures import number
 
-PAPER = ROOT / "docs" / "results" / "paper.json"
-SETS = {  # ours -> (heading, the paper's two columns); "nq" is a short name in use
-    "nq_open": ("NQ-Open", "Acc / Mis"),
-    "sciq": ("SciQ", "Acc / Mis"),
-    "simpleqa": ("SimpleQA", "Acc / Mis"),
-    "truthfulqa": ("TruthfulQA", "true / informative"),
-    "longfact": ("LongFact", "F1@K / claims"),
-}
-SHORT = {"nq": "nq_open"}
+CLASSES = ("chosen", "rejected")
 SETTINGS = {
     "thinkoff": "ThinkOff",
     "thinkon": "ThinkOn",
     "refine": "Self-Refine",
-    "sft": "SFT",
-    "kto": "KTO",
-    "mralign": "MR-ALIGN",
-    "shuffled": "MR-ALIGN, weights shuffled",
+    **{method: loss.title for method, loss in kto.LOSSES.items()},
     "thinkon+ret": "ThinkOn + Ret",
     "mralign+ret": "MR-ALIGN + Ret",
 }
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A list of dicts as a Markdown table, columns in order of first use; "" for none."""
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = ("–" if row.get(name) is None else str(row[name]).replace("|", "\\|") for name in names)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 # ---------- beside the paper
@@ -73,13 +55,13 @@ def our_cell(results: Sequence[Mapping[str, Any]], name: str, setting: str) -> s
     """Our figures of a cell, from the first of several runs that has them; "not run" when none has."""
     for result in results:
         for own, of in result["scores"].items():
-            if SHORT.get(own, own) == name and setting in of["metrics"]:
+            if name_of(own) == name and setting in of["metrics"]:
                 m = of["metrics"][setting]
                 mis = "–" if m["mis"] is None else f"{percent(m['mis']['share'])} ({m['mis']['k']})"
                 low, high = percent(m["acc"]["low"]), percent(m["acc"]["high"])
                 return f"{percent(m['acc']['share'])} [{low}, {high}] ({m['acc']['k']}/{m['n']}) / {mis}"
         for own, of in result["judge"]["sets"].items():
-            if SHORT.get(own, own) == name and setting in of:
+            if name_of(own) == name and setting in of:
                 return judged_cell(of[setting])
     return "not run"
 
@@ -97,13 +79,12 @@ def judged_cell(summary: Mapping[str, Any]) -> str:
 
 def beside_paper(results: Sequence[Mapping[str, Any]], backbone: str) -> list[dict[str, str]]:
     """Table 2 for one backbone: a row for each setting, for each set ours and the paper's."""
-    theirs = read_json(PAPER)["backbones"][backbone]
     rows = []
     for setting, label in SETTINGS.items():
         row = {"": label}
-        for name, (heading, columns) in SETS.items():
-            row[f"{heading}, {columns}: ours"] = our_cell(results, name, setting)
-            row[f"{heading}, paper"] = paper_cell(theirs.get(setting, {}).get(name))
+        for name, source in compared().items():
+            row[f"{source.heading}, {COLUMNS[source.task]}: ours"] = our_cell(results, name, setting)
+            row[f"{source.heading}, paper"] = paper_cell(paper_figures(name)[backbone].get(setting))
         rows.append(row)
     return rows
 
@@ -119,6 +100,24 @@ def receipt_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def candidate_rows(tally: Mapping[str, Mapping[str, int]]) -> list[dict[str, str]]:
+    """The tally of `data.select_candidates` as Table 1: a row a data set, each count, and the paper's two."""
+    lost = dict.fromkeys(reason for of in tally.values() for reason in of if reason not in ("questions", *CLASSES))
+    rows = []
+    for name, of in tally.items():
+        row = {"data set": name, "questions": f"{of['questions']:,}"} | {r: f"{of.get(r, 0):,}" for r in lost}
+        row |= {side: f"{of[side]:,}" for side in CLASSES}
+        source = SOURCES.get(name_of(name))
+        paper = source.kept if source and any(source.kept) else None
+        rows.append(row | {"paper's chosen / rejected": f"{paper[0]:,} / {paper[1]:,}" if paper else "–"})
+    return rows
+
+
+def notes_on(tally: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What a reader of `candidate_rows` must know of its data sets."""
+    return [f"{SOURCES[n].heading}, {SOURCES[n].note}" for n in map(name_of, tally) if n in SOURCES and SOURCES[n].note]
+
+
 # ---------- the page of a run
 
 
@@ -127,13 +126,15 @@ def score_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     rows = []
     for setting, m in metrics.items():
         acc, mis, draws = m["acc"], m["mis"], m["draws"]["acc"]
-        row = {"setting": SETTINGS.get(setting, setting), "Acc (95 %)": interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
+        head = "Acc (95 %)" if m["matcher"] == "equal" else f"Acc, {m['matcher']} (95 %)"
+        row = {"setting": SETTINGS.get(setting, setting), head: interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
         row |= {"Mis (95 %)": interval(mis) if mis else None, "Mis k/n": f"{mis['k']}/{m['n']}" if mis else None}
         if len(draws["all"]) > 1:
             row["Acc over draws"] = f"{percent(draws['mean'])} ± {percent(draws['sd'])}"
         for name, field in (
             ("EM_a equal", "em_answer_exact"),
             ("EM_a contains", "em_answer_contains"),
+            ("EM_a words", "em_answer_words"),
             ("EM_t", "em_thought_contains"),
             ("EM_t words", "em_thought_word"),
             ("truncated", "truncated"),
@@ -148,9 +149,10 @@ def form_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for setting, m in metrics.items():
         row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
-        row |= {form: percent(m[form]["share"]) for form in ("ok", "truncated", "empty", "malformed")}
+        row |= {form.replace("_", " "): percent(m[form]["share"]) for form in FORMS}
         for name, field in (("thinking tokens, median", "think_tokens_median"), ("mean", "think_tokens_mean")):
             row[name] = None if m[field] is None else f"{m[field]:.0f}"
+        row["answers that are sentences"] = percent(m["sentences"]["share"])
         row["gold in the question"] = str(m["gold_in_question"]["k"])
         rows.append(row | {"golds that never match": str(m["empty_golds"])})
     return rows
@@ -226,7 +228,7 @@ def change_rows(change: Mapping[str, Any]) -> list[dict[str, Any]]:
 def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
     """heading -> rows for the page of a run."""
     out: dict[str, list[dict[str, Any]]] = {}
-    backbone = backbone_of(results["receipt"]["model"], read_json(PAPER)["backbones"])
+    backbone = backbone_of(results["receipt"]["model"], BACKBONES)
     if backbone:
         out[f"Table 2 for {backbone}: ours beside the paper's"] = beside_paper([results], backbone)
     for name, of in results["scores"].items():
@@ -257,24 +259,19 @@ def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str)
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 3 for bad input."""
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="results.json of runs of one backbone")
     parser.add_argument("--backbone", default="", help="a backbone of the paper [from the run's model]")
     given = parser.parse_args(argv)
-    try:
-        known = read_json(PAPER)["backbones"]
-        results = [read_json(path) for path in given.results]
-        backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], known) if results else None)
-        if backbone not in known:
-            raise InputError(f"--backbone {backbone!r} is not one of {', '.join(known)}")
-        print(markdown(beside_paper(results, backbone)))
-        print("\n".join(["", *receipt_lines(results)]) if results else "")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
+    results = [read_json(path) for path in given.results]
+    backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], BACKBONES) if results else None)
+    if backbone not in BACKBONES:
+        raise InputError(f"--backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
+    print(markdown(beside_paper(results, backbone)))
+    print("\n".join(["", *receipt_lines(results)]) if results else "")
 
 
 if __name__ == "__main__":

@@ -65,3 +65,9 @@ def tiny_tokenizer() -> Tokenizer:
 def qwen3_tokenizer() -> Tokenizer:
     """The real Qwen3 tokenizer; skips where there is no public data."""
     return tokens.load_tokenizer(shared_data() / "qwen3_tokenizer")
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of every line of a text with Markdown tables; how wide a column is and where it leans do not count."""
+    lines = (line for line in text.strip().splitlines() if not set(line) <= set("|-: ") or not line)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]

@@ -1,11 +1,15 @@
 """MASA with scripted completions: what every sample says is decided here, so every statistic of a step is known.
 
-As a program, one rank of a run: `masa_worker.py FOLDER OUT STEP [--gate]` takes the gradient of step STEP on a model
-made by `make_folder` and writes it to OUT-RANK.safetensors; with --gate every second problem of the batch is foreseen
-to be always solved, which on two ranks leaves rank 1 without work.
+As a program it serves, as train_worker.py does: it forks processes that have imported everything. A job's argv is
+
+    gradient FOLDER OUT STEP [--gate]   the gradient of step STEP on a model of `make_folder`, to OUT-RANK.safetensors;
+                                        with --gate every second problem of the batch is foreseen to be always solved,
+                                        which on two ranks leaves rank 1 without work
+    command STDOUT ARGUMENT...          what `python -m masa ARGUMENT...` does, its standard output to the file STDOUT
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,7 +24,10 @@ import model as qwen  # noqa: E402
 from common.files import write_json, write_jsonl  # noqa: E402
 from common.model_config import ModelConfig  # noqa: E402
 from common.ranks import Ranks, process_group  # noqa: E402
-from masa import run as masa  # noqa: E402
+from masa.problems import Problem, Prompts, load_problems, meta_text  # noqa: E402
+from masa.rollouts import Rollout  # noqa: E402
+from masa.settings import Settings  # noqa: E402
+from masa.step import Masa  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,18 +56,19 @@ def make_folder(folder: Path, n: int = 12) -> Path:
     return folder
 
 
-def settings(folder: Path, **values) -> masa.Settings:
+def settings(folder: Path, **values) -> Settings:
     """Small settings for a folder of make_folder."""
-    small = dict(solutions=4, metas=4, batch=4, max_new=120, max_prompt=200, dtype="float32", lora_r=4, lora_alpha=8.0)
+    small = dict(refill_tries=1, gate_floor=0.0, gate_probe=0.0)  # the gate alone; tests turn the rest on
+    small |= dict(solutions=4, metas=4, batch=4, max_new=120, max_prompt=200, dtype="float32", lora_r=4, lora_alpha=8.0)
     prompts = {
         f"{k}_prompt": str(folder / f"{name}.txt")
         for k, name in (("solve", "solve"), ("meta", "meta"), ("eval", "solve"))
     }
     where = dict(model=str(folder), problems=str(folder / "problems.jsonl"), out=str(folder / "out"), meta_system="")
-    return masa.Settings(**(small | where | prompts | dict(eval_samples=4, lr=1e-3, warmup_steps=1) | values))
+    return Settings(**(small | where | prompts | dict(eval_samples=4, lr=1e-3, warmup_steps=1) | values))
 
 
-class Scripted(masa.Masa):
+class Scripted(Masa):
     """MASA whose completions come from `script(problem, kind, k) -> text`, k the number of the draw."""
 
     def jobs(self, problem, kind, when, n, limit, hints=()):
@@ -77,16 +85,14 @@ class Scripted(masa.Masa):
             ids = [*self.prompts.encode(text), self.prompts.end]
             cut = len(ids) > job.limit
             ids = ids[: job.limit]
-            out.append(masa.Rollout(job.prompt_ids, ids, self.prompts.text(ids), cut, job.limit))
+            out.append(Rollout(job.prompt_ids, ids, self.prompts.text(ids), cut, job.limit))
         return out
 
 
-def say(problem: masa.Problem, kind: str, k: int, rate: int | None = None) -> str:
+def say(problem: Problem, kind: str, k: int, rate: int | None = None) -> str:
     """A solution whose first k % 4 draws are right, or a meta with rate or k as its pass rate."""
     if kind == "meta":
-        return masa.meta_text(
-            f"thought {k} about {problem.id}", ["carry", f"x{k}"], 2 * k if rate is None else rate, 9 + k
-        )
+        return meta_text(f"thought {k} about {problem.id}", ["carry", f"x{k}"], 2 * k if rate is None else rate, 9 + k)
     n = int(problem.id[1:])
     right = k < 1 + n % 3
     return "so we carry on, " * (1 + k) + f"\\boxed{{{int(problem.answer) + (0 if right else 1)}}}"
@@ -96,7 +102,7 @@ def build(folder: Path, ranks: Ranks, script=say, **values) -> Scripted:
     """A Scripted MASA on a folder's model."""
     s = settings(folder, **values)
     model = qwen.load(folder, torch.float32).requires_grad_(False)
-    made = Scripted(model, masa.Prompts(folder, s), masa.load_problems(s.problems)[0], s, ranks)
+    made = Scripted(model, Prompts(folder, s), load_problems(s.problems)[0], s, ranks)
     made.script = script
     with torch.no_grad():  # B is 0 at the start, and A would then have no gradient
         g = torch.Generator().manual_seed(3)
@@ -130,10 +136,33 @@ def gradient(folder: Path, ranks: Ranks, number: int, gate: bool, **values) -> t
     return made.optimizer.grads[0], row
 
 
-if __name__ == "__main__":
-    folder, out, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def main(argv: list[str]) -> int:
+    """One job of the server, in a process of its own."""
+    torch.set_num_threads(1)
+    kind, *rest = argv
+    if kind == "command":
+        sys.stdout.flush()
+        os.dup2(os.open(rest[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        sys.argv = ["masa", *rest[1:]]
+        try:
+            runpy.run_module("masa", run_name="__main__")
+        except SystemExit as done:
+            sys.stdout.flush()
+            return done.code
+    folder, out, number = Path(rest[0]), rest[1], int(rest[2])
     with process_group(2.0) as ranks:
-        grads, row = gradient(folder, ranks, number, "--gate" in sys.argv)
+        grads, row = gradient(folder, ranks, number, "--gate" in rest)
         save_file(grads, f"{out}-{ranks.rank}.safetensors")
         if ranks.rank == 0:
             write_json(f"{out}.json", row)
+    return 0
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # noqa: F401  the optimizer imports it at its first use
+    import train_worker
+
+    import masa.run  # noqa: F401
+
+    train_worker.main = main
+    train_worker.serve()

@@ -148,5 +148,5 @@ def test_report_counts_who_decided():
     assert list(got["pairs"]) == ["a vs b", "a vs final", "b vs final"]
     lines = agreement.table(got).splitlines()
     assert "to the adjudicator: 66.7% of the steps, 100.0% of the traces" == lines[-1]
-    strict = next(line for line in lines if line.startswith("strict"))
-    assert strict.split()[1] == "0.333" and not math.isnan(got["pairs"]["a vs b"]["strict"]["low"])
+    strict = next(line for line in lines if line.startswith("| strict"))
+    assert strict.split("|")[2].split()[0] == "0.333" and not math.isnan(got["pairs"]["a vs b"]["strict"]["low"])

@@ -7,11 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import cells
 
 from common import verifier
+from common.errors import InputError
 from common.files import read_json
 from masa import passk
-from masa import run as masa
+from masa.problems import parse_meta
 from mini import arithmetic, build, masa_study, study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +70,7 @@ def test_metas_know_nothing_about_the_problem():
     assert len({text.split("\n")[1] for text in said}) == 1  # the same chance, the same prediction
     rng, rates, lengths = random.Random(3), Counter(), []
     for k in range(1800):
-        found = masa.parse_meta(arithmetic.meta(problems[k % len(problems)], rng))
+        found = parse_meta(arithmetic.meta(problems[k % len(problems)], rng))
         rates[round(8 * found.p_hat)] += 1
         lengths.append(found.length)
         assert found.reasoning == arithmetic.look(problems[k % len(problems)])
@@ -76,7 +78,7 @@ def test_metas_know_nothing_about_the_problem():
     assert set(rates) == set(range(9)) and max(rates.values()) < 1.3 * 200
     assert (min(lengths), max(lengths)) == arithmetic.LENGTHS
     for problem in problems:  # a description is in the same form and foresees nothing
-        found = masa.parse_meta(arithmetic.description(problem, rng))
+        found = parse_meta(arithmetic.description(problem, rng))
         assert found.reasoning == arithmetic.look(problem) and found.p_hat is None and found.length is None
 
 
@@ -106,11 +108,11 @@ def test_the_tokenizer_brings_documents_back():
     assert tokenizer.token_to_id("<meta>") is not None
 
 
-def test_the_readmes_table_is_the_committed_study():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_table_is_the_committed_study():
+    page = masa_study.PAGE.read_text(encoding="utf-8")
     begin, end = masa_study.MARKS
     recorded = read_json(ROOT / masa_study.RECORD["study.json"])
-    assert readme.partition(begin)[2].partition(end)[0].strip() == masa_study.markdown(recorded)
+    assert cells(page.partition(begin)[2].partition(end)[0]) == cells(masa_study.markdown(recorded))
 
 
 def test_the_committed_study_holds_three_seeds_and_its_own_means():
@@ -131,7 +133,7 @@ def test_the_picture_shows_the_bins_it_is_given(tmp_path, monkeypatch):
     bins = {name: [{"p_hat": k / 8, "metas": 10 * (k + 1), "p": (k * 3 % 9) / 9} for k in range(9)]
             for name in ("before", "masa", "shuffled")}  # fmt: skip
     drawn = []
-    monkeypatch.setattr(masa_study.plt, "close", drawn.append)
+    monkeypatch.setattr(masa_study.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     masa_study.picture(bins, tmp_path / "p.png")
     for ax, name in zip(drawn[0].axes, bins, strict=True):
         offsets = [tuple(map(float, dots.get_offsets()[0])) for dots in ax.collections]
@@ -150,6 +152,7 @@ def test_rows_of_a_study_come_from_the_cells_files(tmp_path, monkeypatch):
 
     def row(step: int, correct: int) -> dict:
         base = {"step": step, "set": "heldout", "id": "p", "n": 4, "correct": correct, "lengths": [3], "at_limit": 0}
+        base["correct_lengths"] = []
         base |= {"metas": 2, "parsed": 2, "p_hats": [0.5, 1.0], "l_hats": [], "gated": False, "cut_at": 9}
         return base | dict.fromkeys(("r_length", "r_difficulty", "r_notion"), 0.0)
 
@@ -181,13 +184,12 @@ def test_rows_of_a_study_come_from_the_cells_files(tmp_path, monkeypatch):
     ]
 
 
-def test_the_study_writes_between_its_own_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(
-        f"a\n{study.MARKS[0]}\nx\n{study.MARKS[1]}\nb\n{masa_study.MARKS[0]}\n{masa_study.MARKS[1]}\nc"
-    )
-    study.write_readme("table", masa_study.MARKS)
-    text = (tmp_path / "README.md").read_text()
-    assert (
-        text == f"a\n{study.MARKS[0]}\nx\n{study.MARKS[1]}\nb\n{masa_study.MARKS[0]}\ntable\n{masa_study.MARKS[1]}\nc"
-    )
+def test_the_study_writes_between_its_own_marks(tmp_path):
+    page, (begin, end), (other, last) = tmp_path / "page.md", masa_study.MARKS, study.MARKS
+    page.write_text(f"a\n{other}\nx\n{last}\nb\n{begin}\n{end}\nc")
+    study.write_table("table", page, masa_study.MARKS)
+    assert page.read_text() == f"a\n{other}\nx\n{last}\nb\n{begin}\ntable\n{end}\nc"
+    page.write_text("no marks")
+    with pytest.raises(InputError, match="must hold the lines"):
+        study.write_table("table", page)
+    assert page.read_text() == "no marks"

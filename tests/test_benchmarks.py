@@ -8,15 +8,19 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
 from conftest import shared_data
 
 import data
+import mralign
 from common import benchmarks
 from common.errors import InputError
 from common.files import read_json, read_jsonl, write_json, write_jsonl
+from report import tables
+from tools import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"nq_open": "nq_open", "sciq": "sciq", "simpleqa": "simpleqa", "truthfulqa": "truthfulqa"}
@@ -24,9 +28,9 @@ FOLDERS["longfact"] = "longfact_objects"
 
 
 def convert(name: str, out: Path) -> list[dict]:
-    manifest = benchmarks.write(name, "test", out, str(shared_data() / FOLDERS[name]), out.parent)
+    manifest = fetch.write(name, "test", out, str(shared_data() / FOLDERS[name]), out.parent)
     rows = read_jsonl(out, ("id", "dataset", "question", "answers", "task"))
-    assert len(rows) == manifest["questions"] == benchmarks.SOURCES[name]["test"].rows and manifest["complete"]
+    assert len(rows) == manifest["questions"] == benchmarks.SOURCES[name].splits["test"].rows and manifest["complete"]
     assert (
         len({r["id"] for r in rows}) == len(rows) and manifest["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     )
@@ -63,9 +67,9 @@ def test_facts_about_the_real_sets(tmp_path):
 def test_longfact_draw_does_not_depend_on_the_order_of_the_files(tmp_path):
     rows = convert("longfact", tmp_path / "l.jsonl")
     assert len({r["question"] for r in rows}) == 250 and all(r["answers"] == [] for r in rows)
-    source = benchmarks.SOURCES["longfact"]["test"]
-    contents = benchmarks.local(source, shared_data() / "longfact_objects")
-    assert benchmarks.questions("longfact", "test", contents[::-1])[0] == rows
+    source = benchmarks.SOURCES["longfact"].splits["test"]
+    contents = fetch.local(source, shared_data() / "longfact_objects")
+    assert fetch.questions("longfact", "test", contents[::-1])[0] == rows
     prompts = [json.loads(line)["prompt"] for _, c in contents for line in c.decode().splitlines()]
     assert len(prompts) == 1140
     assert all(r["question"].removesuffix(benchmarks.LONGFACT_TAIL) in prompts for r in rows)
@@ -90,7 +94,7 @@ def test_stems_that_need_options(stem, needs):
 
 def test_a_git_checksum_is_gits():
     content = b"what is up, doc?"  # the example of the Git book
-    assert benchmarks.digest(content, "git:") == "git:bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+    assert fetch.digest(content, "git:") == "git:bd9dbf5aae1a3862dd1526723246b20206e5fc37"
 
 
 # ---------- fetching, from a real server on this machine
@@ -119,8 +123,9 @@ def serve(monkeypatch, site, content: bytes, checksum: str) -> None:
     folder, url = site
     (folder / "dev.jsonl").write_bytes(content)
     file = benchmarks.File(f"{url}/dev.jsonl", checksum, ("NQ-open.dev.jsonl",))
-    source = benchmarks.Source((file,), "r1", "CC BY-SA 3.0", 2, benchmarks.nq_open)
-    monkeypatch.setitem(benchmarks.SOURCES["nq_open"], "test", source)
+    splits = {"test": benchmarks.Split((file,), 2), "train": benchmarks.SOURCES["nq_open"].splits["train"]}
+    source = benchmarks.Source("NQ-Open", "CC BY-SA 3.0", "r1", splits, benchmarks.nq_open)
+    monkeypatch.setitem(benchmarks.SOURCES, "nq_open", source)
 
 
 TWO = b'{"question": "who?", "answer": ["A", " "]}\n{"question": "when?", "answer": [""]}\n'
@@ -130,19 +135,19 @@ def test_a_file_is_fetched_once_checked_and_converted(site, tmp_path, monkeypatc
     serve(monkeypatch, site, TWO, "sha256:" + hashlib.sha256(TWO).hexdigest())
     out = tmp_path / "q.jsonl"
     command = ["nq_open", "--out", str(out), "--cache", str(tmp_path / "raw")]
-    assert benchmarks.main(command) == 0
+    assert fetch.main(command) == 0
     expected = {"id": "nq_open-test/0", "dataset": "nq_open", "question": "who?", "answers": ["A"], "task": "short"}
     assert read_jsonl(out) == [expected]
     manifest = read_json(tmp_path / "q.manifest.json")
     assert (manifest["questions"], manifest["dropped"], manifest["as_recorded"]) == (1, 1, True)
     (site[0] / "dev.jsonl").unlink()
-    assert benchmarks.main(command) == 0  # from the cache
+    assert fetch.main(command) == 0  # from the cache
     assert "1 questions, licence CC BY-SA 3.0" in capsys.readouterr().out
 
 
 def test_a_changed_file_is_refused_and_not_kept(site, tmp_path, monkeypatch, capsys):
     serve(monkeypatch, site, TWO, "sha256:" + "0" * 64)
-    assert benchmarks.main(["nq_open", "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
+    assert fetch.main(["nq_open", "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
     assert "another checksum than recorded" in capsys.readouterr().err
     assert not list((tmp_path / "raw").iterdir()) and not (tmp_path / "q.jsonl").exists()
 
@@ -158,7 +163,7 @@ def test_what_cannot_be_had_is_said_in_one_line(site, tmp_path, monkeypatch, cap
     (tmp_path / "TruthfulQA.csv").write_text("Question,Answer\nx,y\n")
     cases.append((["truthfulqa", "--from", str(tmp_path)], "not the published format of truthfulqa"))
     for flags, words in cases:
-        assert benchmarks.main([*flags, "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
+        assert fetch.main([*flags, "--out", str(tmp_path / "q.jsonl"), "--cache", str(tmp_path / "raw")]) == 3
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1 and "Traceback" not in err, err
 
@@ -167,7 +172,7 @@ def test_sciq_from_the_hub_without_a_network_says_what_to_run(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "common.benchmarks",
+        "tools.fetch",
         "sciq",
         "--out",
         str(tmp_path / "q"),
@@ -186,7 +191,7 @@ def test_sciq_parquet(tmp_path):
 
     rows = [{"question": "What is wet?", "correct_answer": "water ", "distractor1": "sand", "support": "x"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test-00000-of-00001.parquet")
-    benchmarks.write("sciq", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+    fetch.write("sciq", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
     (row,) = read_jsonl(tmp_path / "q.jsonl")
     assert (row["answers"], row["needs_options"], row["task"]) == (["water"], False, "short")
 
@@ -194,7 +199,7 @@ def test_sciq_parquet(tmp_path):
 def test_a_local_file_with_an_odd_row_is_refused(tmp_path):
     (tmp_path / "NQ-open.dev.jsonl").write_text('{"question": "who?"}\n')
     with pytest.raises(InputError, match="NQ-open.dev.jsonl: not the published format of nq_open"):
-        benchmarks.write("nq_open", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+        fetch.write("nq_open", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
 
 
 # ---------- mathematics
@@ -205,7 +210,7 @@ def maths(folder: Path, name: str, split: str, file: str, rows: list[dict] | lis
     folder.mkdir()
     text = json.dumps(rows) if file.endswith(".json") else "".join(json.dumps(r) + "\n" for r in rows)
     (folder / file).write_text(text)
-    manifest = benchmarks.write(name, split, folder / "out.jsonl", str(folder), folder)
+    manifest = fetch.write(name, split, folder / "out.jsonl", str(folder), folder)
     assert manifest["as_recorded"] is False and manifest["complete"] is False  # not the published ones
     return read_jsonl(folder / "out.jsonl", ("id", "dataset", "problem", "answer")), manifest
 
@@ -270,7 +275,7 @@ def test_aime25_as_the_authors_keep_it_and_as_plain_rows(tmp_path):
     import pyarrow
 
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test.parquet")
-    benchmarks.write("aime25", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
+    fetch.write("aime25", "test", tmp_path / "q.jsonl", str(tmp_path), tmp_path)
     assert read_jsonl(tmp_path / "q.jsonl") == [expected]
 
 
@@ -280,10 +285,11 @@ def test_a_mathematics_set_is_fetched_by_its_git_blob(site, tmp_path, monkeypatc
     (folder / "test.jsonl").write_bytes(content)
     blob = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
     checksum = "git:" + blob.stdout.decode().strip()
-    source = benchmarks._maths("aime24", f"{url}/test.jsonl", checksum, "r1", "MIT", 1, benchmarks.problems)
-    monkeypatch.setitem(benchmarks.SOURCES, "aime24", {"test": source})
+    splits = {"test": benchmarks._maths("aime24", f"{url}/test.jsonl", checksum, 1)}
+    source = benchmarks.Source("AIME", "MIT", "r1", splits, benchmarks.problems, task="maths")
+    monkeypatch.setitem(benchmarks.SOURCES, "aime24", source)
     out = tmp_path / "q.jsonl"
-    assert benchmarks.main(["aime24", "--out", str(out), "--cache", str(tmp_path / "raw")]) == 0
+    assert fetch.main(["aime24", "--out", str(out), "--cache", str(tmp_path / "raw")]) == 0
     assert read_jsonl(out) == [
         {"id": "aime24-test/0", "dataset": "aime24", "problem": "what is up, doc?", "answer": "4"}
     ]
@@ -293,30 +299,76 @@ def test_a_mathematics_set_is_fetched_by_its_git_blob(site, tmp_path, monkeypatc
 
 def test_sources_name_one_commit_a_checksum_and_a_file_of_their_own():
     seen = []
-    for splits in benchmarks.SOURCES.values():
-        for source in splits.values():
-            for file in source.files:
-                assert len(source.files) > 1 or re.fullmatch("sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", file.checksum)
+    for source in benchmarks.SOURCES.values():
+        for split in source.splits.values():
+            assert split.checksum or len(split.files) == 1
+            for file in split.files:
+                assert split.checksum or re.fullmatch("sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", file.checksum)
                 assert "github" not in file.url or source.revision in file.url
-            seen.append(source.files[0].names[0])
+            seen.append(split.files[0].names[0])
     assert len(set(seen)) == len(seen)  # one cache folder holds them all
+
+
+def test_one_entry_is_all_a_new_benchmark_takes(site, tmp_path, monkeypatch, capsys):
+    """An entry is fetched and listed, has columns with the paper's figures, and is kept from training."""
+    folder, url = site
+    content = b'{"question": "who?", "answer": ["A"]}\n'
+    (folder / "new.jsonl").write_bytes(content)
+    file = benchmarks.File(f"{url}/new.jsonl", "sha256:" + hashlib.sha256(content).hexdigest(), ("new.jsonl",))
+    source = benchmarks.Source(
+        "New-QA", "CC0", "r1", {"test": benchmarks.Split((file,), 1)}, benchmarks.nq_open, short="new", may_train=False,
+        paper="thinkon 12.50/3.40 - - - -",
+    )  # fmt: skip
+    monkeypatch.setitem(benchmarks.SOURCES, "new_qa", source)
+    config, out = tmp_path / "c.json", tmp_path / "new_qa-test.jsonl"
+    write_json(config, {"questions": "", "eval_sets": f"new={out}"})
+    assert fetch.main(["--for", str(config), "--cache", str(tmp_path / "raw")]) == 0
+    (row,) = read_jsonl(out)
+    assert (row["id"], row["dataset"], row["task"]) == ("new_qa-test/0", "new_qa", "short")
+    listed = [[c.strip() for c in line.strip("|").split("|")] for line in fetch.listing().splitlines()]
+    assert ["new_qa", "test", "1", "CC0", "r1"] in listed
+    assert tables.main(["--backbone", "Qwen3-8B"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if "New-QA, Acc / Mis: ours" in line).split(" | ")
+    thinkon = next(line for line in lines if re.match(r"\| ThinkOn +\|", line)).split(" | ")
+    assert thinkon[[c.strip(" |") for c in head].index("New-QA, paper")].strip(" |") == "12.50 / 3.40"
+    assert not benchmarks.may_train(row["dataset"]) and benchmarks.may_train("nq_open") and benchmarks.may_train(None)
+    assert benchmarks.name_of("new") == "new_qa" and benchmarks.name_of("mine") == "mine"
+    questions = [{"id": "1", "dataset": "new_qa", "question": "who?", "answers": ["A"]}]
+    write_jsonl(tmp_path / "q.jsonl", questions)
+    run = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(questions=str(tmp_path / "q.jsonl")),
+        ranks=types.SimpleNamespace(log=lambda text: None),
+    )
+    with pytest.raises(InputError, match="new_qa is for evaluation only"):
+        mralign.draw_samples(run)
+
+
+def test_questions_can_be_left_out(tmp_path):
+    (tmp_path / "NQ-open.train.jsonl").write_bytes(TWO.replace(b'[""]', b'["B"]'))
+    write_jsonl(tmp_path / "dev.jsonl", [{"question": "When"}])
+    manifest = fetch.write(
+        "nq_open", "train", tmp_path / "q.jsonl", str(tmp_path), tmp_path, str(tmp_path / "dev.jsonl")
+    )
+    assert [r["question"] for r in read_jsonl(tmp_path / "q.jsonl")] == ["who?"] and manifest["excluded"] == 1
+    assert "79,168" in manifest["note"]
 
 
 def test_a_config_gets_the_files_it_names(tmp_path, monkeypatch):
     """Fetching is replaced by two rows a set; what is written where is real."""
     monkeypatch.chdir(tmp_path)
     rows = lambda name: [{"id": f"{name}/{k}", "dataset": name} for k in range(2)]  # noqa: E731
-    monkeypatch.setattr(benchmarks, "write", lambda name, split, out, folder, cache: write_jsonl(out, rows(name)))
+    monkeypatch.setattr(fetch, "write", lambda name, split, out, folder, cache: write_jsonl(out, rows(name)))
     config = {"questions": "data/nq_open+sciq-train.jsonl", "eval_sets": "a=data/sciq-test.jsonl,b=own.jsonl"}
     write_json("c.json", config)
-    assert benchmarks.main(["--for", "c.json"]) == 3  # own.jsonl is nobody's name
+    assert fetch.main(["--for", "c.json"]) == 3  # own.jsonl is nobody's name
     write_jsonl("own.jsonl", [{}])
-    assert benchmarks.main(["--for", "c.json"]) == 0
+    assert fetch.main(["--for", "c.json"]) == 0
     assert read_jsonl("data/nq_open+sciq-train.jsonl") == rows("nq_open") + rows("sciq")
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
         "nq_open+sciq-train.jsonl", "nq_open-train.jsonl", "sciq-test.jsonl", "sciq-train.jsonl"
     ]  # fmt: skip
-    assert benchmarks.missing("c.json") == []
+    assert fetch.missing("c.json") == []
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
@@ -329,5 +381,5 @@ APART = ("masa-mini", "ablations", "mini-ablations")  # makes its own problems; 
 def test_every_shipped_config_names_files_that_exist_or_can_be_fetched(config, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     named = set(re.findall(r"[\w/+.-]+\.jsonl", config.read_text()))
-    found = {str(path) for path, _, _ in benchmarks.missing(str(config))}
+    found = {str(path) for path, _, _ in fetch.missing(str(config))}
     assert found == {name for name in named if not Path(name).exists()}

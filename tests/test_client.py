@@ -322,3 +322,8 @@ def test_a_key_is_not_sent_unencrypted_to_another_machine(host):
 )
 def test_a_key_is_cut_out_however_it_is_escaped(echoed):
     assert client._without("sk-a/b+7", f'{{"error": "key {echoed}!"}}') == '{"error": "key [key]!"}'
+
+
+def test_a_reply_of_backslashes_is_searched_in_linear_time():
+    text = "\\" * 200_000  # a search that starts over at each of them would take minutes
+    assert client._without("sk-a/b+7", text + "\n" + r"sk-a\/b+7") == text + "\n[key]"

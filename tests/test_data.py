@@ -38,10 +38,11 @@ GOLDEN = [
     ),
     ("<think>Hm.</think><answer>Paris</answer>", True, False, "ok", "Hm.", "Paris", True),
     ("<think>Hm. Paris", True, False, "no_close", "Hm. Paris", "", False),
-    ("<think>Hm. Paris", True, True, "no_close", "Hm. Paris", "", False),
-    ("<answer>Paris</answer>", True, True, "no_close", "<answer>Paris</answer>", "", False),
-    ("Paris", True, True, "no_close", "Paris", "", False),
-    ("", True, True, "no_close", "", "", False),
+    ("<think>Hm. Paris", True, True, "no_thought", "", "", False),
+    ("<answer>Paris</answer>", True, True, "no_thought", "", "", False),
+    ("<answer>Par", True, False, "no_close", "<answer>Par", "", False),
+    ("Paris", True, True, "no_thought", "", "", False),
+    ("", True, True, "no_thought", "", "", False),
     ("<think>a</think>Paris<think>b", True, True, "no_close", "a</think>Paris<think>b", "", False),
     ("</think>Paris<think>", True, True, "no_close", "", "", False),
     ("<think>Hm.</think><answer>Par", True, False, "cut", "Hm.", "", False),
@@ -72,6 +73,29 @@ GOLDEN = [
     ("</think>Paris", False, True, "multiple", "", "Paris", False),
     ("<think>x</think>Paris", False, True, "multiple", "", "Paris", False),
     ("<think>Paris", False, True, "no_close", "", "", False),
+    # A native thought, then the prompt's own tags; the first that is not blank is the thought.
+    ("<think>a\n</think>\n\n<think>b</think>\n<answer>c</answer>", True, True, "twice", "a\n", "c", True),
+    ("<think>\n\n</think>\n\n<think>b</think><answer>c</answer>", True, True, "twice", "b", "c", True),
+    ("<think>a</think>\n<think>b</think>c", True, True, "multiple", "a</think>\n<think>b", "c", False),
+    ("<think>a</think>so<think>b</think><answer>c</answer>", True, True, "multiple", "a</think>so<think>b", "c", True),
+    (
+        "<think>a</think><think>b</think><answer>c</answer><answer>d</answer>",
+        True,
+        True,
+        "multiple",
+        "a</think><think>b",
+        "d",
+        True,
+    ),
+    # Fenced blocks
+    ("```xml\n<think>a</think>\n<answer>c</answer>\n```", True, True, "ok", "a", "c", True),
+    ("<think>a</think>\n```\nParis\n```", True, True, "ok", "a", "Paris", False),
+    ("<think>a</think><answer>\n```text\nParis\n```\n</answer>", True, True, "ok", "a", "Paris", True),
+    ("<think>a</think>use ``` so", True, True, "ok", "a", "use ``` so", False),
+    # The prompt's own words are no answer
+    ("<think>a</think><answer> your answer </answer>", True, True, "placeholder", "a", "", True),
+    ("<think>a</think><answer>your answer</answer><answer>Rome</answer>", True, True, "multiple", "a", "Rome", True),
+    ("<answer>your answer</answer>", False, True, "placeholder", "", "", True),
 ]
 
 
@@ -79,7 +103,7 @@ GOLDEN = [
 def test_golden_table_of_parses(text, thinking, finished, outcome, thought, answer, tagged):
     got = data.parse(text, thinking, finished)
     assert (got.outcome, got.thought, got.answer, got.tagged) == (outcome, thought, answer, tagged)
-    if thinking:
+    if thinking and outcome != "no_thought":
         assert text[slice(*got.span)] == thought
     else:
         assert got.span is None
@@ -89,6 +113,7 @@ OPENED = [  # the prompt ends in <think>
     ("\nHm.\n</think>\n\nParis", True, "ok", "\nHm.\n", "Paris", False),
     ("Hm.</think><answer>Paris</answer>", True, "ok", "Hm.", "Paris", True),
     ("Hm. Paris", False, "no_close", "Hm. Paris", "", False),
+    ("a</think>\n<think>b</think><answer>c</answer>", True, "twice", "a", "c", True),
     ("Hm.</think>Par", False, "cut", "Hm.", "", False),
     ("<think>Hm.</think>Paris", True, "multiple", "<think>Hm.", "Paris", False),
     ("a</think>b</think>c", True, "multiple", "a</think>b", "c", False),
@@ -128,7 +153,8 @@ def test_no_soup_of_tags_breaks_the_parser_and_thoughts_never_leak_into_answers(
         assert got.answer in untagged and got.answer == got.answer.strip()
         closed = text.rfind("</think>")
         if thinking and (closed < 0 or "<think>" in text[closed:]):
-            assert got.outcome == "no_close" and got.answer == ""
+            none = thinking and finished and closed < 0
+            assert got.outcome == ("no_thought" if none else "no_close") and got.answer == ""
         if got.answer and closed >= 0:
             assert got.answer in text[closed + 8 :].replace("<answer>", " ").replace("</answer>", " ")
         if got.outcome == "ok" and thinking:
@@ -156,7 +182,11 @@ def test_doctests():
         ("  \n\n \n\na", ["  \n\n \n\na"]),
         ("a\n\n", ["a\n\n"]),
         ("a\n\n ", ["a\n\n "]),
-        ("a\r\n\r\nb", ["a\r\n\r\nb"]),
+        ("a\r\n\r\nb", ["a\r\n\r\n", "b"]),
+        ("a\n \t\nb", ["a\n \t\n", "b"]),
+        ("a\r\nb", ["a\r\nb"]),
+        ("a\n\n   b", ["a\n\n", "   b"]),  # an indent belongs to what it indents
+        ("a  \n\nb", ["a  \n\n", "b"]),
         ("", []),
         (" \n\n \n", []),
     ],
@@ -173,14 +203,22 @@ def test_segments_equal_a_slow_independent_split_and_cover_exactly():
         head, tail = ("".join(chance.choices("ab\n ", k=chance.randint(0, 5))) for _ in range(2))
         thought = "".join(chance.choices(["a", "b.", "\n", "\n\n", " ", "\n\n\n", "é"], k=chance.randint(0, 12)))
         spans = data.split_segments(head + thought + tail, len(head), len(head) + len(thought))
-        # The paper's own words, thought.split("\n\n"), with blank pieces left out: the same texts in the same order.
-        pieces = [p.strip() for p in thought.split("\n\n") if p.strip()]
+        # Paragraphs line by line: a line of spaces ends one. Where there is none, thought.split("\n\n") of the paper.
+        paragraphs: list[list[str]] = [[]]
+        for line in thought.split("\n"):
+            if line.strip():
+                paragraphs[-1].append(line)
+            else:
+                paragraphs.append([])
+        pieces = ["\n".join(p).strip() for p in paragraphs if p]
+        if not re.search(r"\n +\n", thought):
+            assert pieces == [p.strip() for p in thought.split("\n\n") if p.strip()]
         assert [(head + thought + tail)[a:b].strip() for a, b in spans] == pieces
         edges = [c for span in spans for c in span]
         assert edges[1:-1:2] == edges[2::2]
         if pieces:
             assert (edges[0], edges[-1]) == (len(head), len(head) + len(thought))
-            assert all(b.endswith("\n\n") for b in ((head + thought + tail)[x:y].rstrip(" ") for x, y in spans[:-1]))
+            assert all(re.search(r"\n *\n *$", (head + thought + tail)[x:y]) for x, y in spans[:-1])
 
 
 # ---------- exact match
@@ -275,14 +313,70 @@ def test_exact_match_by_hand(thought, answer, golds, equal, contains):
 
 
 def test_whole_words():
-    assert data.contains_gold("several things", ["era"]) and not data.contains_gold(
-        "several things", ["era"], words=True
-    )
-    assert data.contains_gold("the era ended", ["The Era"], words=True)
-    assert data.contains_gold("1914–1918", ["1918"], words=True)
-    assert not data.contains_gold("in 1914", ["14", "191"], words=True)
-    assert not data.contains_gold("anything", ["+", "---"], words=True)
-    assert data.contains_gold("a.b", ["a.b"], words=True)  # nothing in a gold is a pattern
+    words = data.MATCHERS["words"]
+    assert data.contains_gold("several things", ["era"]) and not words("several things", ["era"])
+    assert words("the era ended", ["The Era"])
+    assert words("1914–1918", ["1918"])
+    assert not words("in 1914", ["14", "191"])
+    assert not words("anything", ["+", "---"])
+    assert words("a.b", ["a.b"])  # nothing in a gold is a pattern
+
+
+JUDGED = [  # answer, gold, whether a person calls it right -> equal, contains, words
+    ("sexual", "sexual", True, 1, 1, 1),
+    ("asexual", "sexual", False, 0, 1, 0),  # SciQ
+    ("Sexual reproduction.", "sexual", True, 0, 1, 1),
+    ("endothermic", "exothermic", False, 0, 0, 0),
+    ("invertebrates", "vertebrates", False, 0, 1, 0),
+    ("It is the vertebrates.", "vertebrates", True, 0, 1, 1),
+    ("1945", "194", False, 0, 1, 0),
+    ("In 1945.", "1945", True, 0, 1, 1),
+    ("unsaturated fats", "saturated fats", False, 0, 1, 0),
+    ("The Amazon", "amazon", True, 1, 1, 1),
+    ("not Mark Twain", "Mark Twain", False, 0, 1, 1),  # no matcher reads a "not"
+    ("Samuel Clemens", "Mark Twain", True, 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold", "right", "equal", "contains", "words"), JUDGED)
+def test_matchers_on_hand_made_answers(answer, gold, right, equal, contains, words):
+    assert [match(answer, [gold]) for match in data.MATCHERS.values()] == [equal, contains, words]
+
+
+def test_whole_words_take_fewest_wrong_answers_among_those_that_accept_sentences():
+    wrong = [(answer, gold) for answer, gold, right, *_ in JUDGED if not right]
+    taken = {name: sum(match(a, [g]) for a, g in wrong) for name, match in data.MATCHERS.items()}
+    assert taken == {"equal": 0, "contains": 5, "words": 1}
+
+
+def test_distractors_of_sciq_taken_for_the_gold():
+    """9,000 wrong options of SciQ: what each matcher takes for the right one."""
+    folder = shared_data() / "sciq"
+    taken: dict[str, int] = dict.fromkeys(data.MATCHERS, 0)
+    total = 0
+    for name in ("sciq_test.jsonl", "sciq_train_first2000.jsonl"):
+        for row in files.read_jsonl(folder / name):
+            for k in (1, 2, 3):
+                total += 1
+                for matcher, match in data.MATCHERS.items():
+                    taken[matcher] += match(row[f"distractor{k}"], [row["correct_answer"]])
+    assert (total, taken) == (9000, {"equal": 7, "contains": 48, "words": 11})
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1914–1918", "1914-1918"),
+        ("don’t look up", "Don't Look Up"),
+        ("Beyoncé", "Beyonce"),
+        ("100 °C", "100 degrees C"),
+        ("“Heroes”", "Heroes"),
+        ("−5", "-5"),
+    ],
+)
+def test_the_folded_form_takes_signs_for_their_plain_ones(answer, gold):
+    assert not data.equals_gold(answer, [gold]) and data.equals_gold(answer, [gold], fold=True)
+    assert data.exact_match(answer, answer, [gold], fold=True) == (True, True)
 
 
 def test_all_natural_questions_golds_match_themselves():
@@ -371,8 +465,8 @@ def check_cover(tokenizer: Tokenizer, seed: int, n: int) -> None:
             assert sum(x > 1 for x in weights) == inside
 
 
-def test_exact_cover_on_10_000_texts(tiny_tokenizer):
-    check_cover(tiny_tokenizer, seed=3, n=10_000)
+def test_exact_cover_on_500_texts(tiny_tokenizer):
+    check_cover(tiny_tokenizer, seed=3, n=500)
 
 
 def test_exact_cover_on_the_real_tokenizer(qwen3_tokenizer):
@@ -433,8 +527,8 @@ def test_other_tokenizers_are_refused(tiny_tokenizer, tmp_path):
     other.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match="not ByteLevel"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="token id 100000 is not in the tokenizer"):
-        token_offsets(tiny_tokenizer, [100_000])
+    with pytest.raises(InputError, match="token id -1 is none"):
+        token_offsets(tiny_tokenizer, [-1])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: not a tokenizer"):
         load_tokenizer(tmp_path)
@@ -568,7 +662,7 @@ def test_chat_template_equals_transformers(tiny_tokenizer, tmp_path, where):
         ("{% for i in range(10 ** 9) %}{% endfor %}", "fails"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "fails"),
         (None, "no chat template"),
-        ([{"name": "default", "template": "x"}], "no chat template"),
+        ([{"name": "tool_use", "template": "x"}], "no chat template"),
     ],
 )
 def test_bad_or_hostile_templates(tmp_path, source, reason):
@@ -603,7 +697,7 @@ def test_golden_prompts_of_r1_distill(tmp_path):
 
 
 def test_golden_prompts_of_nemotron(tmp_path):
-    """Thinking is switched by the system turn; without one there is nothing to switch it off with."""
+    """Thinking is switched by the system turn; without one the thought is closed by hand, and said so."""
     head = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ndetailed thinking {}<|eot_id|>"
     tail = "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     nemotron = template(tmp_path, NEMOTRON, "detailed thinking {thinking}", bos_token="<|begin_of_text|>")
@@ -611,8 +705,8 @@ def test_golden_prompts_of_nemotron(tmp_path):
         assert nemotron.prompt("hi", mode == "on") == head.format(mode) + tail
     plain = template(tmp_path, NEMOTRON, bos_token="<|begin_of_text|>")
     assert plain.prompt("hi", True) == "<|begin_of_text|>" + tail
-    with pytest.raises(InputError, match="cannot switch thinking off; .*--system 'detailed thinking {thinking}'"):
-        plain.prompt("hi", False)
+    assert plain.prompt("hi", False) == plain.prompt("hi", True) + "<think>\n\n</think>\n\n"  # closed by hand
+    assert "--system 'detailed thinking {thinking}'" in plain.by_hand() and nemotron.by_hand() == ""
 
 
 def test_tokenizer_without_the_special_tokens(tiny_tokenizer, tmp_path):
@@ -677,7 +771,8 @@ def test_candidates_of_hand_made_draws(tiny_tokenizer):
     samples = [s for args in FOUR + MIXED for s in draws(tiny_tokenizer, *args)]
     random.Random(0).shuffle(samples)
     samples.sort(key=lambda s: s["id"])  # draws in any order, questions in theirs
-    rows, tally = data.select_candidates(samples, tiny_tokenizer, **SMALL)
+    rows, tallies = data.select_candidates(samples, tiny_tokenizer, **SMALL)
+    tally = tallies["all"]
     expected = {"questions": 7, "chosen": 1, "rejected": 1}
     reasons = {"draws disagree": 3, "right in both modes": 1, "wrong in both modes": 1}
     assert tally == expected | reasons and list(tally)[:3] == list(expected)
@@ -699,7 +794,59 @@ def test_fewer_draws_can_be_used_and_every_draw_can_be_kept(tiny_tokenizer):
     samples = [s | {"ids": samples[1]["ids"], "text": samples[1]["text"]} if s is samples[2] else s for s in samples]
     rows, tally = data.select_candidates(samples, tiny_tokenizer, keep="all", **SMALL)
     assert [r["id"] for r in rows] == ["q1#0", "q1#1", "q2#0", "q2#1", "q2#2"]
+    tally = tally["all"]
     assert (tally["chosen"], tally["rejected"], tally["repeated draw"]) == (2, 3, 1)
+
+
+def test_the_tally_is_told_by_data_set(tiny_tokenizer):
+    """Table 1: what became of the questions of each set; the sets add up to all."""
+    sets = {1: "nq_open", 2: "nq_open", 3: "sciq", 5: "sciq", 7: "nq_open"}
+    samples = [
+        s | ({"dataset": sets[args[0]]} if args[0] in sets else {})
+        for args in FOUR + MIXED
+        for s in draws(tiny_tokenizer, *args)
+    ]
+    _, tally = data.select_candidates(samples, tiny_tokenizer, **SMALL)
+    assert tally["nq_open"] == {"questions": 3, "chosen": 1, "rejected": 1, "draws disagree": 1}
+    assert tally["sciq"] == {
+        "questions": 2, "chosen": 0, "rejected": 0, "draws disagree": 1, "right in both modes": 1
+    }  # fmt: skip
+    assert tally["unnamed"]["questions"] == 2
+    for key, n in tally["all"].items():
+        assert n == sum(of.get(key, 0) for name, of in tally.items() if name != "all")
+
+
+def test_outcomes_of_both_modes(tiny_tokenizer):
+    samples = draws(tiny_tokenizer, 1, (1, 1, 1), (0, 0, 0))
+    samples[0] = sample(tiny_tokenizer, 1, "on", 0, True, "Six")
+    samples[3] = sample(tiny_tokenizer, 1, "off", 0, True, "Si", "length")
+    assert data.count_outcomes(samples) == {"on": {"ok": 2, "no_thought": 1}, "off": {"ok": 2, "cut": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "on", "remedy"),
+    [
+        ("Six", "stop", (1, 1, 1), "most completions hold no thought: take a model that reasons"),
+        ("<think>a", "length", (1, 1, 1), "most completions were cut short: raise --draw-max-new"),
+        (None, "stop", (0, 0, 0), "no answer is a gold: look at some"),
+        (None, "stop", (1, 0, 1), "draw at a lower temperature"),
+    ],
+)
+def test_the_remedy_follows_the_main_cause(tiny_tokenizer, text, finish, on, remedy):
+    samples = [
+        s
+        for k in range(3)
+        for s in (
+            [sample(tiny_tokenizer, k, "on", d, z, text, finish) for d, z in enumerate(on)]
+            + [sample(tiny_tokenizer, k, "off", d, False) for d in range(3)]
+        )
+    ]
+    with pytest.raises(InputError, match=remedy):
+        data.select_candidates(samples, tiny_tokenizer, **SMALL)
+
+
+def test_the_placeholder_is_the_prompts():
+    assert f"<answer> {data.PLACEHOLDER} </answer>" in load_prompt(files.ROOT / "prompts" / "factual.txt")
 
 
 def test_limits_hold_their_ends_and_every_question_is_accounted_for(tiny_tokenizer):
@@ -707,7 +854,8 @@ def test_limits_hold_their_ends_and_every_question_is_accounted_for(tiny_tokeniz
     count = data.select_candidates(base, tiny_tokenizer, **SMALL)[0][0]["n_think_tokens"]
 
     def tally(samples, **limits):
-        rows, tally = data.select_candidates(base + samples, tiny_tokenizer, **(SMALL | limits))
+        rows, tallies = data.select_candidates(base + samples, tiny_tokenizer, **(SMALL | limits))
+        tally = tallies["all"]
         assert sum(v for k, v in tally.items() if k != "questions") == tally["questions"]
         return {k: v for k, v in tally.items() if k not in ("questions", "chosen", "rejected")}
 
@@ -718,7 +866,7 @@ def test_limits_hold_their_ends_and_every_question_is_accounted_for(tiny_tokeniz
         ({"think_tokens": (count + 1, 999)}, f"fewer than {count + 1} thinking tokens"),
         ({"think_tokens": (0, count - 1)}, f"more than {count - 1} thinking tokens"),
     ):
-        with pytest.raises(InputError, match=f"no chosen row .*{reason} 2.*; draw for more questions"):
+        with pytest.raises(InputError, match=f"no chosen row .*{reason} 2.*; widen --min-.* or draw for more"):
             tally([], **bad)
 
     def third(text, finish="stop"):
@@ -728,7 +876,9 @@ def test_limits_hold_their_ends_and_every_question_is_accounted_for(tiny_tokeniz
 
     thought = "<think>a\n\nb\n\nc\n\nd</think>"
     assert tally(third(f"{thought}Six")) == {}
-    assert tally(third(f"{thought}<answer>Six</answer> Yes.")) == {"trace is trailing": 1}
+    assert tally(third(f"{thought}<answer>Six</answer> Yes.")) == {}  # chatter after the answer leaves no doubt
+    assert tally(third(f"So:\n{thought}<answer>Six</answer>")) == {}  # nor before the thought
+    assert tally(third(f"{thought}<answer>Two</answer><answer>Six</answer>")) == {"trace is multiple": 1}
     assert tally(third("a\n\nb</think>Six")) == {"trace is no_open": 1}
     assert tally(third(f"{thought}<answer>Six</answer>", "length")) == {"trace has no end token": 1}
     assert tally(third(f"{thought}Six", "length")) == {"draws disagree": 1}  # a cut answer is not right
@@ -740,8 +890,9 @@ def test_the_matcher_is_the_callers(tiny_tokenizer):
     samples += [s for s in draws(tiny_tokenizer, 3, (0, 0, 0), (0, 0, 0)) if s["mode"] == "off"]
     thought = "<think>a\n\nb\n\nc\n\nd</think>"
     samples += [sample(tiny_tokenizer, 3, "on", d, True, f"{thought}It is Six.") for d in range(3)]
-    assert data.select_candidates(samples, tiny_tokenizer, **SMALL)[1]["chosen"] == 1
-    assert data.select_candidates(samples, tiny_tokenizer, matcher="contains", **SMALL)[1]["chosen"] == 2
+    assert data.select_candidates(samples, tiny_tokenizer, **SMALL)[1]["all"]["chosen"] == 1
+    assert data.select_candidates(samples, tiny_tokenizer, matcher="contains", **SMALL)[1]["all"]["chosen"] == 2
+    assert data.select_candidates(samples, tiny_tokenizer, matcher="words", **SMALL)[1]["all"]["chosen"] == 2
 
 
 def test_bad_samples_are_named(tiny_tokenizer):

@@ -34,8 +34,9 @@ def think(thought, answer):
         (think("Parisian", "the paris!"), "stop", 1, 0, 1, 1, "ok"),
         (think("Lyon", "not Paris"), "stop", 0, 0, 0, 1, "ok"),
         ("<think>Paris, I am sure it is Paris", "length", 1, 1, 0, 0, "truncated"),
-        ("<think>Paris, I am sure it is Paris", "stop", 1, 1, 0, 0, "truncated"),
-        ("Paris", "stop", 1, 1, 0, 0, "truncated"),  # never thought: nothing of it is an answer
+        ("<think>Paris, I am sure it is Paris", "stop", 0, 0, 0, 0, "no_thought"),  # it ended by itself
+        ("Paris", "stop", 0, 0, 0, 0, "no_thought"),  # never thought: nothing of it is an answer
+        ("<think>x</think><answer>your answer</answer>", "stop", 0, 0, 0, 0, "empty"),
         ("<think>x</think>Paris", "length", 0, 0, 0, 0, "truncated"),
         ("<think>x</think><answer>Paris</answer> since", "length", 0, 0, 1, 1, "truncated"),
         ("<think>x</think><answer></answer>", "stop", 0, 0, 0, 0, "empty"),
@@ -101,6 +102,7 @@ def rows(counts, mode="on"):
                 "n_empty_golds": 0,
             }
             row |= {"em_t": t, "em_t_word": t, "em_a_equal": equal, "em_a_contains": contains, "gold_in_question": 0}
+            row |= {"em_a_words": contains, "sentence": not equal}
             out.append(row)
     return out
 
@@ -136,8 +138,9 @@ def test_shares_of_forms_add_up():
     texts = [think("a", "b"), "<think>a", "<think>a</think>", "<think> </think>b", think("a", "b") + " c", "a</think>b"]
     scored = [evaluation.score(sample(t, name=str(k))) for k, t in enumerate(texts)]
     got = evaluation.metrics(scored)
-    assert [got[f]["k"] for f in ("ok", "truncated", "empty", "malformed")] == [1, 1, 2, 2]
-    assert got["outcomes"] == {"empty": 2, "no_close": 1, "no_open": 1, "ok": 1, "trailing": 1}
+    assert [got[f]["k"] for f in evaluation.FORMS] == [1, 0, 1, 2, 2]
+    assert got["mis"]["k"] == 0  # the golden answer is in the thought of none
+    assert got["outcomes"] == {"empty": 2, "no_thought": 1, "no_open": 1, "ok": 1, "trailing": 1}
     assert got["think_tokens_mean"] is None  # no tokenizer was given
 
 
@@ -256,8 +259,8 @@ def test_draws_are_pooled_and_a_question_counts_once_in_an_interval():
     assert evaluation.metrics(once)["draws"]["acc"] == {"mean": 0.3, "sd": None, "all": [0.3]}
     text = evaluation.draws_table({"a": got, "b": evaluation.metrics(rows({(0, 1, 1): 1}, mode="off"))})
     assert text.splitlines()[2:] == [
-        "| a | 2 | 40.00 ± 14.14 | 40.00 ± 14.14 |",
-        "| b | 1 | 100.00 ± - | - |",
+        "| a   |     2 |  40.00 ± 14.14 |  40.00 ± 14.14 |",
+        "| b   |     1 |     100.00 ± - |              - |",
     ]
     assert evaluation.draws_table({"a": evaluation.metrics(once)}) == ""
 
@@ -322,15 +325,37 @@ def test_table():
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0][1] == "Acc equal (95 %)"
-    assert cells[2][0] == "ThinkOff" and cells[2][2:5] == ["3/4", "-", "-"] and cells[2][7] == "-"
+    assert cells[2][0] == "ThinkOff" and cells[2][2:5] == ["3/4", "-", "-"] and cells[2][8] == "-"
     low, high = (100 * x for x in stats.binomtest(5, 20).proportion_ci(method="wilson"))
     assert cells[3][:3] == ["MR-ALIGN", f"25.0 [{low:.1f}, {high:.1f}]", "5/20"]
-    assert cells[3][4:] == ["9/20", "35.0", "55.0", "60.0", "60.0", "100.0", "0.0", "0.0", "10"]
+    assert cells[3][4:] == ["9/20", "35.0", "55.0", "55.0", "60.0", "60.0", "65.0", "100.0", "0.0", "0.0", "0.0", "10"]
     assert all(re.fullmatch(r"-+:?", c) for c in cells[1])
     with pytest.raises(AssertionError):
         evaluation.table({"a": on, "b": evaluation.metrics(rows({(1, 1, 1): 1}), "contains")})
 
 
-def test_matchers_are_the_two_of_data():
-    scored = [evaluation.score(sample(think("x", "It is Paris")))]
-    assert [evaluation.indicator(scored, "mis", m).tolist() for m in data.MATCHERS] == [[False], [True]]
+def test_every_matcher_of_data_is_a_column_and_a_headline():
+    scored = [
+        evaluation.score(sample(think("x", "It is Parisian"))),
+        evaluation.score(sample(think("x", "a Paris x"), name="r")),
+    ]
+    found = {m: evaluation.indicator(scored, "mis", m).tolist() for m in data.MATCHERS}
+    assert found == {"equal": [False, False], "contains": [True, True], "words": [False, True]}
+    assert [evaluation.metrics(scored, m)["mis"]["k"] for m in data.MATCHERS] == [0, 2, 1]
+    other = [evaluation.score(sample(think("x", "Rome"), name=name)) for name in ("q", "r")]
+    assert [evaluation.compare(scored, other, m)["mis"]["difference"] for m in data.MATCHERS] == [0, 1, 0.5]
+
+
+def test_a_completion_without_a_thought_is_counted_by_itself_and_no_part_of_mis():
+    texts = [think("Paris", "Paris"), "It is Paris.", "<think>It must be Paris"]
+    got = evaluation.metrics([evaluation.score(sample(t, name=str(k))) for k, t in enumerate(texts)])
+    assert (got["acc"]["k"], got["mis"]["k"], got["no_thought"]["k"], got["truncated"]["k"]) == (1, 0, 2, 0)
+    assert "66.7 % of the completions are no thought" in evaluation.warnings(got)[0]
+
+
+def test_sentences_and_folded_golds():
+    answers = ["Paris", "The capital is Paris.", "Paris, France.", "It is **Paris, in France.**", "U.S."]
+    scored = [evaluation.score(sample(think("x", a), name=str(k))) for k, a in enumerate(answers)]
+    assert evaluation.metrics(scored)["sentences"]["k"] == 2
+    plain, folded = (evaluation.score(sample(think("résumé", "résumé"), ["resume"]), fold=f) for f in (False, True))
+    assert (plain["em_t"], plain["em_a_equal"], folded["em_t"], folded["em_a_equal"]) == (False, False, True, True)

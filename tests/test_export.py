@@ -22,6 +22,7 @@ from common import hub
 from common.errors import InputError
 from common.files import write_json
 from llm import client
+from report import card
 from tools import export
 
 TEMPLATE = (
@@ -158,7 +159,7 @@ def test_bad_input(tmp_path: Path, tiny_tokenizer: Any, capsys: Any) -> None:
 
 def test_serve_commands_for_a_model_of_the_hub(tmp_path: Path) -> None:
     base = hub.Source(tmp_path / "cache", "Qwen/Qwen3-8B", "0123abcd")
-    lines = export.serve_commands(base, tmp_path / "my run/mralign", 20).splitlines()
+    lines = card.serve_commands(base, tmp_path / "my run/mralign", 20).splitlines()
     path = f"'{tmp_path}/my run/mralign'"
     modules = f"'mralign={tmp_path}/my run/mralign'"
     model = "Qwen/Qwen3-8B --revision 0123abcd --enable-lora"
@@ -170,7 +171,7 @@ def test_serve_commands_for_a_model_of_the_hub(tmp_path: Path) -> None:
         f"  python -m sglang.launch_server --model-path {model} --max-lora-rank 20 --lora-paths {modules}",
         f"  python -m tools.export serve-check {path} Qwen/Qwen3-8B:mralign@http://127.0.0.1:30000/v1",
     ]
-    local = export.serve_commands(hub.Source(tmp_path, "."), tmp_path / "x", 64)
+    local = card.serve_commands(hub.Source(tmp_path, "."), tmp_path / "x", 64)
     assert f"vllm serve {tmp_path} --enable-lora --max-lora-rank 64" in local and "--revision" not in local
 
 
@@ -280,10 +281,10 @@ def test_card(tmp_path: Path, tiny_tokenizer: Any) -> None:
     of_hub = hub.Source(base.folder, "Qwen/Qwen3-8B", "0123abcd")
     rows = {"sha256": "feed", "chosen": 30, "rejected": 12, "datasets": {"sciq": 40, "own questions": 2}}
     scores = {"test": "| | Acc |\n|---|---|\n| base | 34.10 |"}
-    export.write_card(path, of_hub, "mralign", {"lr": 5e-6}, rows, {"step": 327, "loss": 0.43219}, scores)
-    card = ModelCard.load(path / "README.md")
-    assert card.data.base_model == "Qwen/Qwen3-8B" and card.data.library_name == "peft"
-    assert "mr-align" in card.data.tags
+    card.write_card(path, of_hub, "mralign", {"lr": 5e-6}, rows, {"step": 327, "loss": 0.43219}, scores)
+    written = ModelCard.load(path / "README.md")
+    assert written.data.base_model == "Qwen/Qwen3-8B" and written.data.library_name == "peft"
+    assert "mr-align" in written.data.tags
     for part in (
         "Qwen/Qwen3-8B at commit 0123abcd",
         "30 chosen, 12 rejected; SHA-256 of the file `feed`",
@@ -294,7 +295,7 @@ def test_card(tmp_path: Path, tiny_tokenizer: Any) -> None:
         "| lr | `5e-06` |",
         "vllm serve Qwen/Qwen3-8B --revision 0123abcd --enable-lora --max-lora-rank 8",
     ):
-        assert part in card.text, part
-    export.write_card(path, base, "kto", {}, rows, {}, {})
-    card = ModelCard.load(path / "README.md")
-    assert card.data.base_model is None and "Not evaluated yet." in card.text and "a local folder" in card.text
+        assert part in written.text, part
+    written.write_card(path, base, "kto", {}, rows, {}, {})
+    written = ModelCard.load(path / "README.md")
+    assert written.data.base_model is None and "Not evaluated yet." in written.text and "a local folder" in written.text

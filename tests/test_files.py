@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -270,9 +271,162 @@ def test_a_journal_keeps_what_was_added_before_a_kill(tmp_path: Path) -> None:
     journal = Journal(path, "k")
     assert journal.rows == [{"i": i, "text": "ö\u2028"} for i in range(5)]
     journal.add({"i": 6})
+    with pytest.raises(InputError, match="another program is writing this file"):
+        Journal(path, "k")
     journal.close()
-    assert Journal(path, "k").rows[-2:] == [{"i": 4, "text": "ö\u2028"}, {"i": 6}]
-    assert Journal(path, "another run").rows == [] == Journal(path, "another run").rows
-    assert Journal(path, "k").rows == []  # started anew by the other key
+    assert reopened(path, "k")[-2:] == [{"i": 4, "text": "ö\u2028"}, {"i": 6}]
+    assert reopened(path, "another run") == [] == reopened(path, "another run")
+    assert reopened(path, "k") == []  # started anew by the other key
     path.write_bytes(b'{"key": "k"')  # killed in its first line
-    assert Journal(path, "k").rows == []
+    assert reopened(path, "k") == []
+
+
+def reopened(path: Path, key: str) -> list[dict]:
+    journal = Journal(path, key)
+    journal.close()
+    return journal.rows
+
+
+def test_a_damaged_row_of_a_journal_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, rows = tmp_path / "journal.jsonl", [{"i": i, "ids": [1, 2, 3]} for i in range(4)]
+    journal = Journal(path, "k")
+    for row in rows:
+        journal.add(row)
+    journal.close()
+    whole = path.read_bytes()
+    assert reopened(path, "k") == rows and capsys.readouterr().err == ""
+    lines = whole.splitlines()
+    body, check = lines[2].rsplit(b', "check": "', 1)  # i == 1: the checksum is CRC-32 of the row without it
+    assert check == b'%08x"}' % zlib.crc32(body + b"}")
+    path.write_bytes(whole.replace(b'"i": 1, "ids": [1, 2, 3]', b'"i": 1, "ids": [1, 2, 7]'))  # still JSON
+    assert reopened(path, "k") == [rows[0], *rows[2:]]
+    assert capsys.readouterr().err == f"{path}: 1 damaged of 5 rows left out, lines 3\n"
+    path.write_bytes(b"\n".join([*lines[:3], b"\xff\x00", json.dumps(rows[1]).encode(), *lines[3:]]) + b"\n")
+    assert reopened(path, "k") == rows  # garbage and a row without a checksum after rows with one
+    path.write_bytes(whole.replace(b'{"key": "k"', b'{"key": "j"'))
+    assert reopened(path, "k") == [] and "1 damaged of 1 rows" in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "j", "k")
+    journal.add({"i": 0})
+    real = journal.file
+
+    class Full:
+        name = "j"
+
+        def write(self, line: bytes) -> int:
+            return real.write(line[:7])
+
+        def __getattr__(self, name: str):
+            return getattr(real, name)
+
+    journal.file = Full()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        journal.add({"i": 1})
+    journal.file = real
+    journal.add({"i": 2})
+    journal.close()
+    assert reopened(tmp_path / "j", "k") == [{"i": 0}, {"i": 2}]
+
+
+# -- what editors write: Notepad, PowerShell, Excel, TextEdit, vim, the classic Mac
+
+TEXT = "Answer shortly: é 日本 😀\n\nQuestion: {question}\n"
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-sig", "utf-16-be-sig", "utf-32"]
+LINE_ENDS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
+
+
+def saved(text: str, encoding: str, end: str) -> bytes:
+    text = text.replace("\n", end)
+    if encoding.startswith("utf-16-"):
+        return ("\ufeff" + text).encode(encoding.removesuffix("-sig"))
+    return text.encode(encoding)
+
+
+@pytest.mark.parametrize("end", LINE_ENDS.values(), ids=LINE_ENDS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_reader_gives_the_same_however_a_file_was_saved(tmp_path: Path, encoding: str, end: str) -> None:
+    path, rows = tmp_path / "a", [{"id": "1", "text": "é 日本 😀 a\u2028b"}, {"id": "2", "text": "z"}]
+    path.write_bytes(saved(TEXT, encoding, end))
+    assert files.read_text(path) == TEXT
+    path.write_bytes(saved("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n", encoding, end))
+    assert files.read_jsonl(path, ("id", "text")) == rows
+    path.write_bytes(saved(json.dumps(rows, ensure_ascii=False, indent=1), encoding, end))
+    assert files.read_json(path) == rows
+    csv = 'id,text\n1,"é 日本 😀 a\u2028b"\n2,z\n'
+    assert files.csv_rows(saved(csv, encoding, end), "a.csv") == rows
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("Frage: größer\n".encode("cp1252"), ":1: not UTF-8 text"),
+        (b"one\ntwo\nthr\xe9e\n", ":3: not UTF-8 text"),
+        (b"one\ntwo\0\n", ":2: a NUL character"),
+        ("one".encode("utf-16-le"), ": every other byte is NUL, as in UTF-16 without"),
+        (b"\xff\xfeo\0n", ": damaged UTF-16 text"),
+        (b"\xff\xfe\0\0o\0\0", ": damaged UTF-32 text"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path, raw: bytes, reason: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(raw)
+    with pytest.raises(InputError) as caught:
+        files.read_text(path)
+    assert str(caught.value).startswith(f"{path}{reason}") and "\n" not in str(caught.value)
+    if ":1" not in reason and ":2" not in reason and ":3" not in reason:
+        with pytest.raises(InputError, match="UTF"):
+            files.read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a,b\n1\n", "a.csv:2: not as many fields"),
+        ("a,b\n1,2,3\n", "a.csv:2: not as many"),
+        ('a\n"1', "a.csv:1: not CSV"),
+    ],
+)
+def test_odd_csv_is_named(text: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        files.csv_rows(text.encode(), "a.csv")
+    assert files.csv_rows(b'a,b\n"1\r\n2",3\n', "a.csv") == [{"a": "1\r\n2", "b": "3"}]
+
+
+def test_a_data_set_without_ids_is_told_how_to_get_them(tmp_path: Path) -> None:
+    """And the command does what it says."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    files.write_jsonl(source, [{"question": "who?"}, {"question": "é"}])
+    with pytest.raises(InputError, match="field 'id' is missing") as caught:
+        files.read_jsonl(source, ("id", "question"))
+    command = str(caught.value).partition("to number the rows: ")[2]
+    command = command.replace("< IN > OUT", f"< '{source}' > '{target}'")
+    subprocess.run(command, shell=True, check=True)
+    assert files.read_jsonl(target, ("id",)) == [{"id": "q1", "question": "who?"}, {"id": "q2", "question": "é"}]
+    source.write_text('[{"id": "1"}]')
+    with pytest.raises(InputError, match="in.jsonl:1: a JSON array; write one object a line"):
+        files.read_jsonl(source)
+    source.write_text("[\n{}\n]")
+    with pytest.raises(InputError, match="in.jsonl:1: a JSON array; write one object a line"):
+        files.read_jsonl(source)
+
+
+def test_relative_input_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any working directory: what lies there goes first, then what ships with the project."""
+    monkeypatch.chdir(tmp_path)
+    assert files.find("prompts/plain.txt") == files.ROOT / "prompts/plain.txt"
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/plain.txt").write_text("own")
+    assert files.find("prompts/plain.txt").read_text() == "own"
+    with pytest.raises(InputError) as caught:
+        files.find("prompts/none.txt")
+    assert str(tmp_path) in str(caught.value) and str(files.ROOT) in str(caught.value)
+    assert files.find("/no/such") == Path("/no/such")  # whoever reads it names it
+
+
+def test_line_ends_of_the_repository_are_pinned() -> None:
+    """A clone on Windows gets the bytes that the checksums and golden files were made of."""
+    assert "* text=auto eol=lf\n" in (ROOT / ".gitattributes").read_text()
+    for path in [*(ROOT / "prompts").glob("*.txt"), *(ROOT / "mini").rglob("*.jsonl")]:
+        assert b"\r" not in path.read_bytes(), path

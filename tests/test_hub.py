@@ -73,6 +73,31 @@ def test_a_miss_says_what_to_run_elsewhere(tmp_path: Path, variables: dict[str, 
     assert f"run: hf download {NAME} --revision v1 --include '*.safetensors'" in message and "\n" not in message
 
 
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "model-00002-of-00002.safetensors", "index"])
+def test_half_a_snapshot_offline_names_the_command(tmp_path: Path, missing: str) -> None:
+    """What an interrupted or hand-made download leaves: the library calls it the model, and later stages would fail."""
+    shards = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}})
+    whole = {"config.json": "{}", "tokenizer.json": "{}", **dict.fromkeys(shards, "x")}
+    whole["model.safetensors.index.json"] = index
+    cache = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    for name, text in whole.items():
+        (snapshot / name).write_text(text)
+    assert json.loads(locate(tmp_path, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1"))[2] == COMMIT
+    name = "model.safetensors.index.json" if missing == "index" else missing
+    (snapshot / name).unlink()
+    message = locate(tmp_path, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1")
+    lacking = "model.safetensors" if missing == "index" else missing
+    assert message.startswith(
+        f"InputError: {NAME}: its snapshot in the cache has no {lacking}; where there is a network"
+    )
+    assert f"hf download {NAME} --include '*.safetensors'" in message and "\n" not in message
+
+
 def test_gated_and_unknown_models(tmp_path: Path) -> None:
     with FakeHub(WANTED, gated=True) as server:
         assert "the model is gated; accept its terms" in locate(tmp_path, server.url, NAME)

@@ -16,7 +16,8 @@ from fake_server import FakeServer, labeller
 
 import mralign
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
-from llm import discover
+from pipeline.config import RunConfig
+from tools import discover, labelling
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"
@@ -272,7 +273,7 @@ def test_spend_is_the_servers_count_to_the_last_token(annotate, server, out):
 
 def test_the_page_on_annotating_names_flags_that_exist_and_adds_up():
     page = (ROOT / "docs/annotating.md").read_text()
-    flags = {f.name for cls in (mralign.Config, discover.Settings) for f in dataclasses.fields(cls)} | {
+    flags = {f.name for cls in (RunConfig, discover.Settings) for f in dataclasses.fields(cls)} | {
         "dry_run",
         "config",
     }
@@ -290,3 +291,16 @@ def test_the_page_on_annotating_names_flags_that_exist_and_adds_up():
         assert calls == "422"
         total += float(usd)
     assert total == pytest.approx(float(re.search(r"^sum +([\d.]+) ", page, re.M)[1]), abs=1e-3)
+
+
+def test_replies_that_another_run_paid_for_are_copied_once(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    labelling.lend_replies(a, b)  # nothing to lend
+    (a / "annotation").mkdir(parents=True)
+    (a / "annotation/calls.jsonl").write_text("lent")
+    labelling.lend_replies(a, b)
+    own = b / "annotation/calls.jsonl"
+    assert own.read_text() == "lent" and not own.samefile(a / "annotation/calls.jsonl")
+    own.write_text("lent, and more of its own")
+    labelling.lend_replies(a, b)
+    assert own.read_text() == "lent, and more of its own"

@@ -1,5 +1,7 @@
 """lora.py against peft: the same logits from the same files, in both directions, and exact switching."""
 
+import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -57,16 +59,110 @@ def fill(parameters: list[nn.Parameter]) -> None:
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_peft_computes_the_same_from_our_files(tmp_path: Path, dtype: torch.dtype) -> None:
-    """On one and the same base the logits are PEFT's bit for bit, also where fp32 adapters meet bf16 weights."""
-    m = peer(dtype)
+def test_peft_computes_the_same_from_our_files(tmp_path: Path) -> None:
+    """On one and the same base the logits are PEFT's bit for bit."""
+    m = peer()
     fill(lora.add(m, r=4, alpha=12, seed=1))
     lora.save(m, tmp_path, "some/base")
-    theirs = peft.PeftModel.from_pretrained(peer(dtype), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(peer(), tmp_path).eval()
     got, expected = logits(m), logits(theirs)
     assert torch.equal(got, expected)
-    assert (expected - logits(peer(dtype))).abs().max() > 0.1  # the adapter is no ornament
+    assert (expected - logits(peer())).abs().max() > 0.1  # the adapter is no ornament
+
+
+SHAPES = {  # tokens, in, out of each layer that reads the input
+    "q k v": (70, 48, (64, 32, 32)),
+    "gate up": (33, 48, (56, 56)),
+    "o": (20, 64, (48,)),
+    "few tokens": (3, 160, (96, 80)),
+    "long": (400, 96, (24,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_is_no_further_from_fp64_than_peft_under_autocast(shape: str, dtype: torch.dtype) -> None:
+    """Outputs and the gradients of x, A and B; the same rounded weights, input and output gradient for all three."""
+    N, inner, outs = SHAPES[shape]
+    generator = torch.Generator().manual_seed(5)
+    m = nn.Module()
+    names = [f"part{i}_proj" for i in range(len(outs))]
+    for name, out in zip(names, outs, strict=True):
+        m.add_module(name, nn.Linear(inner, out, dtype=dtype))
+        m.get_submodule(name).weight.data = torch.randn(out, inner, generator=generator).to(dtype) * inner**-0.5
+    theirs = peft.get_peft_model(copy.deepcopy(m), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    masters = lora.add(m, 4, 8, targets=tuple(names))
+    fill(masters)
+    exact = copy.deepcopy(m).double()
+    peers_masters = []
+    for name in names:
+        layer, of_peft = m.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        for side in "AB":
+            p = getattr(of_peft, f"lora_{side}")["default"].weight
+            p.data = getattr(layer, f"lora_{side}").detach().float().clone()
+            peers_masters.append(p)
+    x = torch.randn(N, inner, generator=generator).to(dtype)
+    g = torch.randn(N, sum(outs), generator=generator).to(dtype)
+
+    def answers(run, x, masters) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        y = run(x)
+        gradients = torch.autograd.grad(y, [x, *masters], g.to(y.dtype))
+        return [y.detach().double(), *(gradient.double() for gradient in gradients)]
+
+    def apart(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([model.get_submodule(name)(x) for name in names], 1)
+
+    def in_peft(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype):
+            return apart(theirs.base_model.model, x)
+
+    layers = [m.get_submodule(name) for name in names]
+    whole = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    exact_masters = [p for p in exact.parameters() if p.requires_grad]
+    expected = answers(lambda x: apart(exact, x), x.double(), exact_masters)
+    bound = answers(in_peft, x, peers_masters)
+    for got in (
+        answers(lambda x: lora.joint(x, layers, *whole), x, masters),
+        answers(lambda x: apart(m, x), x, masters),
+    ):
+        errors = [
+            (float((ours - true).norm() / true.norm()), float((peft_ - true).norm() / true.norm()))
+            for ours, peft_, true in zip(got, bound, expected, strict=True)
+        ]
+        assert all(ours <= 1.05 * peft_ for ours, peft_ in errors), errors
+    assert all(p.dtype == torch.float32 for p in masters)
+
+
+def test_input_is_kept_once_and_never_in_fp32() -> None:
+    """Three layers, one input: the backward pass holds x, the three A x and weights, all bf16."""
+    m = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        m.add_module(name, nn.Linear(48, 32, bias=False, dtype=torch.bfloat16))
+    lora.add(m, 4, 8, targets=("q_proj", "k_proj", "v_proj"))
+    layers = [m.q_proj, m.k_proj, m.v_proj]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora.joint(torch.randn(100, 48).bfloat16(), layers, torch.cat([layer.weight for layer in layers]), None)
+    of_tokens = [tuple(t.shape) for t in kept if t.shape and t.shape[0] == 100]
+    assert sorted(of_tokens) == [(100, 12), (100, 48)] and all(t.dtype == torch.bfloat16 for t in kept if len(t) == 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_new_adapters_and_switched_off_ones_are_the_base_bit_for_bit_when_stacked(dtype: torch.dtype) -> None:
+    """B = 0 adds exact zeros to the base product: the first log-ratio of training is exactly 0."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(96, n, dtype=dtype) for n in (64, 32, 32)]
+    whole = torch.cat([m.weight.detach() for m in layers]), torch.cat([m.bias.detach() for m in layers])
+    x = torch.randn(50, 96).to(dtype)
+    base = lora.joint(x, layers, *whole)
+    m = nn.ModuleDict({f"{i}_proj": layer for i, layer in enumerate(layers)})
+    parameters = lora.add(m, 4, 8, targets=tuple(m))
+    assert torch.equal(lora.joint(x, list(m.values()), *whole), base)
+    fill(parameters)
+    assert not torch.equal(lora.joint(x, list(m.values()), *whole), base)
+    with lora.disabled(m):
+        assert torch.equal(lora.joint(x, list(m.values()), *whole), base)
 
 
 @pytest.mark.parametrize("kind", peers.KINDS)
@@ -240,7 +336,9 @@ def folder(tmp_path: Path) -> Path:
         ("use_dora", True, "not supported"),
         ("modules_to_save", ["lm_head"], "not supported"),
         ("rank_pattern", {"q_proj": 8}, "not supported"),
-        ("init_lora_weights", "pissa", "true"),
+        ("init_lora_weights", "pissa", "gaussian"),
+        ("init_lora_weights", "olora", "gaussian"),
+        ("layers_to_transform", 0, "not supported"),
         ("a_field_of_the_future", 1, "not supported"),
     ],
 )
@@ -252,6 +350,94 @@ def test_refused_config(folder: Path, field: str, value: object, word: str) -> N
         lora.load(peer(), folder)
     message = str(error.value)
     assert field in message and word in message and "\n" not in message, message
+
+
+# What PEFT's config may hold besides its defaults: field -> a value with which it saves an adapter, and what we do.
+PEFT_OPTIONS = {
+    "task_type": ("CAUSAL_LM", "honoured"),
+    "lora_dropout": (0.3, "honoured"),
+    "target_modules": (["layers.0.self_attn.q_proj", "down_proj"], "honoured"),
+    "r": (5, "honoured"),
+    "lora_alpha": (3, "honoured"),
+    "inference_mode": (True, "honoured"),
+    "megatron_core": ("another.core", "honoured"),
+    "qalora_group_size": (8, "honoured"),
+    "ensure_weight_tying": (True, "honoured"),
+    "eva_config": ({"rho": 1.0}, "honoured"),
+    "init_lora_weights": ("orthogonal", "honoured"),
+    "bias": ("lora_only", "refused"),
+    "exclude_modules": (["layers.1.self_attn.q_proj"], "refused"),
+    "use_rslora": (True, "refused"),
+    "modules_to_save": (["lm_head"], "refused"),
+    "layers_to_transform": ([0], "refused"),
+    "layers_pattern": (["layers"], "refused"),
+    "rank_pattern": ({"q_proj": 2}, "refused"),
+    "alpha_pattern": ({"q_proj": 32}, "refused"),
+    "trainable_token_indices": ([1, 2], "refused"),
+    "use_dora": (True, "refused"),
+    "alora_invocation_tokens": ([1], "refused"),
+    "use_qalora": (True, "refused"),
+    "layer_replication": ([[0, 2], [1, 2]], "refused"),
+    "lora_bias": (True, "refused"),
+    "target_parameters": (["mlp.weight"], "refused"),
+    "fan_in_fan_out": (True, "refused"),
+    "auto_mapping": ({"base_model_class": "X"}, "refused"),
+    "loftq_config": ({"loftq_bits": 4}, "refused"),
+    "corda_config": ({"rho": 1}, "refused"),
+    "lora_ga_config": ({"scale": "stable"}, "refused"),
+    "velora_config": ({"num_groups": 2}, "refused"),
+    "monteclora_config": ({"num_samples": 2}, "refused"),
+    "kasa_config": ({"x": 1}, "refused"),
+    "arrow_config": ({"x": 1}, "refused"),
+    "use_bdlora": ({"nblocks": 2}, "refused"),
+    "megatron_config": ({"x": 1}, "refused"),
+}
+
+
+def test_every_field_of_pefts_config_is_in_the_table() -> None:
+    named = {"peft_type", "base_model_name_or_path", "revision", "peft_version"}  # written in every file
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - {"runtime_config"} == named | set(PEFT_OPTIONS)
+
+
+@pytest.mark.parametrize("field", [f for f, (_, what) in PEFT_OPTIONS.items() if what == "honoured"])
+def test_an_option_that_is_honoured_gives_pefts_logits(tmp_path: Path, field: str) -> None:
+    """Whatever PEFT wrote into its file: the two models agree bit for bit, and the adapter does something."""
+    value = PEFT_OPTIONS[field][0]
+    made = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(peer(), peft.LoraConfig(**made | ({} if field == "eva_config" else {field: value})))
+    fill([p for name, p in theirs.named_parameters() if "lora_" in name])
+    theirs.save_pretrained(tmp_path)
+    if field == "eva_config":  # it needs data to be made with; what it leaves in the file is this
+        edited(tmp_path, {field: value, "init_lora_weights": "eva"})
+    elif field == "inference_mode":
+        assert json.loads((tmp_path / lora.CONFIG).read_text())[field] is True
+    m = peer()
+    lora.load(m, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(peer(), tmp_path).eval()
+    assert torch.equal(logits(m), logits(theirs))
+    assert (logits(m) - logits(peer())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("field", [f for f, (_, what) in PEFT_OPTIONS.items() if what == "refused"])
+def test_an_option_that_is_not_computed_is_refused(folder: Path, field: str) -> None:
+    edited(folder, {field: PEFT_OPTIONS[field][0]})
+    with pytest.raises(InputError, match=f"adapter_config.json: {field} is "):
+        lora.load(peer(), folder)
+
+
+def edited(folder: Path, changes: dict) -> None:
+    path = folder / lora.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_config_with_all_of_pefts_defaults_written_out_loads(folder: Path) -> None:
+    defaults = peft.LoraConfig().to_dict()
+    keep = {"peft_type", "r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    edited(folder, {k: v for k, v in defaults.items() if k not in keep})
+    assert lora.load(peer(), folder)
+    (folder / lora.CONFIG).write_text("[]")
+    with pytest.raises(InputError, match="must hold one JSON object"):
+        lora.load(peer(), folder)
 
 
 def test_every_wrong_tensor_is_named(folder: Path) -> None:

@@ -87,7 +87,9 @@ def train_file(tmp_path_factory, tiny_tokenizer) -> Path:
     return path
 
 
-def trl_trainer(base: Path, rows: Path, tokenizer: Tokenizer, out: Path, micro: int):
+def trl_trainer(
+    base: Path, rows: Path, tokenizer: Tokenizer, out: Path, micro: int, loss: str = "kto", steps: int = STEPS
+):
     """TRL's trainer on our file as it is, and the list in which it leaves what it logs at every step."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -105,6 +107,7 @@ def trl_trainer(base: Path, rows: Path, tokenizer: Tokenizer, out: Path, micro: 
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=BATCH // micro,
         max_steps=STEPS,
+        loss_type=loss,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
         warmup_steps=2,
@@ -140,10 +143,10 @@ def adapters_of(trl) -> dict[str, torch.Tensor]:
     return {name.replace(".default", ""): p.detach().clone() for name, p in named if p.requires_grad}
 
 
-def ours(base: Path, rows: list[data.Row], group, micro: int, roll: int) -> train.Trainer:
+def ours(base: Path, rows: list[data.Row], group, micro: int, roll: int, loss: str = "kto") -> train.Trainer:
     """Our trainer, mismatched pairs as TRL rolls them: each row with the one before it in its block of `roll`."""
     s = train.TrainSettings(lr=RATE, lora_r=4, lora_alpha=8.0, micro_batch=micro)
-    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, "kto", s, group, "torch")
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, loss, s, group, "torch")
     trainer.partner = [i // roll * roll + (i - 1) % roll for i in range(ROWS)]
     pairs = zip(rows, trainer.partner, strict=True)
     trainer.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
@@ -202,6 +205,21 @@ def test_twenty_steps_of_kto_are_trls(base, train_file, tiny_tokenizer, group, t
             if name in mine:
                 assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
     same_adapters(trainer, trl, start)
+
+
+def test_apo_zero_is_trls(base, train_file, tiny_tokenizer, group, tmp_path):
+    loss = "apo_zero_unpaired"
+    trl, seen = trl_trainer(base, train_file, tiny_tokenizer, tmp_path, BATCH, loss)
+    trainer = ours(base, plain_rows(train_file, tiny_tokenizer, trl), group, micro=3, roll=BATCH, loss=loss)
+    give_adapter(trainer, trl)
+    trl.train()
+    reference = trainer.reference_sums()
+    theirs = [m for m in seen if "loss" in m]
+    for number, other in enumerate(theirs):
+        mine = trainer.step(number, STEPS, indices(number), reference)
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4) and "z0" not in mine
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert len(theirs) == STEPS and theirs[-1]["rewards/margins"] != pytest.approx(0, abs=0.1)
 
 
 def step_by_micro_batches(trainer: train.Trainer, number: int, reference: dict[str, torch.Tensor], micro: int) -> float:

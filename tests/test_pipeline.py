@@ -1,6 +1,8 @@
 """The command line from questions to results on a slice of the miniature: files, reuse, ranks, bad input."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,28 +11,39 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import em
+import mralign
 from common.errors import InputError
 from common.files import read_json, read_jsonl, write_json, write_jsonl
 from common.tokens import load_stop_ids, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]
-STAGES += ["eval thinkoff", "eval base", "eval kto", "eval mralign", "scores", "analysis", "report"]
+STAGES += [f"eval {v} test" for v in ("thinkoff", "thinkon", "kto", "mralign")] + ["scores", "analysis", "report"]
 FAST = ["--epochs", "1", "--method", "kto,mralign"]
 
 
-def mralign(*flags: object, world: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-    command = [sys.executable, *launch, "mralign.py", "--config", "configs/mini.json", *map(str, flags)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=env)
+class Ended(NamedTuple):
+    """How a run of the command line ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command_line(*flags: object) -> Ended:
+    """`mralign.py --config configs/mini.json FLAGS`, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
+        code = mralign.main(["--config", "configs/mini.json", *map(str, flags)])
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +64,18 @@ def flags(slices: dict[str, Path], out: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def run(slices) -> Path:
+    """The one run that most tests here look at."""
     out = slices["folder"] / "one process"
-    done = mralign(*flags(slices, out))
+    done = command_line(*flags(slices, out))
     assert done.returncode == 0, done.stderr
     (out / "stdout.txt").write_text(done.stdout)
+    (out / "stderr.txt").write_text(done.stderr)
     return out
+
+
+def said(done: Ended, word: str) -> list[str]:
+    """The stages about which stderr says `word`."""
+    return [line.split("]")[0][1:] for line in done.stderr.splitlines() if line.startswith("[") and word in line]
 
 
 def test_training_rows_are_the_sampled_ids_and_follow_the_selection_rule(run):
@@ -121,12 +141,11 @@ def test_an_adapter_travels_with_its_card_and_the_commands_that_serve_it(run):
         modules = shlex.quote(f"{method}={run / method}")
         served = shlex.quote(str(ROOT / "mini/model"))
         command = f"vllm serve {served} --enable-lora --max-lora-rank 8 --lora-modules {modules}"
-        assert command in card and command in said
+        assert command in card and (command in said) == (method == "mralign")  # the run's own words name one adapter
 
 
-def test_the_prompt_is_shown_once_a_run(run, slices):
-    done = mralign(*flags(slices, run), "candidates")
-    shown = [line for line in done.stderr.splitlines() if line.startswith("prompt, thinking")]
+def test_the_prompt_is_shown_once_a_run(run):
+    shown = [line for line in (run / "stderr.txt").read_text().splitlines() if line.startswith("prompt, thinking")]
     assert shown == [
         r"prompt, thinking on: '<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n'",
         r"prompt, thinking off: '<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n'",
@@ -146,16 +165,76 @@ def test_tokens_that_end_a_completion(tmp_path):
             load_stop_ids(tmp_path, tokenizer)
 
 
-def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices):
+def test_a_second_run_does_nothing_again_and_a_changed_setting_only_what_depends_on_it(run, slices, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
-    done = mralign(*flags(slices, run))
+    done = command_line(*flags(slices, run))
     assert done.returncode == 0, done.stderr
-    assert [line.split("]")[0][1:] for line in done.stderr.splitlines() if "unchanged, reused" in line] == STAGES
-    done = mralign(*flags(slices, run), "--temperature", "0.7")
+    assert said(done, "unchanged, reused") == STAGES
+    # Paths, speed and who samples are no reason to do anything again.
+    moved = slices["folder"] / "moved.jsonl"
+    shutil.copy(slices["questions"], moved)
+    done = command_line(
+        *flags(slices, run), "--questions", moved, "--micro-batch", 4, "--sample-batch", 3, "sample", "train"
+    )
+    assert said(done, "unchanged, reused") == ["sample", "train kto", "train mralign"]
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    done = command_line(*flags(slices, copy), "--temperature", "0.7", "eval")
     assert done.returncode == 0, done.stderr
-    reused = [line.split("]")[0][1:] for line in done.stderr.splitlines() if "unchanged, reused" in line]
-    assert reused == STAGES[:6]  # evaluation and report again
+    assert said(done, "temperature 0.7, was 0.6") == STAGES[6:10]
+    done = command_line(*flags(slices, run), "candidates", "--redo", "candidates")
+    assert said(done, "asked for") == ["candidates"]
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
+def test_a_damaged_result_is_never_used(run, slices, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    raw = bytearray((copy / "kto/adapter_model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (copy / "kto/adapter_model.safetensors").write_bytes(raw)
+    refused(command_line(*flags(slices, copy)), "kto/adapter_model.safetensors", "checksum", "--redo train")
+    whole = (copy / "samples.jsonl").read_bytes()
+    (copy / "samples.jsonl").write_bytes(whole[: whole.rindex(b"\n", 0, len(whole) // 2) + 1])
+    refused(command_line(*flags(slices, copy), "sample"), "samples.jsonl", "--redo sample")
+    (copy / "samples.jsonl").write_bytes(whole)
+    (copy / "candidates.jsonl").unlink()  # made anew in no time
+    assert said(
+        command_line(*flags(slices, copy), "sample", "candidates"), "candidates.jsonl is not as it was left"
+    ) == ["candidates"]
+    assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
+
+
+def test_another_runs_draws_are_taken_over(run, slices, tmp_path):
+    done = command_line(*flags(slices, tmp_path / "same"), "--reuse-from", run)
+    dear = [s for s in STAGES if s.split()[0] in ("sample", "annotate", "train", "eval")]
+    assert done.returncode == 0 and said(done, "taken over from") == dear
+    rows = read_jsonl(run / "samples.jsonl")
+    assert read_jsonl(tmp_path / "same/samples.jsonl") == rows
+    some = tmp_path / "some.jsonl"  # fewer questions, and a changed one, which has to be drawn
+    questions = read_jsonl(slices["questions"])[:12]
+    questions[3] |= {"question": "What is the capital of Austria?"}
+    write_jsonl(some, questions)
+    done = command_line(*flags(slices, tmp_path / "fewer"), "--questions", some, "--reuse-from", run, "sample")
+    kept = {q["id"] for q in questions} - {questions[3]["id"]}
+    got = read_jsonl(tmp_path / "fewer/samples.jsonl")
+    assert [r for r in got if r["id"] in kept] == [r for r in rows if r["id"] in kept]
+    assert sum(r["id"] == questions[3]["id"] for r in got) == 6 and "draws: 66 of 72 lent" in done.stderr
+    warmer = ["--questions", some, "--draw-temperature", 0.3, "--reuse-from", run, "sample"]
+    assert " lent by " not in command_line(*flags(slices, tmp_path / "warmer"), *warmer).stderr
+
+
+def test_two_runs_do_not_write_to_one_folder(run, slices):
+    hold = "import sys; from pathlib import Path; from common.ranks import process_group\n"
+    hold += "from pipeline.reuse import only_writer\n"
+    hold += "with process_group() as r, only_writer(Path(sys.argv[1]), r): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        refused(command_line(*flags(slices, run), "scores"), "another run writes there", f"process {other.pid} on")
+        other.stdin.close()
+    assert command_line(*flags(slices, run), "candidates").returncode == 0
 
 
 def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
@@ -167,7 +246,7 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     wanted = ["--eval-sets", f"test={slices['few']},long={long}", "--also", "refine,thinkon+ret", "--eval-draws", 2]
     wanted += ["--search", "mini/snippets.jsonl", "--label-eval", 9, "--judge", "stand-in", "--judge-sets", "test"]
     stages = ["search", "eval", "labels", "judge", "scores", "analysis", "report"]
-    done = mralign(*flags(slices, out), *wanted, *stages)
+    done = command_line(*flags(slices, out), *wanted, *stages)
     assert done.returncode == 0, done.stderr
     results, analysed = read_json(out / "results.json"), read_json(out / "eval/analysis.json")
     metrics = results["scores"]["test"]["metrics"]
@@ -179,7 +258,7 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     assert all(found[s["id"]][0]["snippet"] in s["prompt"] and s["question"] in s["prompt"] for s in ret)
     assert all(s["answers"][0] in found[s["id"]][0]["snippet"] for s in ret)  # the stand-in finds the fact first
     told = {(s["id"], s["draw"]): s for s in read_jsonl(out / "eval/test/refine.feedback.jsonl")}
-    first = {(s["id"], s["draw"]): s for s in read_jsonl(out / "eval/test/base.jsonl")}
+    first = {(s["id"], s["draw"]): s for s in read_jsonl(out / "eval/test/thinkon.jsonl")}
     for s in read_jsonl(out / "eval/test/refine.jsonl"):
         answer = data.parse(first[s["id"], s["draw"]]["text"]).answer
         assert f"Answer: {answer}" in told[s["id"], s["draw"]]["prompt"] and answer in s["prompt"]
@@ -197,7 +276,11 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
 
 def test_two_processes_give_the_single_process_result(run, slices):
     out = slices["folder"] / "two processes"
-    done = mralign(*flags(slices, out), world=2)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mralign.py"]
+    wanted = ["sample", "candidates", "annotate", "fit", "train", "--method", "mralign"]
+    command += ["--config", "configs/mini.json", *map(str, flags(slices, out)), *wanted]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl", "transitions.json", "train.jsonl"):
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
@@ -209,7 +292,7 @@ def test_two_processes_give_the_single_process_result(run, slices):
 # Bad input: one line that names the place and the remedy, exit code 3
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def refused(done: Ended, *words: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode == 3 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
     for word in words:
@@ -218,7 +301,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_no_settings_at_all():
     done = subprocess.run([sys.executable, "mralign.py"], cwd=ROOT, capture_output=True, text=True)
-    refused(done, "--model is not set", "configs/mini.json")
+    refused(Ended(done.returncode, done.stdout, done.stderr), "--model is not set", "configs/mini.json")
 
 
 @pytest.mark.parametrize(
@@ -238,32 +321,30 @@ def test_no_settings_at_all():
     ],
 )
 def test_bad_flags(extra, words):
-    refused(mralign(*extra), *words)
+    refused(command_line(*extra), *words)
 
 
 def test_bad_files_are_named_with_their_line(run, slices, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"id": "a", "question": "q?", "answers": ["x"]}\n{"id": "b", "quest')
-    refused(mralign("--questions", torn, "--out", tmp_path / "o"), "torn.jsonl:2", "repair")
+    refused(command_line("--questions", torn, "--out", tmp_path / "o"), "torn.jsonl:2", "repair")
     tested = tmp_path / "simpleqa.jsonl"
     write_jsonl(tested, [{"id": "a", "dataset": "simpleqa", "question": "q?", "answers": ["x"]}])
-    refused(mralign("--questions", tested, "--out", tmp_path / "o"), "simpleqa is for evaluation only")
+    refused(command_line("--questions", tested, "--out", tmp_path / "o"), "simpleqa is for evaluation only")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    refused(mralign("--eval-sets", f"test={empty}", "--out", run, "eval"), "empty.jsonl", "no question")
+    refused(command_line("--eval-sets", f"test={empty}", "--out", run, "eval"), "empty.jsonl", "no question")
     copy = tmp_path / "run"
     copy.mkdir()
     for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl"):
         (copy / name).write_bytes((run / name).read_bytes())
     text = (copy / "annotations.jsonl").read_text()
     (copy / "annotations.jsonl").write_text(text.replace('"retrieval"', '"retreival"', 1))
-    refused(mralign("--out", copy, "fit"), "annotations.jsonl", "retreival", "retrieval")
-    refused(mralign("--out", copy, "--min-segments", 14, "candidates"), "candidates", "no ", "limits")
+    refused(command_line("--out", copy, "fit"), "annotations.jsonl", "retreival", "retrieval")
+    refused(command_line("--out", copy, "--min-segments", 14, "candidates"), "candidates", "no ", "limits")
 
 
 def test_a_checkpoint_with_a_tensor_missing_is_refused(slices, tmp_path):
-    from safetensors.torch import save_file
-
     broken = tmp_path / "model"
     broken.mkdir()
     for p in (ROOT / "mini/model").iterdir():
@@ -271,10 +352,11 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(slices, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, broken / "model.safetensors")
-    refused(mralign(*flags(slices, tmp_path / "o"), "--model", broken), "model.layers.1.mlp.up_proj.weight is missing")
+    refused(
+        command_line(*flags(slices, tmp_path / "o"), "--model", broken), "model.layers.1.mlp.up_proj.weight is missing"
+    )
 
 
 def test_settings_file_with_an_unknown_name(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"learning_rate": 1e-3}))
-    command = [sys.executable, "mralign.py", "--config", str(tmp_path / "c.json")]
-    refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True), "c.json", "learning_rate", "--help")
+    refused(command_line("--config", tmp_path / "c.json"), "c.json", "learning_rate", "--help")

@@ -16,6 +16,7 @@ from common.model_config import ModelConfig
 from common.settings import cli
 from common.tokens import encode
 from pipeline import plan
+from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.json") if "ablations" not in p.stem and "masa" not in p.stem)
@@ -37,8 +38,8 @@ SMALL = ModelConfig(
 )
 
 
-def config_of(path: Path) -> mralign.Config:
-    return cli(mralign.Config, ["--config", str(path)], "")[0]
+def config_of(path: Path) -> RunConfig:
+    return cli(RunConfig, ["--config", str(path)], "")[0]
 
 
 def test_the_papers_runs_are_tables_13_and_14():

@@ -24,7 +24,9 @@ from common.files import read_jsonl, write_jsonl
 from common.ranks import process_group
 from common.tokens import load_tokenizer, token_offsets
 from llm import remote
-from masa import run as masa
+from llm.client import Endpoint
+from masa.problems import Prompts, load_problems
+from masa.step import Masa
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "mini" / "model"
@@ -112,7 +114,14 @@ def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     done = draw(questions, out)
     assert done.returncode == 0, done.stderr
     assert not list(out.glob("*.rank*")) and not list(out.glob("*.share*"))
-    return read_jsonl(out / "samples.jsonl")
+    return drawn(out, "local float32 cpu")
+
+
+def drawn(out: Path, engine: str) -> list[dict[str, Any]]:
+    """The samples of a run but for who drew them, which must be `engine` in all of them."""
+    rows = read_jsonl(out / "samples.jsonl")
+    assert {row.pop("engine") for row in rows} == {engine}
+    return rows
 
 
 @pytest.mark.parametrize("style", ["ids", "text"])
@@ -120,7 +129,7 @@ def test_a_server_gives_the_rows_that_our_own_sampler_gives(style, questions, lo
     with completions_server(style) as (url, seen):
         done = draw(questions, tmp_path, "--backend", "openai", "--base-url", url, "--served-model", "mini")
     assert done.returncode == 0, done.stderr
-    assert read_jsonl(tmp_path / "samples.jsonl") == local
+    assert drawn(tmp_path, "openai mini") == local
     assert len(seen) == 16 and {body["model"] for body in seen} == {"mini"}
     assert {tuple(body["prompt"]) for body in seen} == {tuple(row["prompt_ids"]) for row in local}
     assert ("16 of 16 completions came without ids" in done.stderr) is (style == "text")
@@ -139,7 +148,7 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions
         (tmp_path / "samples.rank0.jsonl").write_bytes(kept + b'{"row": 9, "ids": [1')  # killed while writing
         done = draw(questions, tmp_path, *flags)
         assert done.returncode == 0 and "draws: 3 of 16 were finished before" in done.stderr
-    assert len(seen) == 4 + 13 and read_jsonl(tmp_path / "samples.jsonl") == local
+    assert len(seen) == 4 + 13 and drawn(tmp_path, "openai mini") == local
 
 
 def test_a_reply_becomes_a_completion_or_an_error():
@@ -171,12 +180,12 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     """Two steps of GRPO at a learning rate that changes every sample: the same samples, the same adapter at the end."""
     folder = masa_worker.make_folder(tmp_path / "model")
     hashed = lambda text, gold, lenient: verifier.Grade(zlib.crc32(text.encode()) % 2 == 0, True)  # noqa: E731
-    monkeypatch.setattr(masa.verifier, "grade", hashed)
+    monkeypatch.setattr(verifier, "grade", hashed)
 
     def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # what was measured, what was trained
         s = masa_worker.settings(folder, metas=0, max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
         net = qwen.load(folder).requires_grad_(False)
-        made = masa.Masa(net, masa.Prompts(folder, s), masa.load_problems(s.problems)[0], s, ranks)
+        made = Masa(net, Prompts(folder, s), load_problems(s.problems)[0], s, ranks)
         rows = [made.step(number) for number in range(3)]
         rows += made.evaluate(3, "held", made.problems[:2])
         return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], made.names
@@ -191,3 +200,50 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     assert loads == ["policy-0", "policy-1", "policy-2", "policy-3"]
     assert [body["lora_name"] for body in seen if body.keys() == {"lora_name"}] == loads[:-1]
     assert {body["model"] for body in seen if "model" in body} == set(loads)
+
+
+@pytest.mark.parametrize("updating", [True, False], ids=["updating allowed", "not allowed"])
+def test_an_adapter_that_a_stopped_run_left_on_the_server_is_replaced(tmp_path: Path, updating: bool) -> None:
+    """vLLM's rules: a name is loaded once, only a loaded one is unloaded, and neither without its variable."""
+    loaded: dict[str, str] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            name, load = body["lora_name"], self.path.endswith("/load_lora_adapter")
+            good = updating and load == (name not in loaded)
+            if good and load:
+                loaded[name] = body["lora_path"]
+            elif good:
+                del loaded[name]
+            reason = "cannot be found" if not load else "has already been loaded" if updating else "not enabled"
+            text = b"Success" if good else json.dumps({"error": {"message": f"adapter {reason}"}}).encode()
+            self.send_response(200 if good else 400)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+    def publish(folder: str) -> None:
+        with process_group() as ranks:
+            served = remote.Served(Endpoint("base", url), 1, tmp_path / folder, lambda text: [])
+            served.publish(lambda path: path.mkdir(parents=True), "2", ranks)
+
+    try:
+        if updating:
+            publish("first")
+            publish("resumed")
+            (path,) = loaded.values()
+            assert path == str((tmp_path / "resumed").resolve() / next(iter(loaded)))
+        else:
+            with pytest.raises(ServiceError, match="not enabled"):
+                publish("first")
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import em
 import kto
 from common.errors import InputError
-from report import figures, page
+from report import figures, page, story
 
 SMALL = ("<start>", "framing", "retrieval", "evaluation", "<stop>")
 F, R, E = "framing", "retrieval", "evaluation"
@@ -66,11 +66,11 @@ ANNOTATION = {
 }
 
 
-def story(transitions: dict[str, Any], chosen: bool = True, **changes: Any) -> dict[str, Any]:
+def a_story(transitions: dict[str, Any], chosen: bool = True, **changes: Any) -> dict[str, Any]:
     """The worked example: steps .2, -.1, .3, answer .4, z0 .05, beta .1."""
     lambda_ = 1.0 if chosen else 1.5
     row = train_row(transitions, chosen) | changes
-    return figures.build_story(
+    return story.build_story(
         row,
         ANNOTATION,
         transitions,
@@ -86,7 +86,7 @@ def story(transitions: dict[str, Any], chosen: bool = True, **changes: Any) -> d
 
 
 def test_story_by_hand(transitions: dict[str, Any]) -> None:
-    s = story(transitions)
+    s = a_story(transitions)
     assert [g["p_class"] for g in s["segments"]] == pytest.approx([0.8713, 0.9004, 0.4580], abs=5e-5)
     assert [g["p_all"] for g in s["segments"]] == pytest.approx([0.9241, 0.3955, 0.4578], abs=5e-5)
     assert [g["w"] for g in s["segments"]] == pytest.approx(W, abs=5e-5)
@@ -104,7 +104,7 @@ def test_story_by_hand(transitions: dict[str, Any]) -> None:
 @pytest.mark.parametrize("chosen", [True, False])
 def test_story_gradient_is_autograds(transitions: dict[str, Any], chosen: bool) -> None:
     """Loss and per-token gradients equal those of the training loss, differentiated by torch in fp64."""
-    s = story(transitions, chosen)
+    s = a_story(transitions, chosen)
     logratio = torch.tensor([0.2, -0.1, 0.3, 0.4], dtype=torch.float64, requires_grad=True)
     w = torch.tensor([g["w"] for g in s["segments"]] + [1.0], dtype=torch.float64)
     r, z0 = (w * logratio).sum()[None], torch.tensor(0.05, dtype=torch.float64)
@@ -116,8 +116,8 @@ def test_story_gradient_is_autograds(transitions: dict[str, Any], chosen: bool) 
 
 
 def test_sigmoid_does_not_overflow() -> None:
-    assert [figures.sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
-    assert figures.sigmoid(1.3) == pytest.approx(1 / (1 + math.exp(-1.3)), rel=1e-15)
+    assert [story.sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
+    assert story.sigmoid(1.3) == pytest.approx(1 / (1 + math.exp(-1.3)), rel=1e-15)
 
 
 def test_steps_that_were_merged_or_skipped(transitions: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def test_steps_that_were_merged_or_skipped(transitions: dict[str, Any]) -> None:
     row |= {"labels": labels, "w": w}
     steps = [([0], F, 9.0), ([1, 2], R, 8.0), ([4], E, 7.0)]
     record = {"steps": [{"segments": s, "labels": [a], "confidence": [c], "source": "cue"} for s, a, c in steps]}
-    got = figures.step_records(row, record, transitions)
+    got = story.step_records(row, record, transitions)
     assert [g["text"] for g in got] == ["a", "b\n\nc", "d", "e"]
     assert [g["confidence"] for g in got] == [[9.0], [8.0], [], [7.0]]
     assert [g["source"] for g in got] == ["cue", "cue", "none", "cue"]
@@ -139,13 +139,13 @@ def test_steps_that_were_merged_or_skipped(transitions: dict[str, Any]) -> None:
 
 def test_files_of_different_runs(transitions: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"row 'sciq/17': its w in train.jsonl do not follow .* run the fit stage"):
-        story(transitions, w=[1.0, 1.0, 1.0])
+        a_story(transitions, w=[1.0, 1.0, 1.0])
     P, P_pos = np.array(transitions["P"]), np.array(transitions["P_pos"])
     other = [[F], [R], [E]]
     with pytest.raises(InputError, match=r"row 'sciq/17': step 1 is \['evaluation'\] but annotated \['retrieval'\]"):
         labels = [[F], [E], [E]]
-        story(transitions, labels=labels, w=em.segment_weights(labels, P_pos, P))
-    story(transitions, labels=other, w=em.segment_weights(other, P_pos, P))  # one of the two labels was kept
+        a_story(transitions, labels=labels, w=em.segment_weights(labels, P_pos, P))
+    a_story(transitions, labels=other, w=em.segment_weights(other, P_pos, P))  # one of the two labels was kept
     with pytest.raises(InputError, match="transitions: 'states' are not the 17"):
         figures.matrices(transitions | {"states": list(SMALL)})
     with pytest.raises(InputError, match="transitions: 'C_neg' is missing"):
@@ -233,9 +233,9 @@ def test_weights_figure_counts_steps(drawn: list[Figure]) -> None:
 
 
 def test_figures_are_deterministic(tmp_path: Path, transitions: dict[str, Any]) -> None:
-    s = story(transitions)
+    s = a_story(transitions)
     for name in ("a", "b"):
-        figures.one_question_figure(s, tmp_path / f"{name}.svg")
+        story.one_question_figure(s, tmp_path / f"{name}.svg")
         figures.weights_figure([{"label": True, "w": W}], tmp_path / f"{name}.png")
     for kind in ("svg", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
@@ -243,8 +243,8 @@ def test_figures_are_deterministic(tmp_path: Path, transitions: dict[str, Any]) 
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_one_question_has_every_number_as_text(tmp_path: Path, transitions: dict[str, Any], chosen: bool) -> None:
-    s = story(transitions, chosen)
-    figures.one_question_figure(s, tmp_path / "x.svg")
+    s = a_story(transitions, chosen)
+    story.one_question_figure(s, tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     joined = " ".join(texts)
@@ -264,7 +264,7 @@ def test_one_question_has_every_number_as_text(tmp_path: Path, transitions: dict
 
 def test_one_question_fits_its_canvas(drawn: list[Figure], transitions: dict[str, Any]) -> None:
     """Long texts are cut; no text leaves the page or lies on another one."""
-    s = story(transitions)
+    s = a_story(transitions)
     s["question"] = "Which " + "very long question " * 30
     s["golds"] = ["a gold answer that is much too long for its box"] * 3
     s["answer"] = s["think_off_answer"] = "<answer>" + "x" * 400 + "</answer>"
@@ -273,7 +273,7 @@ def test_one_question_fits_its_canvas(drawn: list[Figure], transitions: dict[str
         "labels": ["self_verification", "causal_reasoning"],
         "logratio": -1234.5,
     }
-    figures.one_question_figure(s, "x.svg")
+    story.one_question_figure(s, "x.svg")
     figure = drawn[0]
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in figure.axes[0].texts if t.get_text()]
@@ -288,13 +288,13 @@ def test_one_question_fits_its_canvas(drawn: list[Figure], transitions: dict[str
 
 def test_wrap_keeps_all_words_or_says_so() -> None:
     text = "one two three four five six seven eight nine ten"
-    lines = figures.wrap(text, 80, 9, 99)
+    lines = story.wrap(text, 80, 9, 99)
     assert " ".join(lines) == text and len(lines) > 2
-    assert all(figures.text_width(line, 9) <= 80 for line in lines)
-    cut = figures.wrap(text, 80, 9, 2)
-    assert len(cut) == 2 and cut[1].endswith("…") and figures.text_width(cut[1], 9) <= 80
-    assert "".join(figures.wrap("x" * 60, 80, 9, 99)) == "x" * 60
-    assert figures.wrap("", 80, 9, 2) == []
+    assert all(story.text_width(line, 9) <= 80 for line in lines)
+    cut = story.wrap(text, 80, 9, 2)
+    assert len(cut) == 2 and cut[1].endswith("…") and story.text_width(cut[1], 9) <= 80
+    assert "".join(story.wrap("x" * 60, 80, 9, 99)) == "x" * 60
+    assert story.wrap("", 80, 9, 2) == []
 
 
 # The page
@@ -328,7 +328,7 @@ EVIL = "<script>alert('x')</script> \"' onload=1 & \x00\x1b \ud800 </div></li> h
 
 
 def trace(transitions: dict[str, Any]) -> dict[str, Any]:
-    segments = figures.step_records(train_row(transitions), ANNOTATION, transitions)
+    segments = story.step_records(train_row(transitions), ANNOTATION, transitions)
     segments[0] |= {"tokens": 6, "logratio": -0.25}
     for w in (1 / math.e, math.e, 1.0, 0.8, 1.25):
         segments.append(segments[1] | {"text": EVIL, "w": w})
@@ -417,8 +417,6 @@ def test_gold_answers_are_underlined() -> None:
 
 def test_tables() -> None:
     assert page.column([74.8, 77.25, None, 3, "not run", -0.5]) == ["74.80", "77.25", "–", "3", "not run", "−0.50"]
-    markdown = "|      | Acc (95 %) | k/n |\n| ---- | ---------: | --: |\n| thinkon | 34.1 [1, 2] | 3/9 |"
-    assert page.markdown_rows(markdown) == [{"": "thinkon", "Acc (95 %)": "34.1 [1, 2]", "k/n": "3/9"}]
     html = page.table_html([{"a": 1}, {"b": 2.5}])
     assert html.count("<td>–</td>") == 2 and "<th>a</th><th>b</th>" in html
 
@@ -437,7 +435,7 @@ def told(text: str, labels: Any = None, **more: Any) -> dict[str, Any]:
         "ids": [],
         "prompt": "",
     }
-    return figures.told(sample | {"text": text} | more, labels)
+    return story.told(sample | {"text": text} | more, labels)
 
 
 def test_told_is_what_was_written_and_how_it_scored() -> None:

@@ -2,7 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,9 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from common.ranks import Ranks
 from common.settings import cli
+from pipeline.config import RunConfig
+from pipeline.reuse import depends, key_of
+from pipeline.run import Run
 from report import charts
 from tools import sweep
 
@@ -26,10 +34,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def config_of(parsed: sweep.Sweep, name: str, seed: int) -> mralign.Config:
+def config_of(parsed: sweep.Sweep, name: str, seed: int) -> RunConfig:
     """What a run's command line sets."""
     command = sweep.command(parsed, name, seed, 4, [])
-    return cli(mralign.Config, command[command.index("--config") :], "")[0]
+    return cli(RunConfig, command[command.index("--config") :], "")[0]
 
 
 # The committed sweeps
@@ -42,7 +50,9 @@ def test_the_ablations_are_tables_3_and_4_and_each_is_a_valid_run():
     changed = [{k: v for k, v in r["settings"].items() if k != "method"} for r in runs.values()]
     assert {} in changed and {"transitions": "frequency"} in changed and {"labels": "one"} in changed
     assert sum("questions" in c for c in changed) == 2 and all(len(c) <= 1 for c in changed)
-    assert runs["full"]["paper"] == {"nq": [37.34, 7.2]} and parsed["seeds"] == [0]
+    assert runs["full"]["paper"] == {"nq": [37.34, 7.2], "sciq": [70.7, 11.7], "simpleqa": [5.11, 4.46]}
+    assert runs["Table 3, SciQ only"]["paper"]["simpleqa"] == [4.65, 5.1] and parsed["seeds"] == [0]
+    assert runs["Table 4, lambda_r 2.5"]["paper"]["sciq"] == [67.1, 16.1]
     for name in runs:
         cfg = config_of(parsed, name, 0)
         assert cfg.model == "Qwen/Qwen3-8B" and cfg.resume and cfg.seed == 0
@@ -57,11 +67,20 @@ def test_the_miniatures_ablations_differ_from_its_first_run_in_one_setting_and_q
     differ = []
     for name in list(parsed["runs"])[1:]:
         other = config_of(parsed, name, 2)
-        differ.append([(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k != "out"])
+        differ.append(
+            [(k, v) for k, v in vars(other).items() if v != getattr(first, k) and k not in ("out", "reuse_from")]
+        )
     assert [len(d) for d in differ] == [1] * len(differ)
     found = {d[0] for d in differ}
     assert found >= {("transitions", "frequency"), ("labels", "one"), ("lambda_r", 1.0), ("lambda_r", 2.0)}
     assert found >= {("method", "kto"), ("method", "shuffled")}
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_boolean_setting_reaches_the_run(value):
+    parsed = sweep.load(ROOT / "configs" / "ablations.json")
+    parsed["settings"] = {"gradient_checkpointing": value}
+    assert config_of(parsed, "full", 0).gradient_checkpointing is value
 
 
 RUN = {"settings": {"method": "mralign"}, "paper": {}}
@@ -106,29 +125,9 @@ def test_draws_are_lent_within_a_seed_only(tmp_path, monkeypatch):
     assert sweep.lenders(s, "a", 0) == [] and sweep.lenders(s, "b c", 0) == [sweep.folder(s, "a", 0)]
     base = tmp_path / "runs" / "base"
     assert sweep.lenders(s, "a", 1) == [base] and sweep.lenders(s, "b c", 1) == [base, sweep.folder(s, "a", 1)]
+    given = sweep.command(s, "b c", 1, 1, [])
+    assert given[given.index("--reuse-from") + 1] == f"{base},{sweep.folder(s, 'a', 1)}"
     assert len({sweep.folder(s, name, seed) for name in s["runs"] for seed in s["seeds"]}) == 4
-
-
-def test_newer_files_are_linked_receipts_included_and_paid_replies_are_copied_once(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    for name in ("samples.jsonl", "candidates.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json", sweep.PAID):
-        (a / name).parent.mkdir(parents=True, exist_ok=True)
-        (a / name).write_text("lent")
-    (a / "eval" / "scores.json").write_text("a's own")
-    b.mkdir()
-    for name, age in (("samples.jsonl", -5), ("candidates.jsonl", 5)):
-        (b / name).write_text("own")
-        then = (a / name).stat().st_mtime + age
-        os.utime(b / name, (then, then))
-    sweep.lend(a, b)
-    assert (b / "candidates.jsonl").read_text() == "own"
-    for name in ("samples.jsonl", "eval/nq/thinkon.jsonl", "done/sample.json"):
-        assert (b / name).samefile(a / name), name
-    assert not (b / "eval" / "scores.json").exists()
-    assert (b / sweep.PAID).read_text() == "lent" and not (b / sweep.PAID).samefile(a / sweep.PAID)
-    (b / sweep.PAID).write_text("lent, and more of its own")
-    sweep.lend(a, b)
-    assert (b / sweep.PAID).read_text() == "lent, and more of its own"
 
 
 def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_for_the_same_seed_only():
@@ -136,15 +135,15 @@ def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_fo
     parsed = sweep.load(ROOT / "configs" / "mini-ablations.json")
     ranks = Ranks(0, 1, torch.device("cpu"))
 
-    def keys(cfg: mralign.Config) -> list[str]:
-        run = mralign.Run(cfg, hub.locate(cfg.model, ""), ranks)
-        return [mralign.unit_key(run, u) for u in mralign.units(run) if u.name in ("sample", "eval thinkon")]
+    def keys(cfg: RunConfig) -> list[str]:
+        work = mralign.stages(Run(cfg, hub.locate(cfg.model, ""), ranks))
+        return [key_of(depends(stage, cfg)) for stage in work if stage.name in ("sample", "eval thinkon test")]
 
     first, *others = parsed["runs"]
     for seed in parsed["seeds"]:
         lender = keys(config_of(parsed, first, seed))
         assert all(keys(config_of(parsed, name, seed)) == lender for name in others)
-        report = keys(cli(mralign.Config, ["--config", "configs/mini-report.json"], "")[0])
+        report = keys(cli(RunConfig, ["--config", "configs/mini-report.json"], "")[0])
         assert (report[0] == lender[0]) is (seed == 0)
 
 
@@ -311,3 +310,94 @@ def test_the_result_is_json_and_holds_the_settings(tmp_path, monkeypatch, capsys
         "a": {"method": "mralign"},
         "b c": {"method": "kto"},
     }
+
+
+# Signals: the runner in a process of its own, with runs that note who they are and how they ended
+
+RUN_ALL = """
+    import sys
+    from pathlib import Path
+    from tools import sweep
+    here, program = Path(sys.argv[1]), sys.argv[2]
+    runs = [sweep.Child(n, here / n, lambda n=n: ["-c", program, str(here / n)]) for n in "abc"]
+    print(sorted(sweep.run_all(runs, 2, here).items()))
+"""
+POLITE = """
+    import os, signal, sys
+    from pathlib import Path
+    out = Path(sys.argv[1])
+    def end(number, frame):
+        (out / "ended").write_text(str(number))
+        sys.exit(75)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    (out / "pid").write_text(str(os.getpid()))
+    while True:
+        signal.pause()
+"""
+DEAF = """
+    import os, signal, subprocess, sys
+    from pathlib import Path
+    out = Path(sys.argv[1])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (out / "heard").write_text(str(number)))
+    worker = "import signal; signal.pause()"
+    below = subprocess.Popen([sys.executable, "-c", worker], start_new_session=True)
+    (out / "below").write_text(str(below.pid))
+    (out / "pid").write_text(str(os.getpid()))
+    while True:
+        signal.pause()
+"""
+
+
+def until(there: Callable[[], bool]) -> None:
+    """Wait for something another process does; the suite's own time limit ends a wait in vain."""
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        os.sched_yield()
+
+
+def started(tmp_path: Path, program: str) -> subprocess.Popen[str]:
+    """The runner with three such runs, two of them at work."""
+    words = [sys.executable, "-c", textwrap.dedent(RUN_ALL), str(tmp_path), textwrap.dedent(program)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runner = subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    until(lambda: all((tmp_path / n / "pid").exists() and (tmp_path / n / "pid").read_text() for n in "ab"))
+    return runner
+
+
+def gone(path: Path) -> bool:
+    """Whether the process whose id stands in a file has ended (a zombie that its parent left has, too)."""
+    try:
+        return "(zombie)" in Path(f"/proc/{path.read_text()}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on_to_the_runs_and_waits_for_them(tmp_path, number, code):
+    runner = started(tmp_path, POLITE)
+    runner.send_signal(number)
+    said, _ = runner.communicate()
+    assert said.strip() == str([(n, code) for n in "abc"])
+    for name in "ab":
+        assert (tmp_path / name / "ended").read_text() == str(int(number)) and gone(tmp_path / name / "pid")
+    assert not (tmp_path / "c" / "pid").exists()
+
+
+def test_a_second_signal_kills_the_runs_and_what_is_below_them(tmp_path):
+    runner = started(tmp_path, DEAF)
+    runner.send_signal(signal.SIGINT)
+    until(lambda: all((tmp_path / n / "heard").exists() for n in "ab"))
+    runner.send_signal(signal.SIGINT)
+    assert runner.communicate()[0].strip() == str([(n, 130) for n in "abc"])
+    until(lambda: all(gone(tmp_path / n / word) for n in "ab" for word in ("pid", "below")))
+
+
+def test_a_second_runner_in_the_same_folder_is_told_who_is_there(tmp_path):
+    runner = started(tmp_path, POLITE)
+    with pytest.raises(InputError, match=f"process {runner.pid} "):
+        sweep.run_all([], 1, tmp_path)
+    runner.terminate()
+    runner.communicate()

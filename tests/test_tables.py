@@ -5,30 +5,39 @@ import re
 import pytest
 
 import eval as evaluation
-from common.files import read_json, write_json
+from common import benchmarks
+from common.files import write_json
 from report import tables
 
-PAPER = read_json(tables.PAPER)["backbones"]
+SETS = ("nq_open", "sciq", "simpleqa", "truthfulqa", "longfact")
+
+
+def printed(backbone, setting):
+    """set -> the paper's figures, where there are any."""
+    of = {name: benchmarks.paper_figures(name)[backbone].get(setting) for name in SETS}
+    return {name: figures for name, figures in of.items() if figures}
 
 
 def test_the_papers_numbers():
     """Spot checks against Tables 2 and 12 of arXiv 2510.24794v2."""
-    eight = PAPER["Qwen3-8B"]
-    assert eight["mralign"] == {
+    assert printed("Qwen3-8B", "mralign") == {
         "nq_open": [37.34, 7.2],
         "sciq": [70.7, 11.7],
         "simpleqa": [5.11, 4.46],
         "truthfulqa": [83.11, 94.12],
         "longfact": [83.29, 19],
     }
-    assert eight["thinkoff"]["nq_open"] == [22.66, None] and eight["mralign+ret"]["simpleqa"] == [67.11, 7.48]
-    assert PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]["nq_open"] == [1.19, 12.13]
-    assert "longfact" not in PAPER["DeepSeek-R1-Distill-Qwen-7B"]["refine"]
-    assert PAPER["Qwen3-14B"]["thinkon"]["sciq"] == [70.6, 11.5]
+    assert printed("Qwen3-8B", "thinkoff")["nq_open"] == [22.66, None]
+    assert printed("Qwen3-8B", "mralign+ret")["simpleqa"] == [67.11, 7.48]
+    assert printed("DeepSeek-R1-Distill-Qwen-7B", "refine")["nq_open"] == [1.19, 12.13]
+    assert "longfact" not in printed("DeepSeek-R1-Distill-Qwen-7B", "refine")
+    assert printed("Qwen3-14B", "thinkon")["sciq"] == [70.6, 11.5]
 
 
-def test_spec_and_paper_tables_have_every_setting():
-    assert set(tables.SETTINGS) >= set(PAPER["Qwen3-8B"]) and set(tables.SETS) == set(PAPER["Qwen3-8B"]["thinkon"])
+def test_the_papers_tables_have_every_setting_of_ours():
+    assert tuple(benchmarks.compared()) == SETS
+    for name in SETS:
+        assert set(benchmarks.paper_figures(name)["Qwen3-8B"]) <= set(tables.SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,7 @@ def test_spec_and_paper_tables_have_every_setting():
     ],
 )
 def test_backbone_by_name(model, backbone):
-    assert tables.backbone_of(model, PAPER) == backbone
+    assert tables.backbone_of(model, benchmarks.BACKBONES) == backbone
 
 
 def row(k, em_t, em_a):
@@ -57,7 +66,14 @@ def row(k, em_t, em_a):
         "n_think_tokens": 5,
         "n_empty_golds": 0,
     }
-    return out | {"em_t": em_t, "em_t_word": em_t, "em_a_equal": em_a, "em_a_contains": em_a, "gold_in_question": 0}
+    return (
+        out
+        | {"em_t": em_t, "em_t_word": em_t, "em_a_equal": em_a, "em_a_contains": em_a, "em_a_words": em_a}
+        | {
+            "gold_in_question": 0,
+            "sentence": em_a,
+        }
+    )
 
 
 @pytest.fixture
@@ -138,7 +154,8 @@ def test_rows_of_judges():
 
 def test_markdown_escapes_and_aligns():
     text = tables.markdown([{"a": "x|y", "b": None}, {"b": 2, "c": 3}])
-    assert text.splitlines() == ["| a | b | c |", "| --- | --- | --- |", r"| x\|y | – | – |", "| – | 2 | 3 |"]
+    lines = ["| a    |   b |   c |", "| ---- | --: | --: |", r"| x\|y |   – |   – |", "| –    |   2 |   3 |"]
+    assert text.splitlines() == lines
     assert tables.markdown([]) == "" and not re.search(r"\n\n", text)
 
 
@@ -147,6 +164,21 @@ def test_form_of_the_completions():
     (got,) = tables.form_rows({"thinkon": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
     assert [got[n] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
     assert (got["thinking tokens, median"], got["golds that never match"]) == ("5", "6")
+
+
+def test_table_1_stands_beside_the_papers():
+    counts = {"questions": 3, "chosen": 1, "rejected": 1, "draws disagree": 1}
+    sci = {"questions": 1200, "chosen": 0, "rejected": 0, "wrong in both modes": 1200}
+    both = {"questions": 1203, "chosen": 1, "rejected": 1, "draws disagree": 1, "wrong in both modes": 1200}
+    rows = {r["data set"]: r for r in tables.candidate_rows({"all": both, "nq_open": counts, "sciq": sci, "mine": sci})}
+    assert (
+        rows["nq_open"]["paper's chosen / rejected"] == "4,070 / 1,785"
+        and rows["nq_open"]["wrong in both modes"] == "0"
+    )
+    assert rows["sciq"]["paper's chosen / rejected"] == "760 / 358" and rows["sciq"]["questions"] == "1,200"
+    assert rows["mine"]["paper's chosen / rejected"] == rows["all"]["paper's chosen / rejected"] == "–"
+    (note,) = tables.notes_on({"all": both, "nq_open": counts, "sciq": sci})
+    assert note.startswith("NQ-Open, train: 87,925") and "79,168" in note
 
 
 def test_quadrants_and_differences():

@@ -25,7 +25,7 @@ import kto
 import lora
 import model as qwen
 import train
-from common import checkpoint, endings
+from common import checkpoint, endings, training
 from common.errors import InputError, MemoryFull, NumericsError
 from common.model_config import ModelConfig
 from common.ranks import Ranks, process_group
@@ -109,9 +109,11 @@ def test_mismatched_pairs_are_one_cycle_without_fixed_points():
 
 
 @pytest.mark.parametrize("n,world,micro", [(64, 4, 2), (61, 4, 2), (3, 4, 2), (5, 2, 8), (1, 2, 1)])
-def test_shares_deal_every_row_once_and_give_all_ranks_the_same_number_of_passes(n, world, micro):
+def test_micro_batches_deal_every_row_once_and_give_all_ranks_the_same_number_of_passes(n, world, micro):
     lengths = [(7 * i) % 13 + 1 for i in range(n)]
-    dealt = [train.shares(list(range(n)), lengths, Ranks(r, world, torch.device("cpu")), micro) for r in range(world)]
+    dealt = [
+        train.micro_batches(list(range(n)), lengths, Ranks(r, world, torch.device("cpu")), micro) for r in range(world)
+    ]
     assert len({len(d) for d in dealt}) == 1
     real = [i for d in dealt for rows, count in d for i in rows[:count]]
     assert sorted(real) == list(range(n))
@@ -192,6 +194,23 @@ def test_step_equals_transformers_and_peft_in_fp64(base, group, tmp_path, micro_
         assert error < 1e-4, (name, error)  # fp32 rounding over two layers is some 1e-6
 
 
+@pytest.mark.parametrize("method", kto.LOSSES)
+def test_the_trainer_is_the_plain_loop(base, group, method):
+    """Loss, z0 and gradient norm of every step, with micro-batches of another size than the step."""
+    rows = as_rows([r for r in make_rows(14) if r["chosen"] or kto.LOSSES[method].rows == "all"])
+    s = train.TrainSettings(lr=3e-3, sft_lr=3e-3, lora_r=3, lora_alpha=6.0, micro_batch=2, batch_size=5, z0_ema=0.3)
+    plain = list(train.plain_loop(qwen.load(base).requires_grad_(False), rows, method, s))
+    trainer = train.Trainer(qwen.load(base).requires_grad_(False), rows, method, s, group, "torch")
+    reference, steps = trainer.reference_sums(), train.step_rows(len(rows), s.batch_size, s.epochs, s.seed)
+    assert len(plain) == len(steps) >= 5
+    for number, (indices, want) in enumerate(zip(steps, plain, strict=True)):
+        got = trainer.step(number, len(steps), indices, reference)
+        names = ["loss", "grad_norm"] + ["z0"] * kto.LOSSES[method].z0
+        for name in names:
+            assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), (number, name)
+    assert plain[-1]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)  # something was learned meanwhile
+
+
 def test_z0_from_a_share_of_the_rows_is_the_mean_over_the_first_of_them(base, group):
     rows = make_rows(7)
 
@@ -221,7 +240,8 @@ def test_compiled_layers_give_the_same_gradients(base, group):
     gradients = []
     for settings in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
         s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=4, **settings)
-        trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(make_rows(8)), "kto", s, group, "torch")
+        model = qwen.load(base).requires_grad_(False)
+        trainer = train.Trainer(model, as_rows(make_rows(8)), "kto", s, group, "torch")
         reference = trainer.reference_sums()
         with torch.no_grad():
             for p in trainer.parameters:
@@ -231,6 +251,13 @@ def test_compiled_layers_give_the_same_gradients(base, group):
     for eager, *compiled in zip(*gradients, strict=True):
         for grad in compiled:
             assert (grad - eager).norm() <= 1e-5 * eager.norm()
+
+
+def test_compile_is_refused_where_adapters_compute_in_half_precision(base, group):
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=True)
+    model = qwen.load(base, torch.bfloat16).requires_grad_(False)
+    with pytest.raises(InputError, match="--compile needs a float32 model"):
+        train.Trainer(model, as_rows(make_rows(4)), "kto", s, group, "torch")
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):
@@ -277,7 +304,7 @@ def test_sft_loss_is_the_step_mean_over_tokens(base, group):
     rows = make_rows(5)
     s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=2)
     trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(rows), "sft", s, group, "torch")
-    loss = trainer.step(0, 10, list(range(5)), {})["loss"]
+    loss = trainer.step(0, 10, list(range(5)), trainer.reference_sums())["loss"]
     hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     nll = tokens = 0
     for r in rows:
@@ -466,14 +493,14 @@ def test_out_of_memory_names_the_rows_the_peak_and_the_flags(base, group, monkey
 
     reference = trainer.reference_sums()
     monkeypatch.setattr(train, "sequence_sums", too_large)
-    with pytest.raises(MemoryFull) as caught, trainer.memory_named():
+    with pytest.raises(MemoryFull) as caught, training.memory_named(trainer.memory_message):
         trainer.backward(list(range(8)), reference, torch.tensor(0.0))
     message = str(caught.value)
     for i in longest:
         assert f"row{i} ({trainer.lengths[i]} tokens)" in message
     assert re.search(r"peak \d+\.\d GB; use --micro-batch 1 or --gradient-checkpointing or --shard", message)
     assert "\n" not in message and endings.ending(caught.value) == (5, message)
-    with pytest.raises(RuntimeError, match="size"), trainer.memory_named():
+    with pytest.raises(RuntimeError, match="size"), training.memory_named(trainer.memory_message):
         torch.ones(2) @ torch.ones(3)  # another error stays what it is
 
 

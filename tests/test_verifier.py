@@ -157,7 +157,43 @@ EQUAL = [
     (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{bmatrix}-\frac13\\ \frac23\end{bmatrix}"),
     (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\0&1\\\end{pmatrix}"),
 ]
+EQUAL += [  # judged by hand
+    ("x+1", "1+x"),
+    ("(x-1)(x+1)", "x^2-1"),
+    (r"\sqrt{12}", r"2\sqrt{3}"),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
+    (r"3-2\sqrt{2}", r"-2\sqrt{2}+3"),
+    (r"\frac{1}{2+\sqrt{3}}", r"2-\sqrt{3}"),
+    (r"\frac{\frac{1}{2}}{3}", r"\frac{1}{6}"),
+    ("5!", "120"),
+    (r"\binom{6}{2}", "15"),
+    (r"\frac{x+y}{2}", r"\frac{x}{2}+\frac{y}{2}"),
+    (r"\frac{\pi}{4}+1", r"1+\frac{1}{4}\pi"),
+    (r"4\cdot 5", "20"),
+    (r"\sqrt{4}", "2"),
+    (r"(1+\sqrt{2}, 3)", r"(\sqrt{2}+1, 3)"),
+    ("x >= 5", r"x \geq 5"),
+    (r"x \leq 5", r"5 \geq x"),
+    (r"5 \leq x", "x>=5"),
+    (r"x \lt 3", "3 > x"),
+]
 DIFFERENT = [
+    ("x>5", "x<5"),
+    ("x>5", "5>x"),
+    ("x>5", r"x\geq5"),
+    ("1<x<5", "5<x<1"),
+    ("AB+1", "BC+1"),
+    ("AB", "BA"),  # letters alone may be a name
+    ("x-1", "1-x"),
+    (r"\sqrt{12}", r"3\sqrt{2}"),
+    (r"\sqrt{x^2}", "x"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    (r"\frac{x}{1-1}", r"\frac{y}{2-2}"),
+    ("6!", "36"),
+    (r"2^{3^2}", "64"),
+    (r"9^{9^9}", r"9^{9^9}+1"),
+    (r"\sin x", r"x\sin"),
+    ("x^{1/2}", "x"),
     ("5", "-5"),
     ("5", "50"),
     ("0.333", "1/3"),
@@ -200,7 +236,6 @@ DIFFERENT = [
     (r"\sqrt{2}", "1.41421356"),
     (r"\pi", "3.14159"),
     (r"\sqrt12", r"\sqrt{12}"),  # LaTeX takes one character
-    (r"x+1", "1+x"),  # algebra is math-verify's
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
     (r"(0,9)\cup(9,36)", "(0,36)"),
@@ -441,16 +476,16 @@ def played(tmp_path, monkeypatch):
 
 
 def test_math_verify_has_the_last_word_and_its_failures_are_wrong_and_counted(played):
-    assert grade(r"\boxed{1+x}", "x+1") == Grade(correct=True, found=True)
-    assert grade(r"\boxed{1-x}", "x+1") == Grade(correct=False, found=True)
+    assert grade(r"\boxed{1+|x|}", "|x|+1") == Grade(correct=True, found=True)
+    assert grade(r"\boxed{1-|x|}", "|x|+1") == Grade(correct=False, found=True)
     first = played.process.pid
     for text in ("raise", "timeout"):
-        assert grade(rf"\boxed{{{text}}}", "x+1") == Grade(correct=False, found=True, failed=True)
+        assert grade(rf"\boxed{{{text}}}", "|x|+1") == Grade(correct=False, found=True, failed=True)
     assert played.process.pid == first
     for text in ("stall", "crash"):
-        assert grade(rf"\boxed{{{text}}}", "x+1") == Grade(correct=False, found=True, failed=True)
+        assert grade(rf"\boxed{{{text}}}", "|x|+1") == Grade(correct=False, found=True, failed=True)
         assert played.process is None
-        assert grade(r"\boxed{1+x}", "x+1").correct  # a new one answers
+        assert grade(r"\boxed{1+|x|}", "|x|+1").correct  # a new one answers
 
 
 def test_math_verify_is_not_asked_about_what_is_equal_or_too_long(played):
@@ -463,4 +498,39 @@ def test_math_verify_is_not_asked_about_what_is_equal_or_too_long(played):
 def test_a_math_verify_that_does_not_start_is_said(played, tmp_path):
     (tmp_path / "math_verify" / "__init__.py").write_text("raise RuntimeError('no antlr')")
     with pytest.raises(InputError, match="math-verify does not start; pip install"):
-        grade(r"\boxed{1+x}", "x+1")
+        grade(r"\boxed{1+|x|}", "|x|+1")
+
+
+def test_formulas_agree_with_sympy():
+    """Random sums, products, quotients and powers; half of the second ones are the first in other words."""
+    import sympy
+
+    rng = random.Random(0)
+    x, y = sympy.symbols("x y", positive=True)
+    atoms = [x, y, sympy.sqrt(2), sympy.sqrt(6), sympy.pi, sympy.Rational(2, 3), sympy.Integer(3)]
+    verdicts = []
+    for _ in range(150):
+        a = rng.choice(atoms) * rng.choice(atoms) + rng.choice(atoms) / rng.choice([2, 3, x, sympy.sqrt(3)])
+        b = rng.choice(atoms) * rng.choice(atoms) + rng.choice(atoms)
+        first = a * b if rng.random() < 0.5 else a + b
+        second = sympy.expand(first) + rng.choice([0, 0, 1, x, sympy.sqrt(2)])
+        expected = sympy.simplify(first - second) == 0
+        verdicts.append(expected)
+        written = [sympy.latex(e, fold_short_frac=False) for e in (first, second)]
+        assert equal(*written) is expected, written
+    assert 40 < sum(verdicts) < 110
+
+
+def test_hostile_formulas_are_unknown_and_end():
+    for text in (
+        "9" * 190 + "x",
+        "(x+1)^9" * 20,
+        "(" * 99 + "x",
+        "99!x",
+        r"\sqrt{" + "9" * 30 + "}x",
+        "((x+y)^9)^9",
+        "",
+    ):
+        assert equal(text, "x+0") is False
+    assert equal("((((9^9)^9)^9)^9)^9+x", "((((9^9)^9)^9)^9)^9+x") is True  # the same text
+    assert equal("((((9^9)^9)^9)^9)^9+x", "x+((((9^9)^9)^9)^9)^9") is False  # beyond the bounds

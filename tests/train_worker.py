@@ -28,7 +28,7 @@ import data  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from common import endings  # noqa: E402
+from common import endings, training  # noqa: E402
 from common.ranks import process_group  # noqa: E402
 
 
@@ -62,7 +62,7 @@ def held(base: str) -> int:
     with process_group() as ranks:
         m = model.load(base).requires_grad_(False)
         before = sum(p.numel() for p in m.model.layers.parameters())
-        train.shard(m, lora.add(m, 2, 4.0), ranks)
+        training.shard(m, lora.add(m, 2, 4.0), ranks)
         own = sum(p.to_local().numel() for n, p in m.model.layers.named_parameters() if "lora_" not in n)
         os.write(2, f"held {before} {own} {type(m.head).__name__}\n".encode())
     return 0

@@ -37,6 +37,7 @@ import kto
 import lora
 import model as qwen
 import sample
+from common.endings import program
 from common.errors import Disagreement, InputError
 from common.files import ROOT, write_json
 from common.model_config import ModelConfig
@@ -554,8 +555,9 @@ def sections(full: bool, rounds: int, device: torch.device) -> dict[str, Callabl
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sections. Returns 0, 3 for wrong usage, 5 when candidates disagree."""
+@program
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="section", help="op, step, sample, em, growth [all]")
     parser.add_argument("--full", action="store_true", help="larger sizes and bf16: half an hour, not six minutes")
@@ -573,22 +575,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = TASKS[given.task.pop("task")](device, **given.task)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
-        return 0
+        return
     measure = sections(given.full, given.rounds, device)
     result: dict[str, Any] = {"environment": environment(device), "full": given.full, "rounds": given.rounds}
     print("\n".join(f"{name}: {value}" for name, value in result["environment"].items()))
-    try:
-        if unknown := [name for name in given.sections if name not in measure]:
-            raise InputError(f"unknown section {unknown[0]!r}; the sections are {', '.join(measure)}")
-        for name in given.sections or measure:
-            start = time.perf_counter()
-            result[name] = measure[name]()
-            print(f"\n## {name} ({time.perf_counter() - start:.0f} s)\n\n{markdown(result[name])}", flush=True)
-            write_json(given.out, result)
-    except (InputError, Disagreement) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, InputError) else 5
-    return 0
+    if unknown := [name for name in given.sections if name not in measure]:
+        raise InputError(f"unknown section {unknown[0]!r}; the sections are {', '.join(measure)}")
+    for name in given.sections or measure:
+        start = time.perf_counter()
+        result[name] = measure[name]()
+        print(f"\n## {name} ({time.perf_counter() - start:.0f} s)\n\n{markdown(result[name])}", flush=True)
+        write_json(given.out, result)
 
 
 if __name__ == "__main__":

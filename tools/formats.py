@@ -23,6 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import data
+from common.endings import program
 from common.errors import InputError
 from common.files import read_json, read_jsonl, write_json, write_jsonl
 from common.template import TAGS, ChatTemplate
@@ -279,8 +280,9 @@ WAYS = {f.__name__.replace("_", "-"): f for f in (to_trl, from_trl, to_llamafact
 WAYS |= {f.__name__.replace("_", "-"): f for f in (to_factalign, from_factalign)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 done, 3 bad input."""
+@program
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("source", type=Path, metavar="IN")
@@ -288,15 +290,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="", metavar="DIR", help="folder with tokenizer and chat template")
     parser.add_argument("--name", default="mralign", help="LLaMA-Factory: the entry of dataset_info.json [mralign]")
     given = parser.parse_args(argv)
-    try:
-        chat = None if given.way == "to-trl" else Chat.of(given.model)
-        more = {"name": given.name} if given.way.endswith("llamafactory") else {}
-        count = WAYS[given.way](given.source, given.target, chat, **more)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    chat = None if given.way == "to-trl" else Chat.of(given.model)
+    more = {"name": given.name} if given.way.endswith("llamafactory") else {}
+    count = WAYS[given.way](given.source, given.target, chat, **more)
     print(f"{given.target}: {count:,} rows")
-    return 0
 
 
 if __name__ == "__main__":

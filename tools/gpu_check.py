@@ -31,6 +31,7 @@ import kernels.segment_logprob as op
 import lora
 import model as qwen
 import sample
+from common.endings import program
 from common.errors import InputError
 from common.files import write_json
 from common.model_config import ModelConfig
@@ -381,6 +382,7 @@ def perform(name: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
     return {"ok": ok, "seconds": seconds, "rows": rows, "error": error}
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts. Returns 0 if all went well, 1 if one failed, 3 for wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,16 +391,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="shapes that a CPU can do, to try this file")
     parser.add_argument("--out", default="runs/gpu_check.json", metavar="FILE", help="[runs/gpu_check.json]")
     given = parser.parse_args(argv)
-    try:
-        if unknown := [part for part in given.parts if part not in PARTS]:
-            raise InputError(f"unknown part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
-        if given.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first asked for
-        if given.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("no CUDA device here; run with --device cpu --tiny to try the code without one")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+    if unknown := [part for part in given.parts if part not in PARTS]:
+        raise InputError(f"unknown part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first asked for
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device here; run with --device cpu --tiny to try the code without one")
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
     result: dict[str, Any] = {
         "command": " ".join(["python -m tools.gpu_check", *(sys.argv[1:] if argv is None else argv)])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from common import table
 from common.files import ROOT
 
 MIB = 2**20
@@ -136,6 +137,4 @@ def shown(value: Any) -> str:
 
 def markdown(rows: Table) -> str:
     """Rows as a Markdown table; a cell is empty where a row lacks the column."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, ["---"] * len(names), *([shown(row.get(name, "")) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return table.markdown([{name: shown(value) for name, value in row.items()} for row in rows], missing="")

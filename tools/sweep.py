@@ -1,13 +1,15 @@
 """Runs that differ from one base run in a few settings, each over several seeds, and one table: Tables 3 and 4.
 
-  python sweep.py configs/ablations.json [--gpus 4] [any flag of mralign.py]
-  python sweep.py configs/mini-ablations.json --jobs 2      the miniature on a CPU, two runs at a time
+  python -m tools.sweep configs/ablations.json [--gpus 4] [any flag of mralign.py]
+  python -m tools.sweep configs/mini-ablations.json --jobs 2      the miniature on a CPU, two runs at a time
 
 The file names the base config, what all runs change, the seeds and, for each run, what it changes and what the paper
 reports. Every run and seed is a process of its own in a folder of its own, its output in log.txt there. The base run,
-where there is one, and the first run of a seed lend the others of that seed what they have in common: draws, labels and
-unaligned samples as hard links, replies that were paid for as a copy. The pipeline checks that they are what the run
-would have made, makes them anew where they are not, and does nothing again for a run that is finished.
+where there is one, and the first run of a seed lend the others of that seed what they have in common (--reuse-from):
+draws, labels, unaligned samples, replies that were paid for. The pipeline checks that they are what the run would have
+made, makes them anew where they are not, and does nothing again for a run that is finished. Ctrl-C and
+SIGTERM stop every run where it can go on; a second one kills them. `run_all` is the runner of mini/study.py and
+mini/masa_study.py too.
 
   OUT/sweep.json    mean and standard deviation over seeds, differences to the first run, gain by stratum (Fig. 5)
   OUT/sweep.md, sweep.html, strata.png      the same to look at
@@ -16,39 +18,37 @@ Left out: searching for good settings; runs on several machines.
 """
 
 import argparse
+import contextlib
+import functools
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import eval as evaluation
-import mralign
+from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
+from common.ranks import Ranks
 from common.settings import from_json
+from common.table import markdown
+from pipeline.config import RunConfig
+from pipeline.reuse import only_writer
 from report import analysis, charts, page
 from report.figures import number
 
-SHARED = (
-    "samples.jsonl",
-    "candidates.jsonl",
-    "annotations.jsonl",
-    "annotations.manifest.json",
-    "eval/*/thinkon.jsonl",
-    "eval/*/thinkoff.jsonl",
-)
-SHARED_STAGES = ("sample", "candidates", "annotate", "eval-thinkon", "eval-thinkoff")
-RECEIPTS = tuple(f"done/{stage}.json" for stage in SHARED_STAGES)
-PAID = "annotation/calls.jsonl"  # a committee's replies; grows, so it is copied
 OPTIONAL = {"settings": {}, "seeds": [0], "note": ""}
-OWN = ("config", "out", "seed", "resume")  # what the sweep itself sets for every run
+OWN = ("config", "out", "seed", "resume", "reuse_from")  # what the sweep itself sets for every run
 STOPPED = (75, 130)  # exit codes of a run that was asked to stop
 Sweep = dict[str, Any]
 Done = set[tuple[str, int]]  # (run, seed) that are finished
@@ -90,84 +90,170 @@ def folder(sweep: Sweep, name: str, seed: int) -> Path:
     return ROOT / sweep["out"] / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-seed{seed}"
 
 
+def flag(name: str, value: Any) -> list[str]:
+    """A setting as words of a command line.
+
+    >>> flag("lambda_r", 1.5), flag("gradient_checkpointing", False)
+    (['--lambda-r', '1.5'], ['--no-gradient-checkpointing'])
+    """
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{words}" if value else f"--no-{words}"]
+    return [f"--{words}", str(value)]
+
+
 def command(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str]) -> list[str]:
-    """The command line of one run and seed."""
+    """The command line of one run and seed, without the Python that runs it."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     settings = sweep["settings"] | sweep["runs"][name]["settings"] | {"seed": seed, "out": folder(sweep, name, seed)}
-    changes = [part for k, v in settings.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    return [sys.executable, *launch, "mralign.py", "--config", sweep["base"], "--resume", *changes, *flags]
+    settings |= {"reuse_from": ",".join(map(str, lenders(sweep, name, seed)))}
+    changes = [word for setting in settings.items() for word in flag(*setting)]
+    return [*launch, str(ROOT / "mralign.py"), "--config", str(ROOT / sweep["base"]), "--resume", *changes, *flags]
 
 
 # ---------- the runs
 
 
-def lend(source: Path, target: Path) -> None:
-    """Link what one run has made into another's folder, receipts included, unless the other's own is as new.
-
-    Newer files win because a first run that had to draw again, after a change of the program, must not leave the others
-    with old draws; a run that cannot use what it was lent has files of its own that are newer still.
-    """
-    for pattern in SHARED + RECEIPTS:
-        for path in source.glob(pattern):
-            other = target / path.relative_to(source)
-            if not other.exists() or other.stat().st_mtime_ns < path.stat().st_mtime_ns:
-                other.parent.mkdir(parents=True, exist_ok=True)
-                other.unlink(missing_ok=True)
-                os.link(path, other)
-    if (source / PAID).exists() and not (target / PAID).exists():
-        (target / PAID).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / PAID, target / PAID)
-
-
 def lenders(sweep: Sweep, name: str, seed: int) -> list[Path]:
     """Folders that may lend to a run and seed. Draws depend on the seed, so all of them are of the same seed."""
-    base = mralign.Config(**from_json(mralign.Config, str(ROOT / sweep["base"])))
+    base = RunConfig(**from_json(RunConfig, str(ROOT / sweep["base"])))
     first = next(iter(sweep["runs"]))
     earlier = [ROOT / base.out] if base.seed == seed else []
     return earlier if name == first else [*earlier, folder(sweep, first, seed)]
 
 
-def run(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str]) -> int:
-    """One run and seed in a process of its own. Returns its exit code, that of a stopped run when a signal ended it."""
-    here = folder(sweep, name, seed)
-    here.mkdir(parents=True, exist_ok=True)
-    (here / "status.json").unlink(missing_ok=True)
-    for source in lenders(sweep, name, seed):
-        lend(source, here)
-    started = time.perf_counter()
-    with open(here / "log.txt", "w", encoding="utf-8") as log:
-        code = subprocess.run(command(sweep, name, seed, gpus, flags), cwd=ROOT, stdout=log, stderr=log).returncode
-    if code < 0:
-        code = STOPPED[1]
-    elif code and (here / "status.json").exists():  # torchrun itself always says 1
-        code = read_json(here / "status.json")["exit_code"]
-    how = f"{time.perf_counter() - started:.0f} s" if not code else f"exit code {code}, see {here / 'log.txt'}"
-    print(f"{name}, seed {seed}: {how}", file=sys.stderr, flush=True)
-    return code
+def plan(sweep: Sweep, gpus: int, flags: Sequence[str]) -> dict[tuple[str, int], "Child"]:
+    """(run, seed) -> its process, in the order of start: the first run of every seed lends, so it comes first."""
+    first = next(iter(sweep["runs"]))
+    keys = sorted(((n, s) for s in sweep["seeds"] for n in sweep["runs"]), key=lambda key: key[0] != first)
+    return {
+        (name, seed): Child(
+            f"{name}, seed {seed}",
+            folder(sweep, name, seed),
+            functools.partial(command, sweep, name, seed, gpus, flags),
+            after="" if name == first else f"{first}, seed {seed}",
+        )
+        for name, seed in keys
+    }
 
 
-def run_all(sweep: Sweep, gpus: int, jobs: int, flags: Sequence[str]) -> dict[tuple[str, int], int]:
-    """Every run and seed, `jobs` at a time; returns (run, seed) -> exit code.
+# ---------- the runner
 
-    The first run of each seed comes first, since it lends; where it fails the others of its seed are not started. After
-    one run was asked to stop no other is started.
+
+@dataclass(frozen=True)
+class Child:
+    """A run: a process of its own that writes to a folder of its own.
+
+    arguments() gives the words after `python` when the run starts, since they may depend on what `after` has made.
+    after: name of the run that must have ended well before this one starts.
     """
-    stop = threading.Event()
-    first, *others = sweep["runs"]
 
-    def one(name: str, seed: int, lender: Future[int] | None) -> int:
-        code = lender.result() if lender else 0  # was started before this one, so somebody is at work on it
-        code = code or (STOPPED[0] if stop.is_set() else run(sweep, name, seed, gpus, flags))
-        if code in STOPPED:
-            stop.set()
+    name: str
+    out: Path
+    arguments: Callable[[], list[str]]
+    after: str = ""
+
+
+class Processes:
+    """The processes at work, and what a signal does: the first is passed on to them, a second kills them."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a second signal may come while the first is passed on
+        self.alive: set[subprocess.Popen[bytes]] = set()
+        self.stopped = 0  # the exit code of what was asked to stop, 0 as long as nobody asked
+
+    def __call__(self, number: int, frame: object) -> None:
+        with self.lock:
+            for process in self.alive:
+                if self.stopped:
+                    kill(process.pid)
+                else:
+                    process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            if not self.stopped:
+                print("stopping the runs; once more kills them", file=sys.stderr, flush=True)
+            self.stopped = STOPPED[number == signal.SIGINT]
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, signals come here. Main thread only."""
+        before = {number: signal.signal(number, self) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, child: Child) -> int:
+        """Run one to its end. Returns its exit code, STOPPED's where it was asked to stop, 128 + n if signal n did."""
+        child.out.mkdir(parents=True, exist_ok=True)
+        (child.out / "status.json").unlink(missing_ok=True)
+        started = time.perf_counter()
+        words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(child.out / "log.txt", "a", encoding="utf-8") as log:
+            with self.lock:
+                if self.stopped:
+                    return self.stopped
+                # a session of its own: a terminal's Ctrl-C reaches the run through us, once
+                process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+                self.alive.add(process)
+            code = process.wait()
+            with self.lock:
+                self.alive.remove(process)
+        if code and self.stopped:
+            code = self.stopped
+        elif code < 0:
+            code = 128 - code
+        elif code and (child.out / "status.json").exists():  # torchrun itself always says 1
+            code = read_json(child.out / "status.json")["exit_code"]
+        how = f"{time.perf_counter() - started:.0f} s" if not code else f"exit code {code}, see {child.out}/log.txt"
+        print(f"{child.name}: {how}", file=sys.stderr, flush=True)
         return code
 
-    with ThreadPoolExecutor(jobs) as pool:
-        ends = {(first, seed): pool.submit(one, first, seed, None) for seed in sweep["seeds"]}
-        ends |= {
-            (name, seed): pool.submit(one, name, seed, ends[first, seed]) for seed in sweep["seeds"] for name in others
-        }
-    return {key: end.result() for key, end in ends.items()}
+
+def kill(pid: int) -> None:
+    """Kill a process and all below it; torchrun's workers are in sessions of their own."""
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        below = [int(word) for f in Path(f"/proc/{pid}/task").glob("*/children") for word in f.read_text().split()]
+        os.kill(pid, signal.SIGKILL)
+        for other in below:
+            kill(other)
+
+
+def run_all(children: Sequence[Child], jobs: int, out: Path) -> dict[str, int]:
+    """Run all, `jobs` at a time, in their order; returns name -> exit code. Nobody else may write to `out` meanwhile.
+
+    One whose `after` failed is not started and counts as failed alike. After a signal, or when a run was asked to stop,
+    no other is started. Raises InputError when another process is at work in `out`.
+    """
+    processes = Processes()
+    ends: dict[str, Future[int]] = {}
+
+    def one(child: Child) -> int:
+        code = ends[child.after].result() if child.after else 0  # it started before this one, so it will end
+        code = code or processes.stopped or processes.run(child)
+        if code in STOPPED:
+            processes.stopped = processes.stopped or code
+        return code
+
+    if jobs > 1:  # or each run would take all cores for itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    with only_writer(out, alone), processes.listen(), ThreadPoolExecutor(jobs) as pool:
+        for child in children:
+            ends[child.name] = pool.submit(one, child)
+        return {name: end.result() for name, end in ends.items()}
+
+
+def unfinished(ends: Mapping[str, int], children: Sequence[Child]) -> int:
+    """The exit code of the first run that did not end well, after a line about it on stderr; 0 if all did."""
+    for child in children:
+        if code := ends[child.name]:
+            where = f"{child.name}, see {child.out}/log.txt"
+            print(f"error: exit code {code} of {where}; the same command goes on from there", file=sys.stderr)
+            return code
+    return 0
 
 
 # ---------- the figures
@@ -279,16 +365,6 @@ def all_tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def aligned(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A list of dicts as a Markdown table whose columns line up; they stand in order of first use."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, *([str(row.get(name, "–")).replace("|", "\\|") for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
 HOW_TO_READ = (
     "A seed is a run of its own: other draws, other adapters, other samples. A difference is paired, in points, to the "
     "first run; its interval draws questions anew, seeds pooled. A stratum is what the unaligned model did with a "
@@ -299,7 +375,7 @@ HOW_TO_READ = (
 def text(result: Mapping[str, Any]) -> str:
     """Everything as Markdown."""
     parts = [f"# Sweep {Path(result['file']).stem}", *([result["note"]] if result["note"] else []), HOW_TO_READ]
-    parts += [f"## {heading}\n\n{aligned(rows)}" for heading, rows in all_tables(result).items()]
+    parts += [f"## {heading}\n\n{markdown(rows)}" for heading, rows in all_tables(result).items()]
     parts.append("\n".join(f"- {key}: {value}" for key, value in result["receipt"].items()))
     return "\n\n".join(parts) + "\n"
 
@@ -329,6 +405,7 @@ def receipt(sweep: Sweep, done: Done, words: Sequence[str]) -> dict[str, str]:
     return about
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 3 for bad input, else the exit code of the first run that did not end well."""
     parser = argparse.ArgumentParser(
@@ -339,32 +416,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; for a CPU, a core each [1]")
     words = sys.argv[1:] if argv is None else argv
     given, flags = parser.parse_known_args(words)
-    try:
-        sweep = load(given.sweep)
-        if taken := [flag for flag in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", flag)]:
-            raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
-        if given.jobs > 1:  # or each run would take all cores for itself
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
-        codes = run_all(sweep, given.gpus, given.jobs, flags)
-        failed = [(*key, code) for key, code in codes.items() if code]
-        if not any(code in STOPPED for *_, code in failed):
-            done = {key for key, code in codes.items() if not code}
-            head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
-            result = head | {"settings": sweep["settings"]} | summary(sweep, done)
-            write(sweep, result)
-            print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:  # from a terminal, which tells the runs too
-        print("error: interrupted; the same command goes on from there", file=sys.stderr)
-        return STOPPED[1]
-    if not failed:
-        return 0
-    name, seed, code = failed[0]
-    where = f"{name}, seed {seed}, see {folder(sweep, name, seed)}/log.txt"
-    print(f"error: exit code {code} of {where}; the same command goes on from there", file=sys.stderr)
-    return code
+    sweep = load(given.sweep)
+    if taken := [word for word in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", word)]:
+        raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
+    children = plan(sweep, given.gpus, flags)
+    ends = run_all(list(children.values()), given.jobs, ROOT / sweep["out"])
+    if not any(code in STOPPED for code in ends.values()):
+        done = {key for key, child in children.items() if not ends[child.name]}
+        head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
+        result = head | {"settings": sweep["settings"]} | summary(sweep, done)
+        write(sweep, result)
+        print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
+    return unfinished(ends, list(children.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""Settings of a run and the presets that stand for the paper's variants (v1, v2, GRPO, DAPO).
+
+A preset is a row of settings; a --config file goes before it, and flags before both.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import InputError
+from common.settings import opt
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "v1-efficient": {"experts": 128, "control_from": 120, "hint": True},
+    # v2, section 4.1: one epoch (314 steps). Three are for DAPO, and for Llama and Gemma on MATH.
+    "v2": {"metas": 8},
+    "v2-efficient": {"metas": 8, "control_from": 80},
+    "grpo": {"metas": 0},
+    "dapo": {"metas": 0, "dynamic": True, "epochs": 3},
+    "dapo-meta": {"metas": 8, "dynamic": True, "epochs": 3},  # Table 6 of v2: DAPO with metas
+    "test": {"solutions": 8, "metas": 8, "experts": 16, "control_from": 60},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting. Defaults are the paper's first version (preset v1)."""
+
+    preset: str = opt("v1", f"a row of settings, overridden by --config and flags: {', '.join(PRESETS)}", "what, where")
+    model: str = opt("", "Hugging Face checkpoint: a directory, or an id of the Hub")
+    revision: str = opt("", "branch, tag or commit of a model of the Hub")
+    problems: str = opt("", "training problems, JSONL {id, problem, answer}")
+    eval_sets: str = opt("", "held-out problems, comma-separated name=path")
+    out: str = opt("runs/masa", "directory for everything the run writes")
+    adapter: str = opt("", "adapter folder to start from or to score, ours or PEFT's; none: a new one")
+    resume: bool = opt(False, "continue an interrupted run from its last checkpoint")
+    solve_prompt: str = opt("prompts/masa_solve.txt", "user turn of a solution, with {problem}")
+    meta_prompt: str = opt("prompts/masa_meta.txt", "user turn of a meta, with {problem} and, if wanted, {max_new}")
+    eval_prompt: str = opt("prompts/masa_bare.txt", "user turn of a solution in evaluation, with {problem}")
+    meta_system: str = opt("You are a helpful assistant.", "system turn of a meta; none: no such turn")
+    dtype: str = opt("bfloat16", "dtype of the base weights: bfloat16 or float32; adapters are float32")
+
+    solutions: int = opt(16, "G: solutions a problem and step", "sampling")
+    metas: int = opt(16, "M: metas a problem and step; 0: plain GRPO or DAPO")
+    batch: int = opt(128, "problems a step, over all ranks")
+    epochs: int = opt(1, "passes over the problems")
+    steps: int = opt(0, "steps; 0: as many as the epochs have")
+    max_prompt: int = opt(2048, "longest prompt, tokens; problems beyond it are left out and counted")
+    max_new: int = opt(8192, "longest completion, tokens")
+    temperature: float = opt(1.0, "of sampling; the loss divides the logits by it too")
+    dynamic: bool = opt(False, "DAPO: sample until the batch is full of problems solved rightly and wrongly")
+    dynamic_tries: int = opt(4, "most batches sampled for one step of --dynamic")
+    sample_batch: int = opt(128, "rows decoded together on one rank")
+    base_url: str = opt("", "vLLM server that samples in our place, for example http://127.0.0.1:8000/v1; none: here")
+    key_env: str = opt("", "NAME of the environment variable with that server's key; none: no key")
+    concurrency: int = opt(64, "requests in flight at the server, over all ranks")
+
+    full: bool = opt(False, "train all weights and not an adapter; needs --dtype float32", "training")
+    lr: float = opt(0.0, "learning rate after the warm-up; 0: 1e-5 for an adapter, 1e-6 for all weights")
+    warmup_steps: int = opt(20, "steps in which the learning rate rises")
+    weight_decay: float = opt(0.1, "of AdamW")
+    max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
+    lora_r: int = opt(32, "LoRA rank")
+    lora_alpha: float = opt(64.0, "LoRA scale is alpha / r")
+    updates: int = opt(1, "optimiser steps a step, each on its share of the problems; above 1 the clipping matters")
+    clip_low: float = opt(0.2, "ratios below 1 - this are clipped")
+    clip_high: float = opt(0.28, "ratios above 1 + this are clipped (clip-higher)")
+    clip_dual: float = opt(10.0, "dual clip: with a negative advantage, ratios above this are clipped")
+    kl: float = opt(0.0, "beta of a KL term to the model without its adapter; 0: none")
+    agg: str = opt("token", "mean over all tokens, or seq: mean over the tokens of each completion, then over those")
+    micro_tokens: int = opt(16384, "tokens in one forward pass; changes memory and speed, not the result")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass")
+    samples_every: int = opt(10, "steps between samples kept to look at; 0: none")
+    samples_problems: int = opt(2, "problems of such a step")
+    save_every: int = opt(20, "steps between checkpoints")
+    seed: int = opt(0, "seed of the order of the problems, of the adapters and of every sample")
+    kernel: str = opt("", "log-probability op: torch or triton; none: triton where there is a GPU")
+
+    experts: int = opt(0, "corrected metas collected before each behaviour cloning; 0: none", "experts, control")
+    expert_updates: int = opt(5, "optimiser steps of a behaviour cloning")
+    expert_notion: float = opt(0.2, "least notion reward of an expert")
+    expert_lr: float = opt(0.0, "learning rate of a behaviour cloning; 0: that of the policy")
+    expert_levels: bool = opt(False, "experts of every pass rate, 0 included, each rate with the same weight")
+    control_from: int = opt(0, "step from which metas come first and control the rest; 0: never")
+    gate_std: float = opt(0.1, "a problem is gated if its foreseen pass rates spread less than this; 0: no gate")
+    gate_margin: float = opt(0.0625, "a problem is gated if, besides, their mean is less than this from 0 or from 1")
+    refill_tries: int = opt(4, "most draws from the stream that replace gated problems in a step; 1: not replaced")
+    gate_floor: float = opt(0.25, "share of the batch that is sampled even if the gate leaves less")
+    gate_probe: float = opt(0.05, "share of the gated problems that are sampled, to see whether the gate is right")
+    cutoff: float = opt(2.0, "solutions end after so many times the foreseen length; 0: no cutoff")
+    hint: bool = opt(False, "give each solution the notions of one meta as a hint")
+
+    reward: str = opt("", "FILE.py:FUNCTION that rewards solutions; none: the verifier does", "rewards")
+    overlong_buffer: int = opt(0, "DAPO's penalty grows over so many tokens below --max-new; 0: none")
+    lenient: bool = opt(False, "the released verifier's rules: percent, the last number, 1e-4")
+    notion_rate: bool = opt(False, "compare how often right and wrong solutions hold a notion, not how many do")
+    shuffle_statistics: bool = opt(False, "control: score metas against another problem's solutions")
+
+    eval_every: int = opt(0, "steps between evaluations; 0: only before and after", "evaluation")
+    eval_samples: int = opt(32, "n: solutions a held-out problem")
+    eval_metas: int = opt(0, "metas a held-out problem")
+    eval_temperature: float = opt(0.6, "of the evaluation's samples")
+    eval_max_new: int = opt(16384, "longest completion in evaluation, tokens")
+
+
+def check(s: Settings, command: str = "train") -> None:
+    """Refuse settings that cannot be, for the command train or score. Raises InputError."""
+    for name in ("model", "problems" if command == "train" else "eval_sets"):
+        if not getattr(s, name):
+            raise InputError(f"--{name.replace('_', '-')} is missing; python -m masa --help lists all settings")
+    rules = {
+        "solutions": s.solutions >= 2,
+        "metas": s.metas >= 0,
+        "batch": s.batch >= 1,
+        "epochs": s.epochs >= 1,
+        "steps": s.steps >= 0,
+        "max_prompt": s.max_prompt >= 1,
+        "max_new": s.max_new >= 1,
+        "dynamic_tries": s.dynamic_tries >= 1,
+        "sample_batch": s.sample_batch >= 1,
+        "concurrency": s.concurrency >= 1,
+        "lr": s.lr >= 0,
+        "warmup_steps": s.warmup_steps >= 0,
+        "weight_decay": s.weight_decay >= 0,
+        "max_grad_norm": s.max_grad_norm > 0,
+        "lora_r": s.lora_r >= 1,
+        "updates": 1 <= s.updates <= s.batch,
+        "clip_low": 0 < s.clip_low <= 1,
+        "clip_high": s.clip_high > 0,
+        "clip_dual": s.clip_dual > 1,
+        "save_every": s.save_every >= 1,
+        "samples_every": s.samples_every >= 0,
+        "samples_problems": s.samples_problems >= 1,
+        "kl": s.kl >= 0,
+        "overlong_buffer": 0 <= s.overlong_buffer < s.max_new,
+        "experts": s.experts >= 0,
+        "expert_lr": s.expert_lr >= 0,
+        "expert_updates": s.expert_updates >= 1,
+        "expert_notion": 0 <= s.expert_notion <= 1,
+        "control_from": s.control_from >= 0,
+        "gate_std": s.gate_std >= 0,
+        "gate_margin": 0 <= s.gate_margin < 0.5,
+        "refill_tries": s.refill_tries >= 1,
+        "gate_floor": 0 <= s.gate_floor <= 1,
+        "gate_probe": 0 <= s.gate_probe <= 1,
+        "cutoff": s.cutoff >= 0,
+        "eval_every": s.eval_every >= 0,
+        "eval_metas": s.eval_metas >= 0,
+        "eval_temperature": s.eval_temperature >= 0,
+        "eval_max_new": s.eval_max_new >= 1,
+        "micro_tokens": s.micro_tokens >= 1,
+        "temperature": s.temperature > 0,
+        "eval_samples": s.eval_samples >= 1,
+        "agg": s.agg in ("token", "seq"),
+        "dtype": s.dtype in ("bfloat16", "float32"),
+    }
+    for name, good in rules.items():
+        if not good:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)!r}, which cannot be; see --help")
+    if s.full and s.dtype != "float32":
+        raise InputError("--full updates of 1e-6 vanish in bfloat16; give --dtype float32")
+    if s.full and (s.kl or s.adapter):
+        raise InputError("--kl and --adapter need the model without its adapter as the reference; leave out --full")
+    if s.full and s.base_url:
+        raise InputError("--base-url samples from an adapter; leave out --full")
+    if not s.metas and (s.experts or s.control_from):
+        raise InputError("--experts and --control-from need metas; give --metas or leave them out")
+    named = [part.partition("=") for part in s.eval_sets.split(",")] if s.eval_sets else []
+    for name, sign, path in named:
+        if not (name and sign and path):
+            raise InputError(f"--eval-sets {name + sign + path!r} must look like name=path.jsonl")
+        if sum(other == name for other, _, _ in named) > 1:
+            raise InputError(f"--eval-sets names {name!r} twice; give each set a name of its own")

@@ -1,0 +1,200 @@
+"""Every setting of a run, in the order in which a run meets them; defaults are the paper's.
+
+`RunConfig` is the whole; its parts are what single stages obey (pipeline/reuse.py asks them which settings those are).
+configs/*.json and flags set them by name. Left out: settings that depend on other settings.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import kto
+from common.errors import InputError
+from common.settings import opt
+from data import MATCHERS
+from llm import judge, labelling
+from train import TrainSettings
+
+REFINE, RET = "refine", "+ret"  # variants beside thinkoff, thinkon and the methods: Self-Refine, search results first
+
+
+@dataclass(frozen=True)
+class WhereSettings:
+    """Which model, which questions, which methods, who samples."""
+
+    model: str = opt("", "Hugging Face checkpoint: a directory, or an id of the Hub", "what and where")
+    revision: str = opt("", "branch, tag or commit of a model of the Hub; pin it to repeat a run")
+    questions: str = opt("", "training questions, JSONL {id, dataset, question, answers}")
+    eval_sets: str = opt("", "evaluation questions, comma-separated name=path")
+    out: str = opt("runs/default", "directory for everything the run writes")
+    method: str = opt("mralign", f"one or several with commas of {', '.join(kto.LOSSES)}")
+    resume: bool = opt(False, "continue an interrupted training from its last checkpoint")
+    reuse_from: str = opt("", "folders of other runs: what they made with the same settings and inputs is taken over")
+    redo: str = opt("", "stages to do again although their result is there, comma-separated")
+    prompt: str = opt("prompts/factual.txt", "user turn, with {question} in it (Fig. 11)")
+    system: str = opt(
+        "", "system turn, {thinking} in it becomes on or off; Nemotron-Nano: 'detailed thinking {thinking}'"
+    )
+    dtype: str = opt("bfloat16", "dtype of the frozen base weights; adapters are float32")
+    backend: str = opt("local", "who samples: local (this program) or openai (an OpenAI-compatible completions server)")
+    base_url: str = opt("", "the server of --backend openai, for example http://127.0.0.1:8000/v1")
+    served_model: str = opt("", "what that server calls the base model; none: --model. Adapters: the method's name")
+    key_env: str = opt("", "NAME of the environment variable that holds the server's key; none: no key")
+    concurrency: int = opt(64, "requests in flight at the server, over all ranks")
+
+
+@dataclass(frozen=True)
+class CandidateSettings:
+    """Which draws are made and which of them become training rows (3.1.1)."""
+
+    draws: int = opt(3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)")
+    draw_temperature: float = opt(0.2, "sampling temperature of the draws")
+    draw_top_p: float = opt(0.9, "nucleus of the draws")
+    draw_max_new: int = opt(2048, "longest completion of a draw, tokens")
+    sample_batch: int = opt(128, "rows decoded together on one rank")
+    keep: str = opt("first", "which right or wrong draws become rows: first or all")
+    min_segments: int = opt(4, "fewest thinking segments, inclusive")
+    max_segments: int = opt(15, "most thinking segments, inclusive")
+    min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive")
+    max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
+    matcher: str = opt("equal", "an answer is right if it equals a gold, contains one (A.2), has it in whole words")
+    fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")
+
+
+@dataclass(frozen=True)
+class TransitionSettings:
+    """How labels become P (3.2.2)."""
+
+    transitions: str = opt("em", "estimate of P: em or frequency (Table 3)", "transitions (3.2.2)")
+    labels: str = opt("two", "labels a step keeps: two or one, the most confident (Table 3)")
+    em_iterations: int = opt(5, "EM iterations; P is defined by running this many (Algorithm 2)")
+    em_damping: float = opt(0.6, "share of the new estimate in each iteration (Algorithm 2)")
+    em_prior: float = opt(0.1, "pseudo-count of every allowed transition (Algorithm 2)")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How the variants are sampled and what is measured on them (4.1, Table 15)."""
+
+    score_matcher: str = opt("", "matcher of Acc, Mis and all that follows; none: --matcher", "evaluation (Table 15)")
+    temperature: float = opt(0.6, "sampling temperature")
+    top_p: float = opt(0.95, "nucleus")
+    top_k: int = opt(20, "most probable tokens kept; 0: all")
+    min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped")
+    max_new: int = opt(8192, "longest completion, tokens")
+    eval_draws: int = opt(1, "completions a question; with several, tables show mean and spread over them")
+    also: str = opt("", "more variants: refine (Self-Refine of ThinkOn), a variant with +ret (search results first)")
+    search: str = opt("", "who searches: serper (key in $SERPER_KEY), serper#VARIABLE, or a file of documents")
+    search_cache: str = opt("", "file of search results to reuse and to add to; none: search.jsonl under --out")
+    search_results: int = opt(5, "search results before a question (4.1)")
+    label_eval: int = opt(0, "evaluated thoughts to label, a variant and set, for Fig. 4 (paper: 977); 0: none")
+    judge_sets: str = opt("", "sets of short answers to judge too, comma-separated (SimpleQA's three grades)")
+
+
+@dataclass(frozen=True)
+class RunConfig(
+    judge.JudgeSettings,
+    EvalSettings,
+    TrainSettings,
+    TransitionSettings,
+    labelling.LabelSettings,
+    CandidateSettings,
+    WhereSettings,
+):
+    """Every setting of a run."""
+
+    @property
+    def scored_by(self) -> str:
+        """The matcher of every headline, difference and analysis: that of the candidates unless told."""
+        return self.score_matcher or self.matcher
+
+    @property
+    def methods(self) -> list[str]:
+        """What is trained, in order: names of kto.LOSSES."""
+        return _parts(self.method)
+
+    @property
+    def more_variants(self) -> list[str]:
+        """What is evaluated beside thinkoff, thinkon and the methods."""
+        return _parts(self.also)
+
+    @property
+    def variants(self) -> list[str]:
+        """Everything that is evaluated, in the order of the tables: ["thinkoff", "thinkon", "kto", "kto+ret", ...]."""
+        return ["thinkoff", "thinkon", *self.methods, *self.more_variants]
+
+    @property
+    def eval_paths(self) -> dict[str, str]:
+        """name -> path of every evaluation set."""
+        return dict(part.split("=", 1) for part in _parts(self.eval_sets))
+
+    @property
+    def lenders(self) -> list[Path]:
+        """The folders of --reuse-from."""
+        return [Path(part) for part in _parts(self.reuse_from)]
+
+    @property
+    def training(self) -> TrainSettings:
+        """The part that training reads."""
+        return TrainSettings(**{name: getattr(self, name) for name in names(TrainSettings)})
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def names(settings: type) -> tuple[str, ...]:
+    """The names of a part's settings."""
+    return tuple(field.name for field in dataclasses.fields(settings))
+
+
+def check(cfg: RunConfig) -> None:
+    """Refuse settings that cannot work, before any time is spent. Raises InputError."""
+    for name in ("model", "questions", "eval_sets"):
+        if not getattr(cfg, name):
+            raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
+    allowed = {
+        "dtype": ("float32", "bfloat16"),
+        "backend": ("local", "openai"),
+        "keep": ("first", "all"),
+        "matcher": tuple(MATCHERS),
+        "score_matcher": ("", *MATCHERS),
+        "transitions": ("em", "frequency"),
+        "labels": ("one", "two"),
+        "kernel": ("", "torch", "triton"),
+    }
+    for name, values in allowed.items():
+        if getattr(cfg, name) not in values:
+            raise InputError(f"--{name} is {getattr(cfg, name)!r}, must be one of {', '.join(v for v in values if v)}")
+    if (cfg.backend == "openai") != bool(cfg.base_url):
+        raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
+    for method in cfg.methods:
+        if method not in kto.LOSSES:
+            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
+    for part in _parts(cfg.eval_sets):
+        if "=" not in part:
+            raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
+    labelling.check(cfg)
+    _check_variants(cfg)
+    judge.check(cfg)
+    for path in (cfg.questions, cfg.prompt, *cfg.eval_paths.values()):
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file; paths are relative to the current directory")
+
+
+def _check_variants(cfg: RunConfig) -> None:
+    """Refuse variants that do not exist or lack what they need. Raises InputError."""
+    also = cfg.more_variants
+    known = {REFINE, *(v + RET for v in ("thinkoff", "thinkon", REFINE, *cfg.methods))}
+    for k, variant in enumerate(also):
+        if variant not in known or variant in also[:k]:
+            raise InputError(f"--also {variant!r} is not one of {', '.join(sorted(known))}, each once")
+        if variant.endswith(RET) and not cfg.search:
+            raise InputError(f"--also {variant} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
+        if variant == REFINE + RET and "thinkon" + RET not in also[:k]:
+            raise InputError(f"--also {variant} refines the samples of thinkon{RET}; put thinkon{RET} before it")
+    for name in ("eval_draws", "search_results"):
+        if getattr(cfg, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
+    if cfg.label_eval and cfg.annotator != "cues":
+        raise InputError("--label-eval labels by cue phrases only; use --annotator cues or leave --label-eval at 0")

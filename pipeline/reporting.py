@@ -1,0 +1,283 @@
+"""The last stage: results.json, the figures, report.html, the cards of the adapters, and the tables on stdout.
+
+It reads what the other stages left and computes nothing they depend on. The model is loaded once, to show the
+log-ratios of a few training rows.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+import eval as evaluation
+import kto
+import lora
+from common.files import ROOT, read_json, read_jsonl, write_json
+from common.template import opens_thought
+from common.tokens import token_offsets
+from kernels.segment_logprob import segment_logprob
+from llm import judge
+from model import Qwen3
+from pipeline.cards import set_values, write_card
+from pipeline.evaluation import read_labels, short_sets
+from pipeline.run import Run
+from report import card, charts, figures, page, story, tables
+
+Rows = list[dict[str, Any]]
+
+
+def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
+    """Everything people look at. receipts: stage -> its receipt, of the stages before this one."""
+    out = run.out
+    scores, analysed = read_json(out / "eval" / "scores.json"), read_json(out / "eval" / "analysis.json")
+    judged = read_json(out / "eval" / "judge.json") if run.cfg.judge else {"sets": {}}
+    transitions, rows = read_json(out / "transitions.json"), data.load_train(out / "train.jsonl")
+    shown = traces(run, rows, transitions)
+    images = draw_figures(run, transitions, rows, analysed)
+    if kto.LOSSES[shown_method(run)].z0:  # the picture is that of Eq. 12
+        told = one_question(run, shown[0], rows, transitions)
+        write_json(out / "figures" / "one_question.json", told)
+        story.one_question_figure(told, out / "figures" / "one_question.svg")
+    done = {name: read_json(path) for name, path in receipts.items() if path.exists()}
+    results = {
+        "receipt": provenance(run),
+        "stages": {name: {"seconds": r["seconds"], **(r["result"] or {})} for name, r in done.items()},
+        "weights": analysed["weights"],
+        "scores": scores,
+        "judge": judged,
+    }
+    notes = print_scores(scores, judged)
+    page.trace_page(
+        shown,
+        out / "report.html",
+        f"MR-ALIGN run {out.name}",
+        tables=tables.of_run(results, analysed, shown_method(run)),
+        images=images,
+        facts={"Receipt": results["receipt"], "Settings": set_values(run)},
+        pairs=before_and_after(run),
+        notes=notes,
+    )
+    for method in run.methods:
+        write_card(run, method, scores)
+    write_json(out / "results.json", results)
+    print(f"\n{out}/results.json, {out}/report.html, {out}/figures/, adapters in {out}/<method>/\n")
+    print(card.serve_commands(run.source, out / shown_method(run), run.cfg.lora_r))
+    return {}
+
+
+def shown_method(run: Run) -> str:
+    """The method whose adapter page and picture show: mralign if it was trained, else the last that has a reward."""
+    return "mralign" if "mralign" in run.methods else sorted(run.methods, key=lambda m: kto.LOSSES[m].reference)[-1]
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What was run, on what."""
+    commit = ""
+    if shutil.which("git"):  # a downloaded archive runs on machines without it
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    cfg, device = run.cfg, run.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "command": " ".join(["mralign.py", *sys.argv[1:]]),
+        "commit": commit or "unknown, not a git checkout",
+        "model": run.source.name,
+        "model commit": run.source.commit or "none, a directory",
+        "annotator": cfg.annotator,
+        "processes": run.ranks.world,
+        "device": f"{device.type} {name}, {os.cpu_count()} cores",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, op {run.impl}",
+        "seed": cfg.seed,
+        "decoding": f"{cfg.eval_draws} draw(s), temperature {cfg.temperature}, top_p {cfg.top_p}, top_k {cfg.top_k}, "
+        f"min_p {cfg.min_p}, at most {cfg.max_new} tokens, {cfg.backend}",
+    }
+
+
+# ---------- figures and tables
+
+
+def draw_figures(run: Run, transitions: dict[str, Any], rows: Rows, analysed: dict[str, Any]) -> dict[str, Path]:
+    """All figures of the run as PNG; caption -> file, in the order of the page."""
+    folder, images = run.out / "figures", {}
+
+    def add(caption: str, file: str, drawn: Callable[[Path], None]) -> None:
+        drawn(folder / file)
+        images[caption] = folder / file
+
+    positions, strata, method = analysed["positions"], analysed["strata"], shown_method(run)
+    if positions:
+        add("Where the right answer is lost (Fig. 1)", "positions.png", lambda p: charts.positions_figure(positions, p))
+        add("Who gains (Fig. 5)", "strata.png", lambda p: charts.strata_figure(strata, p))
+    for name, of in analysed["change"].items():
+        file = "change.png" if name == next(iter(analysed["change"])) else f"change-{name}.png"
+        caption = f"How the thinking changed on {name} (Fig. 4)"
+        add(caption, file, lambda p, of=of: charts.change_figure(of[method], "thinkon", method, p))
+    for name, of in analysed["outcomes"].items():
+        file = "outcomes.png" if name == next(iter(analysed["outcomes"])) else f"outcomes-{name}.png"
+        two = {v: of[v] for v in ("thinkon", method)}
+        add(f"Labels and outcomes on {name}", file, lambda p, two=two: charts.outcomes_figure(two, p))
+    caption = "Transition matrices and step weights (Fig. 7)"
+    add(caption, "transitions.png", lambda p: figures.transition_figure(transitions, p))
+    add("Weights of all steps", "weights.png", lambda p: figures.weights_figure(rows, p))
+    curves = {m: read_jsonl(run.out / m / "metrics.jsonl") for m in run.methods}
+    add("Training", "curves.png", lambda p: figures.curves_figure(curves, p))
+    return images
+
+
+def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
+    """The tables on stdout; returns what must be known before them, which goes to stderr and on the page."""
+    notes = []
+    for name, of in scores.items():
+        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{difference_lines(of['differences'])}")
+        if text := evaluation.draws_table(of["metrics"]):
+            print(f"\n{text}")
+        notes += [f"{name}, {v}: {line}" for v, m in of["metrics"].items() for line in evaluation.warnings(m)]
+        if of["seen_in_training"]:
+            notes.append(f"{name}: {of['seen_in_training']} of its questions are also training questions")
+        if len(set(of["engines"].values())) > 1:
+            drawn = "; ".join(f"{v} by {engine}" for v, engine in of["engines"].items())
+            notes.append(f"{name}: not all variants were drawn by the same engine, so they differ by more: {drawn}")
+    for name, of in judged["sets"].items():
+        print(f"\n{name}, judge: {judged['judge']}\n{tables.markdown(tables.judge_rows(of))}")
+    if judged["sets"] and judged["judge"] == judge.STAND_IN:
+        notes.append(
+            "the judge is a stand-in that goes by rules: its figures show that the path works, not what is true"
+        )
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
+    return notes
+
+
+def difference_lines(differences: dict[str, Any]) -> str:
+    """Paired differences between variants as aligned text, in points with a 95 % interval."""
+    lines = [f"{'paired difference, points':<26}{'Acc':>24}{'Mis':>26}"]
+    for pair, of in differences.items():
+        cells = [f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" for d in of.values()]
+        lines.append(f"{pair:<26}" + "".join(f"{c:>24}  " for c in cells).rstrip())
+    return "\n".join(lines)
+
+
+# ---------- questions before and after, training rows with their numbers
+
+
+def before_and_after(run: Run, n: int = 6) -> Rows:
+    """Questions of the first set as ThinkOn and the aligned model thought about them.
+
+    First where ThinkOn dropped the gold and the aligned model used it, then where alignment made it worse, then where
+    both fail; what is shown is the first of each kind in the order of the questions, not a choice.
+    """
+    method = shown_method(run)
+    for name in list(short_sets(run))[:1]:
+        kinds: dict[str, Rows] = {"found, then used": [], "made worse": [], "wrong in both": []}
+        sides: dict[str, dict[str, Any]] = {}
+        for variant in ("thinkon", method):
+            sides[variant] = {r["id"]: r for r in read_jsonl(run.samples(name, variant)) if r["draw"] == 0}
+        labels = {v: read_labels(run, name, v) if run.cfg.label_eval else {} for v in sides}
+        for key, sample_before in sides["thinkon"].items():
+            before, after = evaluation.score(sample_before), evaluation.score(sides[method][key])
+            good = [x["em_t"] and x["em_a_equal"] for x in (before, after)]
+            if good == [False, True] and before["em_t"]:
+                kind = "found, then used"
+            elif not good[1]:
+                kind = "made worse" if good[0] else "wrong in both"
+            else:
+                continue
+            if len(kinds[kind]) < n // 2:
+                told = {v: story.told(sides[v][key], labels[v].get(key)) for v in sides}
+                pair = {"id": key, "question": sample_before["question"], "golds": sample_before["answers"]}
+                kinds[kind].append(pair | {"kind": kind, "set": name, "sides": told})
+        return [pair for of in kinds.values() for pair in of][:n]
+    return []
+
+
+def traces(run: Run, rows: Rows, transitions: dict[str, Any], n: int = 6) -> Rows:
+    """The first chosen and rejected training rows for the page, with the log-ratios the shown adapter gives them.
+
+    Rejected rows that found a gold and dropped it come first: they are what the method is about.
+    """
+    candidates = {r["id"]: r for r in read_jsonl(run.out / "candidates.jsonl")}
+    records = {r["id"]: r for r in read_jsonl(run.out / "annotations.jsonl")}
+
+    def dropped(r: dict[str, Any]) -> bool:
+        return data.exact_match(_parsed(r).thought, "", candidates[r["id"]]["answers"])[0]
+
+    telling = sorted(rows, key=lambda r: not dropped(r))
+    picked = [r for label in (False, True) for r in [r for r in telling if r["label"] is label][: n // 2]]
+    shown = []
+    model = run.base_model()
+    lora.load(model, run.out / shown_method(run))
+    for r in picked:
+        steps = story.step_records(r, records[r["id"]], transitions)
+        *per_step, rest = step_logratios(model, r, run)
+        for s, (tokens, logratio) in zip(steps, per_step, strict=True):
+            s |= {"tokens": tokens, "logratio": logratio}
+        candidate = candidates[r["id"]]
+        shown.append(
+            {
+                "id": r["id"],
+                "question": candidate["question"],
+                "golds": candidate["answers"],
+                "chosen": r["label"],
+                "outcome": "right" if r["label"] else "gold found and dropped" if dropped(r) else "gold not found",
+                "answer": _parsed(r).answer,
+                "segments": steps,
+                "answer_logratio": rest[1],
+            }
+        )
+    return shown
+
+
+def _parsed(row: dict[str, Any]) -> data.Parsed:
+    """The completion of a training row."""
+    return data.parse(row["completion"], opened=opens_thought(row["prompt"]))
+
+
+def one_question(run: Run, trace: dict[str, Any], rows: Rows, transitions: dict[str, Any]) -> dict[str, Any]:
+    """Every number between one shown trace and its gradient, after the last training step (story.build_story)."""
+    cfg = run.cfg
+    row = next(r for r in rows if r["id"] == trace["id"])
+    annotation = next(r for r in read_jsonl(run.out / "annotations.jsonl") if r["id"] == trace["id"])
+    drawn = read_jsonl(run.out / "samples.jsonl")
+    off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
+    last = read_jsonl(run.out / shown_method(run) / "metrics.jsonl")[-1]
+    return story.build_story(
+        row,
+        annotation,
+        transitions,
+        [s["logratio"] for s in trace["segments"]],
+        trace["answer_logratio"],
+        last["z0"],
+        cfg.beta,
+        cfg.lambda_c if row["label"] else cfg.lambda_r,
+        question=trace["question"],
+        golds=trace["golds"],
+        think_off_answer=data.parse(off["text"], thinking=False).answer,
+    )
+
+
+@torch.no_grad()
+def step_logratios(model: Qwen3, row: dict[str, Any], run: Run) -> list[tuple[int, float]]:
+    """(tokens, log pi / pi_ref in nats) of every step of a training row, then of all its other tokens.
+
+    Two steps and an answer: [(31, -0.8), (27, 1.4), (9, 0.2)].
+    """
+    completion = row["completion_ids"]
+    batch = data.pack([(row["prompt_ids"], completion, torch.ones(len(completion)))]).to(run.ranks.device)
+    each = torch.arange(len(completion) + 1)  # every token a sequence of its own
+    logp = []
+    for context in (contextlib.nullcontext(), lora.disabled(model)):
+        with context:
+            hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]
+            logp.append(segment_logprob(hidden, model.head, batch.targets, batch.w, each, run.impl)[1].double().cpu())
+    _, offsets = token_offsets(run.tokenizer, completion)
+    owner = data.token_steps(offsets, row["spans"])  # step of each token, -1 outside
+    ratio = logp[0] - logp[1]
+    return [(int((owner == k).sum()), float(ratio[owner == k].sum())) for k in [*range(len(row["spans"])), -1]]

@@ -1,0 +1,219 @@
+"""One run: its settings, its model, this process among the ranks, where its files are, and how it samples.
+
+`Run.sampler` gives what completes prompts as one variant does (the base model or a trained method); `Run.draw`
+completes many prompts over all ranks and leaves a sample file. A completion is on disk as soon as it is finished, so a
+run that is killed draws only the rest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import em
+import lora
+import sample
+from common import hub
+from common.files import Journal, read_jsonl, write_jsonl
+from common.model_config import ModelConfig
+from common.ranks import Progress, Ranks
+from common.template import ChatTemplate, fill, load_prompt
+from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets
+from kernels.segment_logprob import default_impl
+from llm import remote
+from llm.client import Client, parse_endpoint
+from model import Qwen3
+from model import load as load_model
+from pipeline.config import RET, RunConfig
+
+Question = dict[str, Any]
+Job = tuple[Question, str, int]  # a question, thinking "on" or "off", the number of the draw
+Generate = Callable[..., None]  # (prompts, seeds, max_new, how: sample.Sampling, finished(index, completion))
+
+
+class Run:
+    """What every stage of a run needs to know."""
+
+    def __init__(self, cfg: RunConfig, source: hub.Source, ranks: Ranks) -> None:
+        self.cfg, self.source, self.ranks, self.out = cfg, source, ranks, Path(cfg.out)
+        self.methods, self.variants, self.eval_sets = cfg.methods, cfg.variants, cfg.eval_paths
+        self.impl = cfg.kernel or default_impl(ranks.device)
+        self.tokenizer = load_tokenizer(source.folder)
+        self.template = ChatTemplate(source.folder, cfg.system)
+        self.template.check(self.tokenizer)
+        self.user_turn = load_prompt(cfg.prompt)
+        self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
+        self.key = ""  # of the stage under way: what it depends on (pipeline/reuse.py)
+        self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
+        self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
+        self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
+
+    # ---------- files
+
+    def samples(self, name: str, variant: str) -> Path:
+        """The samples of one variant on one evaluation set."""
+        return self.out / "eval" / name / f"{variant}.jsonl"
+
+    def file(self, name: str, variant: str, kind: str) -> Path:
+        """A file about one variant on one evaluation set: kind "labels", "judged", "claims" or "feedback"."""
+        return self.samples(name, variant).with_suffix(f".{kind}.jsonl")
+
+    def adapter(self, method: str) -> Path:
+        """The weights of a method's adapter."""
+        return self.out / method / lora.WEIGHTS
+
+    @property
+    def prompt_path(self) -> Path:
+        """The file of the user turn."""
+        return Path(self.cfg.prompt)
+
+    # ---------- prompts and models
+
+    def turn(self, question: str) -> str:
+        """What the user says: the question in its template."""
+        return fill(self.user_turn, question=question)
+
+    def prompt(self, turn: str, mode: str) -> str:
+        """The rendered prompt of a user turn, thinking "on" or "off"."""
+        return self.template.prompt(turn, thinking=mode == "on")
+
+    def base_model(self, device: torch.device | None = None) -> Qwen3:
+        """The base model, freshly loaded on `device` (None: this rank's), frozen."""
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
+        return load_model(self.source.folder, dtype, device or self.ranks.device).requires_grad_(False)
+
+    def adapter_of(self, variant: str) -> str:
+        """The method whose adapter a variant uses, "" for the base model."""
+        bare = variant.removesuffix(RET)
+        return bare if bare in self.methods else ""
+
+    def fit_matrix(self, observations: list[em.Observation]) -> em.Transitions:
+        """P of some observations: by EM or by the frequency baseline, as set."""
+        cfg = self.cfg
+        if cfg.transitions == "frequency":
+            return em.frequency(observations, prior=cfg.em_prior)
+        return em.fit(observations, max_iter=cfg.em_iterations, damping=cfg.em_damping, prior=cfg.em_prior)
+
+    # ---------- sampling
+
+    @property
+    def engine(self) -> str:
+        """Who draws, as every sample row says it: this program with its dtype and device, or a server's model."""
+        if self.cfg.backend == "openai":
+            return f"openai {self.cfg.served_model or self.source.name}"
+        return f"local {self.cfg.dtype} {self.ranks.device.type}"
+
+    def sampler(self, variant: str) -> Generate:
+        """What completes prompts as `variant` does, by this program or by the server of --base-url.
+
+        Variants that share an adapter follow each other, so the last one stays loaded.
+        """
+        method = self.adapter_of(variant)
+        if self._sampler is None or self._sampler[0] != method:
+            self._sampler = None  # its model goes before the next one comes
+            self._sampler = method, self._server(method) if self.cfg.backend == "openai" else self._model(method)
+        return self._sampler[1]
+
+    def _model(self, method: str) -> Generate:
+        cfg, model = self.cfg, self.base_model()
+        if method:
+            lora.load(model, self.out / method)
+            if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
+                lora.merge(model)
+
+        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+            common = {"stop_ids": self.stop_ids, "batch_size": cfg.sample_batch, "finished": finished}
+            sample.generate(model, prompts, seeds, max_new=max_new, **dataclasses.asdict(how), **common)
+
+        return generate
+
+    def _server(self, method: str) -> Generate:
+        cfg = self.cfg
+        name = method or cfg.served_model or self.source.name
+        endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
+        client = Client(endpoint, concurrency=max(1, cfg.concurrency // self.ranks.world), limits=remote.PATIENCE)
+        eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
+        end_id = eos if isinstance(eos, int) else eos[0]
+
+        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+            to_ids = functools.partial(encode, self.tokenizer)
+            stops = {"stop_ids": self.stop_ids, "end_id": end_id}
+            again = remote.generate(
+                client, to_ids, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
+            )
+            if again:
+                self.ranks.log(f"{again} of {len(prompts)} completions came without ids and were encoded again")
+
+        return generate
+
+    def draw(
+        self,
+        generate: Generate,
+        jobs: list[Job],
+        path: Path,
+        what: str,
+        max_new: int,
+        how: sample.Sampling,
+        turn: Callable[[Question, int], str] | None = None,
+    ) -> float:
+        """Sample every job and write one row each to `path`, in their order. Returns tokens a second of this rank.
+
+        turn: (question, draw) -> what the user says; None: the question in its template.
+        The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
+        """
+        ranks, cfg = self.ranks, self.cfg
+        mine = jobs[ranks.rank :: ranks.world]
+        prompts = [self.prompt(turn(q, k) if turn else self.turn(q["question"]), mode) for q, mode, k in mine]
+        prompt_ids = [encode(self.tokenizer, text) for text in prompts]
+        seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
+        journal_path = path.with_suffix(f".rank{ranks.rank}.jsonl")
+        self.journals.append(journal_path)
+        journal = Journal(journal_path, f"{self.key} {path} rank {ranks.rank} of {ranks.world}")
+        done = {row["row"]: sample.Completion(row["ids"], row["finish"]) for row in journal.rows}
+        if done:
+            ranks.log(f"{what}: {len(done)} of {len(mine)} were finished before")
+        drawn = {(r["id"], r["mode"], r["draw"]): r for r in read_jsonl(self.lent)} if self.lent else {}
+        lent = {}  # same question, prompt, number of the draw; settings and model are the other run's
+        for i, (q, mode, k) in enumerate(mine):
+            row = drawn.get((q["id"], mode, k))
+            if row and row["prompt_ids"] == prompt_ids[i]:
+                lent[i] = row
+        done |= {i: sample.Completion(row["ids"], row["finish"]) for i, row in lent.items()}
+        if lent:
+            ranks.log(f"{what}: {len(lent)} of {len(mine)} lent by {self.lent}")
+        left = [i for i in range(len(mine)) if i not in done]
+        progress = Progress(ranks, None, what, "tokens")
+
+        def finished(index: int, c: sample.Completion) -> None:
+            done[left[index]] = c
+            journal.add({"row": left[index], "ids": c.ids, "finish": c.finish})
+            progress(len(c.ids))
+
+        generate([prompt_ids[i] for i in left], [seeds[i] for i in left], max_new, how, finished)
+        speed = progress.close()
+        journal.close()
+        rows = []
+        for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
+            c = done[i]
+            text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+            row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
+            row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
+            by = lent.get(i, {"model": self.source.name, "engine": self.engine})
+            rows.append(row | {"model": by["model"], "engine": by["engine"]})
+        write_shares(ranks, path, rows, len(jobs))
+        return speed
+
+
+def write_shares(ranks: Ranks, path: Path, rows: list[dict[str, Any]], total: int) -> None:
+    """Every rank's rows as one file in the jobs' order; rank r has rows r, r + world, r + 2 * world, ..."""
+    share = path.with_suffix(f".share{ranks.rank}.jsonl")
+    write_jsonl(share, rows)
+    ranks.wait()
+    if ranks.rank == 0:
+        shares = [read_jsonl(path.with_suffix(f".share{r}.jsonl")) for r in range(ranks.world)]
+        write_jsonl(path, (shares[i % ranks.world][i // ranks.world] for i in range(total)))
+    ranks.wait()
+    share.unlink()

@@ -1,0 +1,114 @@
+"""endings.py: every way a program can end, as its exit code and one line."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common import endings
+from common.errors import BudgetSpent, Disagreement, InputError, MemoryFull, NumericsError, Refused, Stopped
+from common.files import read_json
+
+CASES = [
+    (InputError("a.json: bad; repair it"), 3, "a.json: bad; repair it"),
+    (BudgetSpent("budget: spent"), 4, "budget: spent"),
+    (Refused("no key"), 4, "no key"),
+    (NumericsError("loss is nan"), 5, "loss is nan"),
+    (Disagreement("two things"), 5, "two things"),
+    (MemoryFull("3 rows"), 5, "3 rows"),
+    (MemoryError(), 5, "MemoryError"),
+    (OSError(errno.ENOSPC, "No space left", "/x"), 75, "free some space"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "/x: Permission denied; give another place"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), 3, "/x: Not a directory"),
+    (Stopped(signal.SIGTERM), 75, "stopped by SIGTERM"),
+    (Stopped(signal.SIGINT), 130, "stopped by SIGINT"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "words"), CASES, ids=lambda x: type(x).__name__)
+def test_an_ending_is_a_code_and_one_line(error, code, words, capsys) -> None:
+    @endings.program
+    def main() -> None:
+        raise error
+
+    assert main() == code
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), RuntimeError("a bug"), OSError(errno.EIO, "Input/output"), KeyError(1)]
+)
+def test_a_bug_keeps_its_traceback(error) -> None:
+    @endings.program
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        main()
+    assert caught.value is error
+
+
+def test_codes_of_its_own_and_usage_errors_pass() -> None:
+    assert endings.program(lambda: None)() == 0 and endings.program(lambda code: code)(7) == 7
+    with pytest.raises(SystemExit):
+        endings.program(lambda: sys.exit(2))()
+
+
+def test_torchs_out_of_memory_is_known_without_importing_torch() -> None:
+    import torch
+
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More.")
+    assert endings.ending(error) == (
+        5,
+        "CUDA out of memory; use a smaller --sample-batch in sampling and evaluation, --shard in training",
+    )
+    code = "import sys, common.endings, common.settings, common.template, common.model_config; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "common.endings" in loaded and not {"torch", "transformers", "matplotlib", "llm"} & set(loaded)
+
+
+def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def run(error: BaseException | None, rank: str = "0") -> int:
+        monkeypatch.setenv("RANK", rank)
+
+        @endings.program
+        def main() -> None:
+            with endings.status(tmp_path):
+                if error:
+                    raise error
+
+        return main()
+
+    assert run(Stopped(signal.SIGTERM)) == 75
+    stopped = {"state": "stopped, can be resumed", "exit_code": 75, "rank": 0}
+    assert read_json(tmp_path / "status.json").items() >= stopped.items()
+    assert run(InputError("bad"), "2") == 3
+    failed = {"state": "failed", "exit_code": 3, "rank": 2, "reason": "bad"}
+    assert read_json(tmp_path / "status.json") == failed
+    assert run(Stopped(signal.SIGTERM)) == 75 and read_json(tmp_path / "status.json") == failed  # an error comes first
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error"]
+    (tmp_path / "status.json").unlink()
+    assert run(None) == 0
+    assert read_json(tmp_path / "status.json") == {"state": "done", "exit_code": 0, "rank": 0, "reason": ""}
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    script = (
+        "import sys; from common.endings import program\n"
+        "sys.exit(program(lambda: [print('line', i) for i in range(100_000)] and None)())"
+    )
+    read, write = os.pipe()
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    os.read(read, 10)
+    os.close(read)
+    _, said = child.communicate()
+    assert child.returncode == 141 and said == "error: nobody reads the output any more\n"

@@ -1,0 +1,67 @@
+"""When a stage is done again: settings and inputs by content, code it reaches, damaged results, what is dear."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+import mralign
+from common.errors import InputError
+from pipeline import reporting, reuse
+
+OLD = {
+    "depends": {"settings": {"a": 1}, "inputs": {"x": "s"}, "code": {"em.py": "c"}},
+    "outputs": {"o": ""},
+    "seconds": 7.0,
+    "result": None,
+}
+
+
+def stage(tmp_path: Path, dear: bool) -> tuple[reuse.Stage, dict]:
+    made = tmp_path / "o"
+    made.write_text("made")
+    done = OLD | {"outputs": {"o": reuse.checksum(made)}}
+    return reuse.Stage("eval kto test", print, ("a",), {}, {"o": made}, dear=dear), done
+
+
+def with_(kind: str, **changed: object) -> dict:
+    now = {k: dict(v) for k, v in OLD["depends"].items()}
+    now[kind] |= changed
+    return now
+
+
+@pytest.mark.parametrize("dear", [True, False])
+def test_what_makes_a_stage_due(tmp_path, dear):
+    s, old = stage(tmp_path, dear)
+    assert reuse.due(s, old, OLD["depends"], False) == (False, "unchanged, reused (took 7.0 s)")
+    assert reuse.due(s, None, OLD["depends"], False)[0] and reuse.due(s, old, OLD["depends"], True)[0]
+    assert reuse.due(s, old, with_("settings", a=2), False) == (True, "done again: a 2, was 1 changed")
+    assert reuse.due(s, old, with_("inputs", x="t"), False) == (True, "done again: x changed")
+    needed, words = reuse.due(s, old, with_("code", **{"em.py": "d"}), False)
+    assert needed is not dear and "em.py changed" in words
+    assert ("--redo eval" in words) is dear  # kept, and how to change that
+    (tmp_path / "o").write_text("made by a hand")
+    if dear:
+        with pytest.raises(InputError, match="o: not the file .* --redo eval"):
+            reuse.due(s, old, OLD["depends"], False)
+    else:
+        assert reuse.due(s, old, OLD["depends"], False) == (True, "done again: o is not as it was left")
+    (tmp_path / "o").unlink()
+    assert reuse.due(s, old, OLD["depends"], False)[0]  # gone, not damaged
+
+
+def test_the_code_of_a_stage_is_what_it_reaches_and_no_more():
+    fit = reuse.code_of(mralign.fit_transitions)
+    assert {"em.py", "annotate.py", "mralign.py: fit_transitions"} <= fit.keys()
+    assert not {"train.py", "report/charts.py", "pipeline/reporting.py", "lora.py"} & fit.keys()
+    train = reuse.code_of(functools.partial(mralign.train_method, method="kto"))
+    assert {"train.py", "lora.py", "kto.py", "kernels/segment_logprob.py"} <= train.keys()
+    assert not {"report/charts.py", "report/page.py", "pipeline/evaluation.py"} & train.keys()
+    assert "report/charts.py" in reuse.code_of(reporting.write_report)
+
+
+def test_comments_and_docstrings_are_no_code():
+    source = 'def f(x):\n    """Doubles."""\n    return 2 * x\n'
+    same = reuse._without_comments(source)
+    assert reuse._without_comments(source.replace("Doubles", "Twice").replace("x\n", "x  # fast\n")) == same
+    assert reuse._without_comments(source.replace("2", "3")) != same
