@@ -34,10 +34,10 @@ setup: .venv/ready  ## make .venv and install the pinned requirements
 	@touch .venv/ready-bench
 
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
-	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
+	$(PY) -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
 
 report: .venv/ready  ## every table and figure of the paper on the miniature, with its ablations over three seeds
-	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
+	$(PY) -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
 	$(PY) -m tools.sweep configs/mini-ablations.json --jobs $(RANKS)
 
 test: .venv/ready-test  ## all tests
