@@ -162,8 +162,8 @@ def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, 
     failed(run(*line), 3, "checksum")
     manifest["sha256"] = sha256_file(given / "annotations.jsonl")
     write_json(given / "annotations.manifest.json", manifest)
-    write_jsonl(theirs / "candidates.jsonl", candidates(11))
-    failed(run(*line), 3, "other candidates")
+    write_jsonl(theirs / "candidates.jsonl", [*candidates(11), candidates(12)[-1] | {"id": "new"}])
+    failed(run(*line), 3, "candidate 'new' is not in it")
 
 
 def test_a_wrong_key_ends_in_seconds(annotate, server, out):
@@ -199,7 +199,7 @@ def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, serv
         (["--annotator-a", "gpt-4o@http://10.0.0.1/v1#K"], ["unencrypted"]),
         (["--adjudicator", ""], ["--adjudicator is not set"]),
         (["--annotator-a", ""], ["--annotator-a MODEL"]),
-        (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "cues, committee"]),
+        (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "self, committee, cues"]),
         (["--annotator-a", "gpt-9@https://x.org/v1#ANNOTATOR_KEY", "--budget-usd", "1"], ["no price for gpt-9"]),
         (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["UNSET_KEY is not set"]),
         (["--annotate-concurrency", "0"], ["--annotate-concurrency is 0"]),
