@@ -57,7 +57,8 @@ def draw_samples(run: Run) -> dict[str, Any]:
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = run.draw(run.sampler("thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
-    return {"tokens_per_second_per_rank": round(speed)}
+    outcomes = data.count_outcomes(read_jsonl(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
+    return {"tokens_per_second_per_rank": round(speed), "outcomes": outcomes}
 
 
 def select_candidates(run: Run) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
+        row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
     write_jsonl(run.out / "train.jsonl", rows)
     named = {"": everything, "_pos": pos, "_neg": neg}
@@ -202,6 +204,8 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
             if ranks.rank == 0:
                 (run.out / "status.json").unlink(missing_ok=True)
             ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+            if told := run.template.by_hand():
+                ranks.log(told)
             for mode in ("on", "off"):
                 ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         if rest.dry_run:
             dry_run(cfg, rest.gpu, rest.gpus)
             return 0
-        check(cfg)
+        check(cfg, rest.stages)
         # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
         source = hub.locate(cfg.model, cfg.revision)
         out = Path(cfg.out)

@@ -5,6 +5,8 @@ configs/*.json and flags set them by name. Left out: settings that depend on oth
 """
 
 import dataclasses
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import kto
 from common.errors import InputError
 from common.settings import opt
 from data import MATCHERS
-from llm import judge, labelling
+from llm import judge, labelling, retrieve
+from llm.client import parse_endpoint
 from train import TrainSettings
 
+FETCH = "; python -m tools.fetch --for CONFIG fetches what a config names"
 REFINE, RET = "refine", "+ret"  # variants beside thinkoff, thinkon and the methods: Self-Refine, search results first
 
 
@@ -148,9 +152,20 @@ def names(settings: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(settings))
 
 
-def check(cfg: RunConfig) -> None:
-    """Refuse settings that cannot work, before any time is spent. Raises InputError."""
-    for name in ("model", "questions", "eval_sets"):
+MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
+
+
+def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
+    """Refuse settings that cannot work, before any time is spent. Raises InputError.
+
+    wanted: the stages that will run, none for all; what the others need is not asked for. Training needs train.jsonl
+    under --out and no question.
+    """
+
+    def due(*names: str) -> bool:
+        return not wanted or any(name in wanted for name in names)
+
+    for name in ("model", *["questions"] * due("sample", "scores"), *["eval_sets"] * due(*MEASURED)):
         if not getattr(cfg, name):
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
     allowed = {
@@ -174,12 +189,42 @@ def check(cfg: RunConfig) -> None:
     for part in _parts(cfg.eval_sets):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
-    labelling.check(cfg)
-    _check_variants(cfg)
-    judge.check(cfg)
-    for path in (cfg.questions, cfg.prompt, *cfg.eval_paths.values()):
+    if due("annotate", "labels"):
+        labelling.check(cfg)
+    if due(*MEASURED):
+        _check_variants(cfg)
+        judge.check(cfg)
+    sets = cfg.eval_paths.values() if due(*MEASURED) else ()
+    for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
-            raise InputError(f"{path}: no such file; paths are relative to the current directory")
+            raise InputError(f"{path}: no such file; paths are relative to the current directory{FETCH}")
+    _check_keys(cfg, due)
+
+
+def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
+    """Refuse what asks a server whose key is not in the environment, and say how to do without. Raises InputError.
+
+    Where replies of an earlier run lie (of this one, or of --reuse-from), nothing is refused: they may be all there is
+    to ask for, and a call that does need the key says so.
+    """
+    asked: list[tuple[list[str], str, str]] = []  # key variables, the file of earlier replies, how to do without
+    if cfg.annotator == "committee" and due("annotate", "labels"):
+        keys = [endpoint.key_env for endpoint in labelling.endpoints(cfg).values()]
+        local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
+        asked.append((keys, "annotation/calls.jsonl", local))
+    if cfg.judge not in ("", "stand-in") and due("judge"):
+        asked.append(([parse_endpoint(cfg.judge).key_env], "judge/calls.jsonl", "--judge ''"))
+    plain = ",".join(v for v in cfg.more_variants if not v.endswith(RET))
+    if plain != ",".join(cfg.more_variants) and due("search") or cfg.judge and due("judge"):
+        cache = cfg.search_cache or "search.jsonl"
+        asked.append(([retrieve.key_variable(cfg.search)], cache, f"--search '' --also '{plain}'"))
+    missing: dict[str, str] = {}
+    for keys, replies, without in asked:
+        if not any((folder / replies).exists() for folder in (Path(cfg.out), *cfg.lenders)):
+            missing |= {key: without for key in keys if key and not os.environ.get(key)}
+    if missing:
+        keys, ways = " ".join(missing), " ".join(dict.fromkeys(missing.values()))
+        raise InputError(f"no key in the environment: export {keys}, or do without: {ways} (docs/running.md)")
 
 
 def _check_variants(cfg: RunConfig) -> None:
@@ -196,5 +241,3 @@ def _check_variants(cfg: RunConfig) -> None:
     for name in ("eval_draws", "search_results"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
-    if cfg.label_eval and cfg.annotator != "cues":
-        raise InputError("--label-eval labels by cue phrases only; use --annotator cues or leave --label-eval at 0")
