@@ -40,6 +40,7 @@ from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, plan, reporting
+from pipeline import dry_run as run_plan
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
@@ -218,10 +219,11 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 
 
 def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
-    """Print what training would take and, with a committee, what its labels would cost; nothing is run or sent."""
-    print(plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus))
+    """Print what a run would take; nothing is run, sent or written."""
     if cfg.annotator == "committee":
         labelling.check(cfg)
+    print(run_plan.report_text(cfg, gpu, gpus))
+    if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
         rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
@@ -231,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def more(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="these stages only; none: all that are due")
-        what = "print what training would take and what a committee's labels would cost, and stop"
+        what = "print all that a run would take (tokens, hours, memory, calls, dollars), and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
         parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kto
+from common.benchmarks import name_of
 from common.errors import InputError
 from common.settings import opt
 from data import MATCHERS
@@ -131,6 +132,11 @@ class RunConfig(
     def eval_paths(self) -> dict[str, str]:
         """name -> path of every evaluation set."""
         return dict(part.split("=", 1) for part in _parts(self.eval_sets))
+
+    @property
+    def labelled_sets(self) -> list[str]:
+        """The sets whose thoughts are labelled: NQ-Open as in the paper's Fig. 4, or all where a run has no NQ-Open."""
+        return [name for name in self.eval_paths if name_of(name) == "nq_open"] or list(self.eval_paths)
 
     @property
     def lenders(self) -> list[Path]:
