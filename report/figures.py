@@ -36,7 +36,9 @@ METHOD_COLOURS = {  # Okabe and Ito's palette: apart for all common kinds of col
 }
 SPARE_COLOURS = ("#CC79A7", "#56B4E9", "#8C6D1F", "#5B3A8E")
 CHOSEN, REJECTED = "#00785A", "#A8440B"
-MACRO_COLOURS = dict(zip(em.MACRO, ("#0072B2", "#8C6D1F", "#00785A", "#A33B7B"), strict=True))
+MACRO_COLOURS = dict(
+    zip(em.TAXONOMY, itertools.cycle(("#0072B2", "#8C6D1F", "#00785A", "#A33B7B", "#5B3A8E", "#9A3412")))
+)
 W_MAP = colors.LinearSegmentedColormap.from_list("w", ["#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"])
 W_NORM = colors.Normalize(-1.0, 1.0)  # log w at the clips of Eq. 10
 W_TICKS, W_TICK_TEXTS = (1 / math.e, 0.5, 0.75, 1, 1.5, 2, math.e), ("1/e", ".5", ".75", "1", "1.5", "2", "e")
@@ -80,9 +82,9 @@ def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
 
 
 def matrices(transitions: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """P, P_pos, P_neg, C, C_pos, C_neg of a transitions.json as (17, 17) float64.
+    """P, P_pos, P_neg, C, C_pos, C_neg of a transitions.json as (K, K) float64.
 
-    Raises InputError when a matrix is missing or misshapen or the states are not the 17 of em.STATES.
+    Raises InputError when a matrix is missing or misshapen or the states are not those of em.STATES.
     """
     again = "run the fit stage again"
     if list(transitions.get("states", [])) != list(em.STATES):
@@ -93,14 +95,15 @@ def matrices(transitions: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise InputError(f"transitions: {name!r} is missing; {again}")
         out[name] = np.array(transitions[name], dtype=np.float64)
         if out[name].shape != (len(em.STATES),) * 2:
-            raise InputError(f"transitions: {name!r} has shape {out[name].shape}, must be (17, 17); {again}")
+            size = len(em.STATES)
+            raise InputError(f"transitions: {name!r} has shape {out[name].shape}, must be {size} by {size}; {again}")
     return out
 
 
 def weight_matrix(P_class: np.ndarray, P_all: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """w of every single-label move and where it was clipped (Eq. 10).
 
-    Returns w (17, 17) float64, NaN where the move is forbidden, and mark (17, 17) int: -1 at 1/e, +1 at e, else 0.
+    Returns w (K, K) float64, NaN where the move is forbidden, and mark (K, K) int: -1 at 1/e, +1 at e, else 0.
     """
     allowed = em.mask(len(P_all)) > 0
     ratio = np.divide(P_class, P_all, out=np.full_like(P_all, np.nan), where=allowed)
@@ -121,11 +124,11 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
     ax.set_xticks(range(n), names, rotation=90, fontsize=7)
     ax.set_yticks(range(n), names if left else [], fontsize=7)
     ax.tick_params(length=0, pad=2)
-    owner = {label: strategy for strategy, labels in em.MACRO.items() for label in labels}
+    owner = {label: strategy for strategy, labels in em.TAXONOMY.items() for label in labels}
     for ticks in (ax.get_xticklabels(), ax.get_yticklabels()):
         for tick, state in zip(ticks, em.STATES, strict=False):  # no names at the side of an inner panel
             tick.set_color(MACRO_COLOURS[owner[state]] if state in owner else INK)
-    edges = np.cumsum([1, *(len(labels) for labels in em.MACRO.values())]) - 0.5
+    edges = np.cumsum([1, *(len(labels) for labels in em.TAXONOMY.values())]) - 0.5
     for edge in edges:
         ax.axhline(edge, color=FAINT, lw=0.6)
         ax.axvline(edge, color=FAINT, lw=0.6)
@@ -134,7 +137,7 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
 
 
 def extremes(w: np.ndarray, support: np.ndarray) -> np.ndarray:
-    """(17, 17) bool: moves whose weight is among the highest or lowest 15 % of those with support (Fig. 7)."""
+    """(K, K) bool: moves whose weight is among the highest or lowest 15 % of those with support (Fig. 7)."""
     seen = ~np.isnan(w) & (support >= 1)
     if not seen.any():
         return seen
