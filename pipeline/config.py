@@ -92,7 +92,7 @@ class EvalSettings:
     search: str = opt("", "who searches: serper (key in $SERPER_KEY), serper#VARIABLE, or a file of documents")
     search_cache: str = opt("", "file of search results to reuse and to add to; none: search.jsonl under --out")
     search_results: int = opt(5, "search results before a question (4.1)")
-    label_eval: int = opt(0, "evaluated thoughts to label, a variant and set, for Fig. 4 (paper: 977); 0: none")
+    label_eval: int = opt(0, "thoughts of NQ-Open (else of every set) to label, a variant, for Fig. 4 (paper: 977)")
     judge_sets: str = opt("", "sets of short answers to judge too, comma-separated (SimpleQA's three grades)")
 
 
@@ -214,10 +214,13 @@ def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
     to ask for, and a call that does need the key says so.
     """
     asked: list[tuple[list[str], str, str]] = []  # key variables, the file of earlier replies, how to do without
-    if cfg.annotator == "committee" and due("annotate", "labels"):
+    if cfg.annotator == "committee":
         keys = [endpoint.key_env for endpoint in labelling.endpoints(cfg).values()]
         local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
-        asked.append((keys, "annotation/calls.jsonl", local))
+        if due("annotate"):
+            asked.append((keys, "annotation/calls.jsonl", local))
+        if cfg.label_eval and due("labels"):
+            asked.append((keys, "eval/labels/annotation/calls.jsonl", f"{local} (or --label-eval 0)"))
     if cfg.judge not in ("", "stand-in") and due("judge"):
         asked.append(([parse_endpoint(cfg.judge).key_env], "judge/calls.jsonl", "--judge ''"))
     plain = ",".join(v for v in cfg.more_variants if not v.endswith(RET))
@@ -227,7 +230,7 @@ def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
     missing: dict[str, str] = {}
     for keys, replies, without in asked:
         if not any((folder / replies).exists() for folder in (Path(cfg.out), *cfg.lenders)):
-            missing |= {key: without for key in keys if key and not os.environ.get(key)}
+            missing = {key: without for key in keys if key and not os.environ.get(key)} | missing
     if missing:
         keys, ways = " ".join(missing), " ".join(dict.fromkeys(missing.values()))
         raise InputError(f"no key in the environment: export {keys}, or do without: {ways} (docs/running.md)")
@@ -244,6 +247,8 @@ def _check_variants(cfg: RunConfig) -> None:
             raise InputError(f"--also {variant} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
         if variant == REFINE + RET and "thinkon" + RET not in also[:k]:
             raise InputError(f"--also {variant} refines the samples of thinkon{RET}; put thinkon{RET} before it")
+    if cfg.label_eval and cfg.annotator.endswith(".jsonl"):
+        raise InputError("--label-eval needs an annotator that can label, not a finished file; leave it at 0")
     for name in ("eval_draws", "search_results"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
