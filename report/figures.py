@@ -24,17 +24,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 import em
+import kto
 from common.errors import InputError
 from common.files import atomic_write
 
 INK, FAINT, RULE = "#1b1f24", "#68707a", "#c9ced4"
-METHOD_COLOURS = {  # Okabe and Ito's palette: apart for all common kinds of colour blindness
-    "sft": "#E69F00",
-    "kto": "#0072B2",
-    "mralign": "#D55E00",
-    "shuffled": "#009E73",
-}
-SPARE_COLOURS = ("#CC79A7", "#56B4E9", "#8C6D1F", "#5B3A8E")
+# Okabe and Ito's palette, apart for all common kinds of colour blindness, and three more; methods from the left,
+# other settings from the right.
+COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#5B3A8E", "#8C6D1F", "#56B4E9", "#CC79A7")
+METHOD_COLOURS = dict(zip(kto.LOSSES, itertools.cycle(COLOURS), strict=False))
 CHOSEN, REJECTED = "#00785A", "#A8440B"
 MACRO_COLOURS = dict(
     zip(em.TAXONOMY, itertools.cycle(("#0072B2", "#8C6D1F", "#00785A", "#A33B7B", "#5B3A8E", "#9A3412")))
@@ -254,17 +252,17 @@ def weights_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 # Training curves -------------------------------------------------------------------------------------------------
 
-PANELS = (  # field of metrics.jsonl, title, methods it is drawn for ("" = all that have the field)
-    ("loss", "loss (Eq. 4, 11)", "-sft"),
-    ("rewards/chosen", "rewards/chosen: β r", "-sft"),
-    ("rewards/rejected", "rewards/rejected: β r", "-sft"),
-    ("rewards/margins", "rewards/margins", "-sft"),
-    ("kl", "kl (z0 before the clamp), nats", "-sft"),
-    ("logps/chosen", "logps/chosen, nats a row", ""),
-    ("logps/rejected", "logps/rejected, nats a row", ""),
-    ("grad_norm", "grad_norm before clipping", ""),
-    ("learning_rate", "learning_rate", ""),
-    ("loss", "loss of SFT, nats a token", "sft"),
+PANELS = (  # field of metrics.jsonl, title, drawn for methods with a reference (True), without (False), all (None)
+    ("loss", "loss (Eq. 4, 11)", True),
+    ("rewards/chosen", "rewards/chosen: β r", True),
+    ("rewards/rejected", "rewards/rejected: β r", True),
+    ("rewards/margins", "rewards/margins", True),
+    ("kl", "kl (z0 before the clamp), nats", True),
+    ("logps/chosen", "logps/chosen, nats a row", None),
+    ("logps/rejected", "logps/rejected, nats a row", None),
+    ("grad_norm", "grad_norm before clipping", None),
+    ("learning_rate", "learning_rate", None),
+    ("loss", "loss of SFT, nats a token", False),
 )
 
 
@@ -275,9 +273,9 @@ def curve(rows: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], lis
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for every method: known ones keep theirs, others take the spare ones, then the unused, in turn."""
-    unused = [colour for method, colour in METHOD_COLOURS.items() if method not in methods]
-    spare = itertools.cycle([*SPARE_COLOURS, *unused])
+    """A colour for every method: those of LOSSES keep theirs, others take what is left, in turn."""
+    used = {METHOD_COLOURS[m] for m in methods if m in METHOD_COLOURS}
+    spare = itertools.cycle([*(c for c in COLOURS[::-1] if c not in used), *COLOURS])
     return {m: METHOD_COLOURS[m] if m in METHOD_COLOURS else next(spare) for m in methods}
 
 
@@ -288,8 +286,8 @@ def curves_figure(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     """
     palette = method_colours(list(metrics))
     drawn = []
-    for field, title, only in PANELS:
-        names = [m for m in metrics if only == "" or (m == "sft") == (only == "sft")]
+    for field, title, reference in PANELS:
+        names = [m for m in metrics if reference is None or kto.LOSSES[m].reference is reference]
         lines = {m: curve(metrics[m], field) for m in names}
         drawn.append((title, {m: line for m, line in lines.items() if line[0]}))
     drawn = [(title, lines) for title, lines in drawn if lines]
