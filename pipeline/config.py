@@ -203,7 +203,8 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     sets = cfg.eval_paths.values() if due(*MEASURED) else ()
     for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
-            raise InputError(f"{path}: no such file; paths are relative to the current directory{FETCH}")
+            hint = "" if path == cfg.prompt else FETCH
+            raise InputError(f"{path}: no such file; paths are relative to the current directory{hint}")
     _check_keys(cfg, due)
 
 

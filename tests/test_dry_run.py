@@ -168,7 +168,8 @@ def test_every_backbones_config_holds_the_whole_of_table_2(name, tmp_path, monke
     assert (cfg.judge.partition("@")[0], cfg.search, cfg.label_eval) == ("gpt-4o", "serper", 977)  # A.2, 4.1, 4.4
     committee = [e.model for e in labelling.endpoints(cfg).values()]
     assert committee == ["gpt-4o", "deepseek-chat", "gpt-5"] and cfg.labelled_sets == ["nq"]
-    with pytest.raises(InputError, match="tools.fetch --for CONFIG"):
+    (tmp_path / "prompts").symlink_to(ROOT / "prompts")
+    with pytest.raises(InputError, match="nq_open.sciq-train.jsonl: no such file.*tools.fetch --for CONFIG"):
         check(cfg)
     (tmp_path / "data").mkdir()
     for path in (cfg.questions, *cfg.eval_paths.values()):
