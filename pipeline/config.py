@@ -221,20 +221,23 @@ def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
         if due("annotate"):
             asked.append((keys, "annotation/calls.jsonl", local))
         if cfg.label_eval and due("labels"):
-            asked.append((keys, "eval/labels/annotation/calls.jsonl", f"{local} (or --label-eval 0)"))
+            asked.append((keys, "eval/labels/annotation/calls.jsonl", local))
     if cfg.judge not in ("", "stand-in") and due("judge"):
         asked.append(([parse_endpoint(cfg.judge).key_env], "judge/calls.jsonl", "--judge ''"))
     plain = ",".join(v for v in cfg.more_variants if not v.endswith(RET))
     if plain != ",".join(cfg.more_variants) and due("search") or cfg.judge and due("judge"):
         cache = cfg.search_cache or "search.jsonl"
         asked.append(([retrieve.key_variable(cfg.search)], cache, f"--search '' --also '{plain}'"))
-    missing: dict[str, str] = {}
+    missing: dict[str, None] = {}  # as an ordered set
+    ways: dict[str, None] = {}
     for keys, replies, without in asked:
         if not any((folder / replies).exists() for folder in (Path(cfg.out), *cfg.lenders)):
-            missing = {key: without for key in keys if key and not os.environ.get(key)} | missing
+            unset = [key for key in keys if key and not os.environ.get(key)]
+            missing |= dict.fromkeys(unset)
+            ways |= {without: None} if unset else {}
     if missing:
-        keys, ways = " ".join(missing), " ".join(dict.fromkeys(missing.values()))
-        raise InputError(f"no key in the environment: export {keys}, or do without: {ways} (docs/running.md)")
+        told = f"export {' '.join(missing)}, or do without: {' '.join(ways)}"
+        raise InputError(f"no key in the environment: {told} (docs/running.md)")
 
 
 def _check_variants(cfg: RunConfig) -> None:
