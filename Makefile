@@ -13,7 +13,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup train report masa test lint bench gpu-check sweep mini-model study clean
+.PHONY: help setup data train report masa test lint bench gpu-check sweep mini-model study clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -32,6 +32,13 @@ setup: .venv/ready  ## make .venv and install the pinned requirements
 .venv/ready-bench: .venv/ready requirements-bench.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch .venv/ready-bench
+
+.venv/ready-data: .venv/ready requirements-data.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-data.txt
+	@touch .venv/ready-data
+
+data: .venv/ready-data  ## fetch the data sets that CONFIG names and that are not there yet
+	$(PY) -m tools.fetch --for $(CONFIG)
 
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
 	$(PY) -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)

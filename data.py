@@ -427,6 +427,7 @@ def _candidate(
         if not low <= count <= high:
             return None, f"fewer than {low} {what}" if count < low else f"more than {high} {what}"
     row = {name: sample[name] for name in ("id", "question", "answers", "prompt", "prompt_ids")}
+    row |= {"dataset": sample["dataset"]} if "dataset" in sample else {}
     row |= {"completion_ids": sample["ids"], "completion": sample["text"], "spans": spans, "n_think_tokens": n_think}
     return row, ""
 

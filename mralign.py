@@ -40,6 +40,7 @@ from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, plan, reporting
+from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
@@ -58,7 +59,8 @@ def draw_samples(run: Run) -> dict[str, Any]:
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = run.draw(run.sampler("thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
-    return {"tokens_per_second_per_rank": round(speed)}
+    outcomes = data.count_outcomes(read_jsonl(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
+    return {"tokens_per_second_per_rank": round(speed), "outcomes": outcomes}
 
 
 def select_candidates(run: Run) -> dict[str, Any]:
@@ -113,6 +115,7 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
+        row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
     flat = [w for r in rows for w in r["w"]]
     coverage = annotate.check_coverage(steps.values(), flat)
@@ -210,6 +213,8 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
             if ranks.rank == 0:
                 (run.out / "status.json").unlink(missing_ok=True)
             ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+            if told := run.template.by_hand():
+                ranks.log(told)
             for mode in ("on", "off"):
                 ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
@@ -222,10 +227,11 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 
 
 def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
-    """Print what training would take and, with a committee, what its labels would cost; nothing is run or sent."""
-    print(plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus))
+    """Print what a run would take; nothing is run, sent or written."""
     if cfg.annotator == "committee":
         labelling.check(cfg)
+    print(run_plan.report_text(cfg, gpu, gpus))
+    if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
         rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
@@ -236,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def more(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="these stages only; none: all that are due")
-        what = "print what training would take and what a committee's labels would cost, and stop"
+        what = "print all that a run would take (tokens, hours, memory, calls, dollars), and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
         parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
@@ -245,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if rest.dry_run:
         dry_run(cfg, rest.gpu, rest.gpus)
         return
-    check(cfg)
+    check(cfg, rest.stages)
     # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
     source = hub.locate(cfg.model, cfg.revision)
     with status(Path(cfg.out)):

@@ -13,8 +13,10 @@ them, with which prompts and at what cost, and holds the checksum. `price_table`
 committee would cost.
 """
 
+import contextlib
 import dataclasses
 import math
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,21 +288,43 @@ def _write_agreement(traces: list[committee.Trace], folder: Path) -> None:
 # ---------- before anything is sent
 
 
-def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> str:
-    """What the committee would cost, as text: calls, tokens and price per role, estimated and at worst.
+@dataclass(frozen=True)
+class Estimate:
+    """What one role would still have to be asked, in tokens, and its price at an endpoint.
+
+    usd, worst: estimated and at worst; None where the server wants no key ("free") or the price list lacks its model.
+    """
+
+    role: str
+    endpoint: Endpoint
+    calls: int
+    answered: int
+    prompt: int
+    reply: int
+    usd: float | None
+    worst: float | None
+
+    @property
+    def money(self) -> tuple[str, str]:
+        """Both prices as text."""
+        if self.usd is None or self.worst is None:
+            return ("no price", "no price") if self.endpoint.key_env else ("free", "free")
+        return f"{self.usd:.4f}", f"{self.worst:.4f}"
+
+
+def estimate(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> tuple[list[Estimate], str]:
+    """(what each role of the committee would take, what was spent before); nothing is sent and nothing written.
 
     Estimated: four bytes of prompt are a token, a reply takes REPLY_TOKENS for every segment, every trace goes to the
     adjudicator, and no reply has to be asked for again. At worst: every byte is a token, and every reply is as long as
     --annotate-max-tokens allows (what the budget sets aside for a call).
     """
-    if cfg.annotator != "committee":
-        return f"--annotator {cfg.annotator}: no calls, no cost"
-    date, _ = cfg.price_list(endpoints(cfg))
-    prompts = committee.Prompts.load(PROMPTS)
-    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
-    head += f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"
-    lines, total, worst_total = [head], 0.0, 0.0
-    with Ledger(out / "annotation" / "calls.jsonl") as ledger:
+    prompts, paid = committee.Prompts.load(PROMPTS), out / "annotation" / "calls.jsonl"
+    found = []
+    with contextlib.ExitStack() as stack:
+        if not paid.exists():  # a ledger opens its file, and a dry run leaves none
+            paid = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "calls.jsonl"
+        ledger = stack.enter_context(Ledger(paid))
         chats = _chats(cfg, seed, ledger, {})
         panel = committee.Committee(chats["a"], chats.get("b"), chats.get("judge"), prompts)
         panel.add(rows)
@@ -318,19 +342,25 @@ def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed:
                 if chat.price:
                     usd += chat.price.usd(size, length)
                     worst += chat.price.usd(*chat.bounds(messages))
-            lines.append(_price_line(role, chat, len(panel.traces) - answered, answered, prompt, reply, usd, worst))
-            total, worst_total = total + usd, worst_total + worst
-        lines.append(f"{'sum':<83}{total:>10.4f}{worst_total:>11.4f}")
-        lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {ledger.left()}; nothing was sent")
+            money = (usd, worst) if chat.price else (None, None)
+            calls = len(panel.traces) - answered
+            found.append(Estimate(role, chat.endpoint, calls, answered, prompt, reply, *money))
+        return found, ledger.left()
+
+
+def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> str:
+    """What the committee would cost, as text: calls, tokens and price per role, as `estimate` says."""
+    date, _ = cfg.price_list(endpoints(cfg))
+    roles, spent = estimate(rows, cfg, out, seed)
+    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
+    lines = [head + f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"]
+    for of in roles:
+        counted = f"{of.calls:>8,}{of.answered:>10,}{of.prompt:>13,}{of.reply:>12,}"
+        lines.append(f"{of.role:<8}{of.endpoint.model:<32}{counted}{of.money[0]:>10}{of.money[1]:>11}")
+    total, worst = (sum(x or 0.0 for x in of) for of in zip(*((r.usd, r.worst) for r in roles), strict=True))
+    lines.append(f"{'sum':<83}{total:>10.4f}{worst:>11.4f}")
+    lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {spent}; nothing was sent")
     return "\n".join(lines)
-
-
-def _price_line(
-    role: str, chat: Chat, calls: int, answered: int, prompt: int, reply: int, usd: float, worst: float
-) -> str:
-    free = "free" if not chat.endpoint.key_env else "no price"
-    money = f"{usd:>10.4f}{worst:>11.4f}" if chat.price else f"{free:>10}{free:>11}"
-    return f"{role:<8}{chat.endpoint.model:<32}{calls:>8,}{answered:>10,}{prompt:>13,}{reply:>12,}{money}"
 
 
 def _guess(prompts: committee.Prompts, trace: committee.Trace) -> list[dict[str, str]]:

@@ -131,11 +131,20 @@ def _words(text: str) -> set[str]:
 Search = Callable[[Sequence[str], int], dict[str, list[Result]]]
 
 
+def key_variable(text: str) -> str:
+    """The variable with the key of the engine that a setting names, "" for a file of documents.
+
+    >>> key_variable("serper"), key_variable("serper#MY_KEY"), key_variable("docs.jsonl")
+    ('SERPER_KEY', 'MY_KEY', '')
+    """
+    name, _, variable = text.partition("#")
+    return (variable or "SERPER_KEY") if name == "serper" else ""
+
+
 def engine(text: str, cache: Path) -> Serper | Documents:
     """The engine that a setting names: "serper", "serper#VARIABLE" or a file of documents. Raises InputError."""
-    name, _, variable = text.partition("#")
-    if name == "serper":
-        return Serper(variable or "SERPER_KEY", Cache(cache))
+    if key := key_variable(text):
+        return Serper(key, Cache(cache))
     if not Path(text).is_file():
         raise InputError(f"--search {text!r} is neither serper, serper#KEY_VARIABLE nor a file of documents")
     return Documents(Path(text))

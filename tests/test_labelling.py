@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from fake_server import FakeServer, labeller
 
 import mralign
 from common.errors import InputError
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.ranks import Ranks
+from common.settings import cli
 from llm import labelling
+from pipeline import evaluation
 from pipeline.config import RunConfig
+from pipeline.run import Run
 from tools import discover
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +185,36 @@ def test_one_model_alone(annotate, server, out):
     assert {s["source"] for s in steps} == {"single"} and len(server.requests) == 12
 
 
+def test_evaluated_thoughts_are_labelled_by_the_committee_and_paid_for_once(server, tmp_path, monkeypatch):
+    """Of NQ-Open alone, four a variant; every label is one that the servers gave; a second run asks nobody."""
+    monkeypatch.setenv("ANNOTATOR_KEY", f"{CANARY}-ANNOTATOR_KEY")
+    words = command(server, tmp_path, "--label-eval", 4, "--method", "kto")[2:]
+    words += ["--eval-sets", "nq=a.jsonl,sciq=b.jsonl"]
+    run = object.__new__(Run)
+    run.cfg, run.out, run.ranks = cli(RunConfig, words, "")[0], tmp_path, Ranks(0, 1, torch.device("cpu"))
+    run.methods, run.eval_sets = ["kto"], run.cfg.eval_paths
+    for variant in ("thinkon", "kto"):
+        rows = [
+            {"id": row["id"], "mode": "on", "draw": 0, "question": row["question"], "answers": row["answers"]}
+            | {"text": row["completion"], "finish": "stop", "prompt": "", "ids": []}
+            for row in candidates(10)
+        ]
+        write_jsonl(run.samples("nq", variant), rows)
+    told = evaluation.label_thoughts(run)
+    assert told["thoughts"] == 8 and told["new_calls"] >= 8  # both variants thought the same: asked once for both
+    asked = len(server.requests)
+    for variant in ("thinkon", "kto"):
+        records = read_jsonl(run.file("nq", variant, "labels"))
+        assert len(records) == 4 and all(r["id"].startswith("q") for r in records)
+        labels = evaluation.read_labels(run, "nq", variant)
+        assert labels.keys() == {r["id"] for r in records} and any(step for of in labels.values() for step in of)
+        sources = {step["source"] for r in records for step in r["steps"]}
+        assert sources <= {"agree", "merge", "judge", "rejected"}
+    assert not run.file("sciq", "thinkon", "labels").exists()
+    assert evaluation.label_thoughts(run)["new_calls"] == 0 and len(server.requests) == asked
+    no_keys("", "", tmp_path)
+
+
 def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, server, out):
     failed(annotate("annotate", "--budget-tokens", 30_000, "--annotate-concurrency", 4), 4, "budget", "--budget-usd")
     spent = sum(r["prompt_tokens"] + r["completion_tokens"] for r in server.billed.values())
@@ -201,11 +236,10 @@ def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, serv
         (["--annotator-a", ""], ["--annotator-a MODEL"]),
         (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "self, committee, cues"]),
         (["--annotator-a", "gpt-9@https://x.org/v1#ANNOTATOR_KEY", "--budget-usd", "1"], ["no price for gpt-9"]),
-        (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["UNSET_KEY is not set"]),
+        (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["export UNSET_KEY, or do without"]),
         (["--annotate-concurrency", "0"], ["--annotate-concurrency is 0"]),
         (["--budget-usd", "-1"], ["--budget-usd is -1.0"]),
         (["--budget-usd", "nan"], ["--budget-usd is nan"]),
-        (["--out", "absent", "--dry-run"], ["candidates.jsonl", "no such file"]),
     ],
 )
 def test_bad_flags(annotate, server, flags, words):
