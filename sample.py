@@ -39,7 +39,7 @@ ROWS = 16
 # Candidates looked at when top_k does not bound them; only rows whose choice they do not settle are sorted in full.
 SHORTLIST = 128
 CACHE_SHARE = 0.8  # of the free GPU memory may become cache; the rest is for logits and activations
-CPU_ROOM = math.inf  # bytes of cache on a CPU; a test sets a limit
+CPU_ROOM = 2**62  # bytes of cache on a CPU: no limit; a test sets one
 WORTHWHILE = 1.25  # times as many rows as the cache has slots make it worth to be made anew with more of them
 PREFILL_TOKENS = 8192  # prompts read in one forward pass, so that a long queue of prompts does not set the peak memory
 MASK64 = 2**64 - 1
@@ -179,7 +179,7 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, length: int, total: in
         )
 
 
-def shape(room: float, block: int, rows: int, blocks: int, most: int) -> tuple[int, int]:
+def shape(room: int, block: int, rows: int, blocks: int, most: int) -> tuple[int, int]:
     """(slots, blocks a slot) of a cache for `rows` rows, the longest of `blocks` blocks, in `room` bytes.
 
     block: bytes of one block of one slot. Twice the blocks, but not above `most`, if all rows have room then, so that
@@ -191,10 +191,10 @@ def shape(room: float, block: int, rows: int, blocks: int, most: int) -> tuple[i
     twice = max(blocks, min(2 * blocks, most))
     if rows * twice * block <= room:
         return rows, twice
-    return min(rows, int(room // (blocks * block))), blocks
+    return min(rows, room // (blocks * block)), blocks
 
 
-def admitted(room: float, block: int, active: list[int], waiting: list[int], most: int) -> tuple[int, int]:
+def admitted(room: int, block: int, active: list[int], waiting: list[int], most: int) -> tuple[int, int]:
     """How many of the waiting rows, taken in their order, fit beside the active ones, and the blocks of the longest.
 
     active, waiting: blocks that each row needs. most: rows altogether.
@@ -322,7 +322,7 @@ class _Batch:
         self.room = CPU_ROOM
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            self.room = CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0]
+            self.room = int(CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
         if self.most * self.block_bytes > self.room:
             need, room = self.most * self.block_bytes / 2**30, self.room / 2**30
             raise InputError(
@@ -388,7 +388,7 @@ class _Batch:
         blocks = self._blocks(int(self.cache.lens[: self.active].max()) + 1)
         if blocks * self.block <= self.cache.length:
             return
-        rows = max(1, min(self.active, int(self.room // (blocks * self.block_bytes))))
+        rows = min(self.active, self.room // (blocks * self.block_bytes))
         back = least(self.count[: self.active].tolist(), self.active - rows)
         for slot in sorted(back, key=lambda slot: -int(self.row[slot])):  # the prompts come in their order again
             index = int(self.row[slot])
