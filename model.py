@@ -56,24 +56,52 @@ GROUP = {"cpu": 32, "cuda": 1 << 30}  # slots
 
 
 class KVCache:
-    """Keys and values of every token so far: one slot a row, static in size.
+    """Keys and values of every token so far: one slot a row. `reshape` gives it other numbers of slots and positions.
 
-    k, v: (L, slots, G, max_len rounded up to whole blocks, D).
+    k, v: one tensor a layer, (slots, G, max_len rounded up to whole blocks, D).
     lens: (slots,) int64, tokens held; on the CPU, so that no shape needs to ask the device.
     """
 
     def __init__(self, config: ModelConfig, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
         assert slots > 0 and max_len > 0, (slots, max_len)
-        kind = torch.device(device).type
-        self.block, self.group = BLOCK[kind], GROUP[kind]
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.block, self.group = BLOCK[self.device.type], GROUP[self.device.type]
+        self.k: list[Tensor]
+        self.v: list[Tensor]
+        self.lens = torch.zeros(0, dtype=torch.int64)
+        self.reshape(slots, max_len, kept=0)
+
+    @property
+    def slots(self) -> int:
+        """Rows it can hold."""
+        return len(self.lens)
+
+    @property
+    def length(self) -> int:
+        """Positions a row can have."""
+        return len(self.cos)
+
+    def reshape(self, slots: int, max_len: int, kept: int) -> None:
+        """Other numbers of slots and positions; slots 0..kept-1 keep what they hold, the others are empty.
+
+        One layer after the other, keys and values apart: the peak is the larger cache and half a layer.
+        """
+        width = int(self.lens[:kept].max()) if kept else 0
         length = -(-max_len // self.block) * self.block
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lens = torch.zeros(slots, dtype=torch.int64)
+        assert kept <= slots and width <= length, (kept, slots, width, length)
+        if not kept:  # the old ones go first
+            self.k, self.v = ([torch.empty(0)] * self.config.num_hidden_layers for _ in range(2))
+        for layers in (self.k, self.v):
+            for layer, old in enumerate(layers):
+                # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
+                shape = (slots, self.config.num_key_value_heads, length, self.config.head_dim)
+                new = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                if kept:
+                    new[:kept, :, :width] = old[:kept, :, :width]
+                layers[layer] = new
+        self.lens = torch.cat((self.lens[:kept], torch.zeros(slots - kept, dtype=torch.int64)))
         # The rotation of every position the cache can hold.
-        self.cos, self.sin = angles(config, torch.arange(length, device=device), dtype)
+        self.cos, self.sin = angles(self.config, torch.arange(length, device=self.device), self.dtype)
 
     def groups(self, rows: int) -> list[tuple[int, int]]:
         """How the next token of slots 0..rows-1 attends: (number of slots, positions read) of each group in turn."""
@@ -95,9 +123,11 @@ class KVCache:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Overwrite the target slots with what the source slots hold (each list: distinct slots, equal lengths)."""
-        width = max(self.lens[source].tolist(), default=0)
-        self.k[:, target, :, :width] = self.k[:, source, :, :width]
-        self.v[:, target, :, :width] = self.v[:, source, :, :width]
+        if not source:
+            return
+        width = int(self.lens[source].max())
+        for layer in (*self.k, *self.v):
+            layer[target, :, :width] = layer[source, :, :width]
         self.lens[target] = self.lens[source]
 
     def clear(self, slots: list[int]) -> None:
@@ -328,7 +358,7 @@ class Qwen3(nn.Module):
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
         if cache is not None:
             assert (cache.lens[slots] == 0).all(), f"slots must be empty, their lengths are {cache.lens[slots]}"
-            assert longest <= cache.k.shape[3], (longest, cache.k.shape)
+            assert longest <= cache.length, (longest, cache.length)
             rows.cache, rows.positions = cache, positions
             rows.slots = torch.repeat_interleave(slots, lengths).to(weight.device)
             cache.lens[slots] = lengths
@@ -345,7 +375,7 @@ class Qwen3(nn.Module):
         for size, width in groups:
             part = slice(start, start + size)
             hidden = torch.arange(width, device=ids.device) > positions[part, None]
-            seen.append((part, torch.zeros_like(hidden, dtype=cache.k.dtype).masked_fill_(hidden, -torch.inf)))
+            seen.append((part, torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)))
             start += size
         seen = [(part, mask[:, None, None]) for part, mask in seen]
         slots = torch.arange(len(ids), device=ids.device)

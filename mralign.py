@@ -161,8 +161,9 @@ def stages(run: Run) -> list[Stage]:
     """The pipeline in order, with what each part obeys, reads and writes."""
     cfg, out = run.cfg, run.out
     model = model_files(run.source.folder)
-    drawing = ("system", "dtype", "seed", "draws", "draw_temperature", "draw_top_p", "draw_max_new")
-    filters = tuple(n for n in names(CandidateSettings) if not n.startswith("draw_") and n != "sample_batch")
+    drawing = ("system", "dtype", "seed", "small_batches", "draws", "draw_temperature", "draw_top_p", "draw_max_new")
+    sampling = ("sample_batch", "small_batches")
+    filters = tuple(n for n in names(CandidateSettings) if not n.startswith("draw_") and n not in sampling)
     samples, candidates, annotations, transitions, rows = (
         {name: out / name}
         for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl", "transitions.json", "train.jsonl")

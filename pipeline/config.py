@@ -57,6 +57,9 @@ class CandidateSettings:
     draw_top_p: float = opt(0.9, "nucleus of the draws")
     draw_max_new: int = opt(2048, "longest completion of a draw, tokens")
     sample_batch: int = opt(128, "rows decoded together on one rank")
+    small_batches: bool = opt(
+        False, "on a CPU, compute fewer than 16 rows as they are: faster, but a text then depends on its neighbours"
+    )
     keep: str = opt("first", "which right or wrong draws become rows: first or all")
     min_segments: int = opt(4, "fewest thinking segments, inclusive")
     max_segments: int = opt(15, "most thinking segments, inclusive")

@@ -27,7 +27,10 @@ from report import analysis
 Turn = Callable[[Question, int], str]  # (question, draw) -> what the user says
 Answers = dict[tuple[str, int], str]  # (question id, draw) -> answer
 MATCHING = ("matcher", "score_matcher", "fold")  # when an answer is right
-DECODING = ("system", "dtype", "seed", "temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws")
+DECODING = (
+    *("system", "dtype", "seed", "small_batches"),
+    *("temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws"),
+)
 FITTING = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
 
 
