@@ -196,5 +196,5 @@ def _check_variants(cfg: RunConfig) -> None:
     for name in ("eval_draws", "search_results"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
-    if cfg.label_eval and cfg.annotator != "cues":
-        raise InputError("--label-eval labels by cue phrases only; use --annotator cues or leave --label-eval at 0")
+    if cfg.label_eval and cfg.annotator not in ("cues", "committee"):
+        raise InputError("--label-eval needs --annotator cues or committee: a finished file holds the candidates only")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import annotate
 import data
 import eval as evaluation
 import sample
 from common.files import ROOT, read_jsonl, write_json, write_jsonl
+from common.ranks import Progress
 from common.template import fill, load_prompt
-from llm import judge, retrieve, veriscore
+from llm import judge, labelling, retrieve, veriscore
 from llm.client import parse_endpoint
 from llm.ledger import Ledger
 from pipeline.config import REFINE, RET
@@ -52,8 +52,11 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             reads = model | _reads(run, variant, name)
             found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
     if cfg.label_eval:
-        cues = {"cues": Path(cfg.cues)}
-        found.append(Stage("labels", label_thoughts, ("label_eval",), samples | cues, labels))
+        who = {path.name: path for path in labelling.inputs(cfg)}
+        settings = ("label_eval", "seed", *labelling.SHAPING)
+        found.append(
+            Stage("labels", label_thoughts, settings, samples | who, labels, dear=cfg.annotator == "committee")
+        )
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
         settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
@@ -158,14 +161,18 @@ def _refined(plain: Turn, first: Answers, told: Answers) -> Turn:
 
 def label_thoughts(run: Run) -> dict[str, Any]:
     """Labels of the evaluated thoughts of ThinkOn and every method, for Fig. 4."""
-    annotator = annotate.CueAnnotator(annotate.read_cues(run.cfg.cues))
-    labelled = {}
+    folder, rows = run.out / "eval" / "labels", []
     for name in run.eval_sets:
         for variant in ("thinkon", *run.methods):
-            rows = analysis.to_label(read_jsonl(run.samples(name, variant)), run.cfg.label_eval)
-            records, _ = annotate.annotate(rows, annotator)
-            labelled[f"{name}, {variant}"] = write_jsonl(run.file(name, variant, "labels"), records)
-    return labelled
+            of = analysis.to_label(read_jsonl(run.samples(name, variant)), run.cfg.label_eval)
+            rows += [row | {"id": f"{name} {variant} {row['id']}"} for row in of]
+    progress = Progress(run.ranks, None, "labels of evaluated thoughts", "calls")
+    labelling.label(rows, run.cfg, folder, run.cfg.seed, progress)
+    files: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in read_jsonl(folder / "annotations.jsonl"):
+        name, variant, own = record["id"].split(" ", 2)
+        files.setdefault((name, variant), []).append(record | {"id": own})
+    return {f"{name}, {v}": write_jsonl(run.file(name, v, "labels"), of) for (name, v), of in files.items()}
 
 
 def read_labels(run: Run, name: str, variant: str) -> dict[str, analysis.Labels]:

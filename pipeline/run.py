@@ -200,6 +200,7 @@ class Run:
             c = done[i]
             text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
             row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
+            row |= {"dataset": q["dataset"]} if "dataset" in q else {}
             row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
             by = lent.get(i, {"model": self.source.name, "engine": self.engine})
             rows.append(row | {"model": by["model"], "engine": by["engine"]})
