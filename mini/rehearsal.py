@@ -40,6 +40,7 @@ from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json, write_jsonl
 from common.model_config import ModelConfig
 from common.table import markdown
+from common.template import load_prompt
 from mini import rehearsal_server as world
 from mini.build import END_OF_TEXT, END_OF_TURN, byte_bpe
 from report import tables
