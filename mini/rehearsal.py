@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
 
+import data
 import em
 import model as qwen3
 from common.endings import program
@@ -137,9 +138,8 @@ def make_questions(folder: Path, scale: float) -> tuple[Path, dict[str, Path]]:
     return folder / "train.jsonl", sets
 
 
-def settings_of(out: Path, url: str, questions: Path, sets: Mapping[str, Path]) -> dict[str, Any]:
-    """The replaced settings: model, paths and servers."""
-    address = url.removesuffix("/v1")
+def settings_of(out: Path, url: str, questions: Path, sets: Mapping[str, Path], scale: float) -> dict[str, Any]:
+    """The replaced settings: model, paths and servers, and with the scale how many thoughts are labelled for Fig. 4."""
     return {
         "model": str(out / "model"),
         "questions": str(questions),
@@ -152,9 +152,9 @@ def settings_of(out: Path, url: str, questions: Path, sets: Mapping[str, Path]) 
         "annotator_b": f"annotator-b@{url}",
         "adjudicator": f"adjudicator@{url}",
         "judge": f"judge@{url}",
-        "search": f"serper@{address}/v1",
+        "search": f"serper@{url}",
         "also": ALSO,
-        "label_eval": 977,
+        "label_eval": max(8, round(977 * scale)),
         "kernel": "torch",
     }
 
@@ -243,9 +243,9 @@ def torchrun(ranks: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "mralign.py"]
 
 
-def run_pipeline(out: Path, url: str, questions: Path, sets: Mapping[str, Path]) -> dict[str, float]:
+def run_pipeline(out: Path, url: str, questions: Path, sets: Mapping[str, Path], scale: float) -> dict[str, float]:
     """The run of the config; returns the memory of its stages, what earlier calls measured included."""
-    write_json(out / "config.json", read_json(CONFIG) | settings_of(out, url, questions, sets))
+    write_json(out / "config.json", read_json(CONFIG) | settings_of(out, url, questions, sets, scale))
     mib = launch([*torchrun(RANKS), "--config", str(out / "config.json"), "--resume"], out / "run.log")
     file = out / "memory.json"
     known = read_json(file) if file.exists() else {}
@@ -293,14 +293,11 @@ def true_weights(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     P = world.true_transitions(sum(r["label"] for r in rows), sum(not r["label"] for r in rows))
     out = []
     for row in rows:
-        text = row["completion"]
-        start, end = row["spans"][0][0], row["spans"][-1][1]
-        segments = [(m.start() + start, m[0]) for m in re.finditer(r"(?:(?!\n\n).)+", text[start:end], re.DOTALL)]
-        w = em.segment_weights(
-            [world.labels_in(s) for _, s in segments], P["P_pos" if row["label"] else "P_neg"], P["P"]
-        )
-        of = dict(zip((at for at, _ in segments), w, strict=True))
-        out.append([next(w for at, w in of.items() if a <= at < b) for a, b in row["spans"]])
+        text, own = row["completion"], P["P_pos" if row["label"] else "P_neg"]
+        segments = data.split_segments(text, row["spans"][0][0], row["spans"][-1][1])
+        w = em.segment_weights([world.labels_in(text[a:b]) for a, b in segments], own, P["P"])
+        of = {start: value for (start, _), value in zip(segments, w, strict=True)}
+        out.append([of[start] for start, _ in row["spans"]])
     return out
 
 
@@ -452,7 +449,7 @@ def rehearse(out: Path, scale: float) -> str:
         make_model(out / "model")
     questions, sets = make_questions(out / "data", scale)
     with server(out) as url:
-        mib = run_pipeline(out, url, questions, sets)
+        mib = run_pipeline(out, url, questions, sets, scale)
         run_sweep(out)
         own = run_own_sampler(out, questions)
     text = page(out, scale, mib, own, time.perf_counter() - started)
