@@ -243,9 +243,8 @@ def torchrun(ranks: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "mralign.py"]
 
 
-def run_pipeline(out: Path, url: str, questions: Path, sets: Mapping[str, Path], scale: float) -> dict[str, float]:
-    """The run of the config; returns the memory of its stages, what earlier calls measured included."""
-    write_json(out / "config.json", read_json(CONFIG) | settings_of(out, url, questions, sets, scale))
+def run_pipeline(out: Path) -> dict[str, float]:
+    """The run of OUT/config.json; returns the memory of its stages, what earlier calls measured included."""
     mib = launch([*torchrun(RANKS), "--config", str(out / "config.json"), "--resume"], out / "run.log")
     file = out / "memory.json"
     known = read_json(file) if file.exists() else {}
@@ -441,15 +440,16 @@ def figure_lines(out: Path, analysed: Mapping[str, Any]) -> str:
     )
 
 
-def rehearse(out: Path, scale: float) -> str:
-    """Do all that is missing under `out`; returns the page."""
+def rehearse(out: Path, scale: float, changes: Mapping[str, Any]) -> str:
+    """Do all that is missing under `out`; returns the page. changes: further settings of the config to replace."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "model" / "model.safetensors").exists():
         make_model(out / "model")
     questions, sets = make_questions(out / "data", scale)
     with server(out) as url:
-        mib = run_pipeline(out, url, questions, sets, scale)
+        write_json(out / "config.json", read_json(CONFIG) | settings_of(out, url, questions, sets, scale) | changes)
+        mib = run_pipeline(out)
         run_sweep(out)
         own = run_own_sampler(out, questions)
     text = page(out, scale, mib, own, time.perf_counter() - started)
@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < given.scale <= 1:
         raise InputError(f"--scale is {given.scale}, must be above 0 and at most 1")
     out = (given.out or ROOT / "runs" / f"rehearsal-{given.scale:g}").resolve()
-    text = rehearse(out, given.scale)
+    text = rehearse(out, given.scale, {})
     if given.page:
         with atomic_write(given.page) as f:
             f.write(text)
