@@ -164,7 +164,7 @@ def test_search_can_be_asked_of_another_address(tmp_path):
 def test_the_small_rehearsal_from_end_to_end(tmp_path):
     """Two processes, all stages and tables, one epoch."""
     scale = 0.003
-    text = rehearsal.rehearse(tmp_path, scale, {"epochs": 1, "label_eval": 4})
+    text = rehearsal.rehearse(tmp_path, scale, {"label_eval": 4})
     results = read_json(tmp_path / "run/results.json")
     assert results["receipt"]["processes"] == 2
     tally = results["stages"]["candidates"]["by data set"]
