@@ -2,8 +2,9 @@
 
 configs/qwen3-8b.json itself is run by two processes, through every stage. Two things are replaced: the model, by a tiny
 random Qwen3 with a small tokenizer of Qwen3's kind (in float32, for one epoch: a CPU is slow in bfloat16), and the
-outside world, by mini/rehearsal_server.py, which draws, labels, judges and searches by a script. SCALE is the share of the paper's 90,847 training and 10,003 evaluation
-questions; Tables 3 and 4 follow by tools/sweep.py, and our own sampler does a few questions in each mode.
+outside world, by mini/rehearsal_server.py, which draws, labels, judges and searches by a script. SCALE is the share of
+the paper's 90,847 training and 10,003 evaluation questions; Tables 3 and 4 follow by tools/sweep.py, and our own
+sampler does a few questions in each mode.
 
 What it shows: that every stage works at this size with a real template and real replies, malformed ones included, what
 it takes in time and memory, that Table 1's yields and Table 2's figures, which the script puts in, come out again, and
@@ -227,13 +228,17 @@ def launch(words: Sequence[str], log: Path) -> dict[str, float]:
         )
         peak = Peak(process.pid)
         assert process.stdout is not None
-        for line in process.stdout:
-            f.write(line)
-            if match := re.match(r"\[(\w[^\]]*)\]", line):
-                peak.stage = match[1]
-                print(line.rstrip()[:160], file=sys.stderr, flush=True)
-        code = process.wait()
-        peak.ended.set()
+        try:
+            for line in process.stdout:
+                f.write(line)
+                if match := re.match(r"\[(\w[^\]]*)\]", line):
+                    peak.stage = match[1]
+                    print(line.rstrip()[:160], file=sys.stderr, flush=True)
+        finally:  # when we are stopped, so is the run; it goes on from there the next time
+            if process.poll() is None and sys.exception():
+                process.terminate()
+            code = process.wait()
+            peak.ended.set()
     if code:
         raise InputError(f"{log}: exit code {code}; the last lines say why, the same command goes on from there")
     return peak.mib
