@@ -3,6 +3,7 @@ PYTHON ?= python3
 RANKS  ?= 2
 CONFIG ?= configs/mini.json
 ARGS   ?=
+SCALE  ?= 0.1
 PY     := .venv/bin/python
 
 # Small tensors are allocated and freed all the time on a CPU: keep the memory instead of handing it back.
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup data train report masa test lint bench gpu-check sweep mini-model study clean
+.PHONY: help setup data train report masa test lint bench gpu-check sweep mini-model study rehearsal clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -71,6 +72,9 @@ mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (a
 
 study: .venv/ready  ## the miniature over several worlds and seeds with controls (an hour or two, resumable)
 	$(PY) -m mini.study
+
+rehearsal: .venv/ready  ## the paper's run without GPU or key, at a tenth of its size (SCALE=1: all of it)
+	$(PY) -m mini.rehearsal --scale $(SCALE) --page docs/results/rehearsal.md
 
 clean:           ## remove runs and the virtual environment
 	rm -rf runs build .venv
