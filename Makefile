@@ -13,7 +13,7 @@ export OMP_NUM_THREADS       ?= 1
 export OMP_WAIT_POLICY        = passive
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup train report masa test lint bench gpu-check sweep mini-model study clean
+.PHONY: help setup train report masa test lint bench gpu-check engine-check sweep mini-model study clean
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'options: RANKS=4 (processes), CONFIG=configs/mini.json, ARGS="--lr 3e-4" (any flag of mralign.py --help)'
@@ -52,6 +52,9 @@ bench: .venv/ready-bench  ## each part beside what one would run instead (six mi
 
 gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(ARGS)
+
+engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment of its own (some 15 minutes, not in CI)
+	$(PY) -m tools.engine_check $(ARGS)
 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
 	$(PY) -m tools.sweep configs/ablations.json --gpus $(RANKS) $(ARGS)
