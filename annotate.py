@@ -5,15 +5,16 @@ the 0-2 meta-reasoning labels they carry together, a confidence (0-10) for each 
 `annotate` runs one over candidate rows and writes annotation records; `validate` checks a record from anywhere;
 `steps_of` reads it back with the gaps filled, ready for em.observations and em.segment_weights.
 
-The only annotator here, `CueAnnotator`, looks for fixed phrases. It is a stand-in for the committee of language models
-in the paper (Section 3.1.2, Appendix B): right for the miniature, whose traces are built from such phrases, and no
-substitute for the committee on real traces. The committee is in committee.py, behind the same interface.
+`align` and `aggregate` are the paper's rules by which the labels of two annotators become one set (Section 3.1.2); who
+asks the annotators, and what it costs, is llm/committee.py. The only annotator here, `CueAnnotator`, looks for fixed
+phrases: right for the miniature, whose traces are built from them, and no substitute for a language model on real ones.
 
   cues      {"framing": ["The question asks"], "self_verification": ["Let me check", "Wait"]}
   segments  ["The question asks for a river.\n\n", "Wait, let me check that.\n\n", "The Nile."]
   steps     (0,) framing 10 | (1,) self_verification 10 | (2,) no label
 """
 
+import itertools
 import math
 import random
 import re
@@ -29,6 +30,10 @@ from common.files import find, read_json, read_jsonl
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
+CONFIDENT = 7.0  # rule (ii): a label of one annotator counts if its confidence is above this
+
+Votes = dict[str, float]  # label -> confidence, in the order given
+Block = tuple[int, ...]  # adjacent segments that are decided together
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,52 @@ class Annotator(Protocol):
     def label(self, question: str, segments: list[str]) -> list[Step]:
         """Steps of one trace in order. Segments may be left uncovered: they count as steps without a label."""
         ...
+
+
+# ---------- two labellings become one: the paper's rules
+
+
+def align(a: list[Step], b: list[Step]) -> list[tuple[Block, Votes, Votes]]:
+    """The blocks of a trace, each with a's and b's votes. a and b must cover the same segments, in order.
+
+    A block is a largest run of segments that lies within one step of a and within one step of b.
+    """
+    owners = []
+    for steps in (a, b):
+        owners.append([step for step in steps for _ in step.segments])
+    covered = [i for step in a for i in step.segments]
+    assert covered == [i for step in b for i in step.segments], (a, b)
+    blocks = []
+    for _, run in itertools.groupby(range(len(covered)), key=lambda k: (owners[0][k].segments, owners[1][k].segments)):
+        at = list(run)
+        block = tuple(covered[k] for k in at)
+        blocks.append((block, owners[0][at[0]].votes(), owners[1][at[0]].votes()))
+    return blocks
+
+
+def aggregate(a: Votes, b: Votes) -> tuple[Votes, str] | None:
+    """Rules (i) and (ii) of 3.1.2: (label -> confidence, source), or None where rule (iii) asks the adjudicator.
+
+    a: the annotator whose confidences count when both agree (the paper's GPT-4o). Source "agree" or "merge".
+    PAPER: nothing on equal confidences.  HERE: the label that comes first in em.LABELS.  WHY: any order will do, as
+    long as it is always the same.
+
+    >>> aggregate({"framing": 6}, {"framing": 9})
+    ({'framing': 6}, 'agree')
+    >>> aggregate({"framing": 6, "analogy": 8}, {"framing": 9, "retrieval": 7})
+    ({'framing': 9, 'analogy': 8}, 'merge')
+    >>> aggregate({"framing": 6}, {"framing": 9, "retrieval": 7})
+    """
+    if a.keys() == b.keys():
+        return dict(a), "agree"  # rule (i)
+    higher = {label: max(a.get(label, -1), b.get(label, -1)) for label in em.LABELS if label in a or label in b}
+    kept = [label for label in higher if label in a and label in b]  # rule (ii)
+    single = sorted((label for label in higher if label not in kept), key=lambda label: -higher[label])
+    kept += [label for label in single if higher[label] > CONFIDENT][: 2 - len(kept)]
+    return ({label: higher[label] for label in kept}, "merge") if len(kept) == 2 else None
+
+
+# ---------- cue phrases
 
 
 def read_cues(path: str | Path) -> dict[str, list[str]]:

@@ -31,40 +31,35 @@ import numpy as np
 
 from common.errors import InputError
 
-MACRO = {
-    "meta-cognitive regulation": ("framing", "backtracking", "self_verification", "evaluation"),
-    "problem-solving operations": ("decomposition", "chaining"),
-    "knowledge operations": (
-        "causal_reasoning",
-        "retrieval",
-        "analogy",
-        "synthesis",
-        "comparison",
-        "categorization",
-        "case_analysis",
-    ),
-    "explanatory & communication": ("explanation", "summarization"),
+# Macro strategy -> label -> its meaning (Section 3.1.2; the meanings of Appendix B.6 in our words). Matrices, prompts,
+# figures and the page read this table: one more label, or one more macro strategy, is an entry here.
+TAXONOMY = {
+    "meta-cognitive regulation": {
+        "framing": "says what is being asked, what counts as an answer and which limits apply",
+        "backtracking": "gives up the current line and goes back to an earlier point to try another one",
+        "self_verification": "checks a claim it has just made for truth or consistency before relying on it",
+        "evaluation": "judges candidate answers or ideas against the evidence and settles on one",
+    },
+    "problem-solving operations": {
+        "decomposition": "breaks the question into smaller ones that can be answered one by one",
+        "chaining": "goes from one inference to the next, each resting on the one before",
+    },
+    "knowledge operations": {
+        "causal_reasoning": "asks what causes what, by which mechanism, or what would happen otherwise",
+        "retrieval": "brings up a fact from memory or a source because the question needs it",
+        "analogy": "carries the structure of a familiar case over to this one",
+        "synthesis": "puts several facts or partial results together into one consistent view",
+        "comparison": "sets alternatives side by side and says how they differ on stated points",
+        "categorization": "decides which class or type something belongs to",
+        "case_analysis": "works through a concrete example or precedent and applies it here",
+    },
+    "explanatory & communication": {
+        "explanation": "spells out why a claim holds, for someone who reads along",
+        "summarization": "repeats the main points in short, adding nothing new",
+    },
 }
-LABELS = tuple(label for labels in MACRO.values() for label in labels)  # the 15 labels of Section 3.1.2
+LABELS = tuple(label for labels in TAXONOMY.values() for label in labels)  # 15 of them
 STATES = ("<start>", *LABELS, "<stop>")  # K = 17; row and column order of every matrix
-
-DEFINITIONS = {  # our words for the meanings in Appendix B.6
-    "framing": "says what is being asked, what counts as an answer and which limits apply",
-    "backtracking": "gives up the current line and goes back to an earlier point to try another one",
-    "self_verification": "checks a claim it has just made for truth or consistency before relying on it",
-    "evaluation": "judges candidate answers or ideas against the evidence and settles on one",
-    "decomposition": "breaks the question into smaller ones that can be answered one by one",
-    "chaining": "goes from one inference to the next, each resting on the one before",
-    "causal_reasoning": "asks what causes what, by which mechanism, or what would happen otherwise",
-    "retrieval": "brings up a fact from memory or a source because the question needs it",
-    "analogy": "carries the structure of a familiar case over to this one",
-    "synthesis": "puts several facts or partial results together into one consistent view",
-    "comparison": "sets alternatives side by side and says how they differ on stated points",
-    "categorization": "decides which class or type something belongs to",
-    "case_analysis": "works through a concrete example or precedent and applies it here",
-    "explanation": "spells out why a claim holds, for someone who reads along",
-    "summarization": "repeats the main points in short, adding nothing new",
-}
 
 CLIP = (1 / math.e, math.e)  # m and M of Eq. 10 (Section 4.1; the printed "m = 1e" is 1/e)
 

@@ -160,6 +160,7 @@ class Loss:
     rows: str = "all"  # or "chosen"
     reference: bool = True  # it compares with the reference policy
     z0: bool = True  # it subtracts Eq. 2's baseline
+    study: bool = True  # `make study` trains it
     # Its value before training, where policy and reference agree, from the shares (chosen, rejected) of the rows.
     first: Callable[[float, float, Strength], float] | None = None
 
@@ -191,5 +192,5 @@ LOSSES = {
     "kto": Loss("KTO", _kto, weights="ones", rate="lr", first=_half),
     "mralign": Loss("MR-ALIGN", _kto, weights="own", rate="lr", first=_half),
     "shuffled": Loss("MR-ALIGN, weights shuffled", _kto, weights="shuffled", rate="lr", first=_half),
-    "apo_zero_unpaired": Loss("APO-zero", _apo_zero, weights="ones", rate="lr", z0=False, first=_half),
+    "apo_zero_unpaired": Loss("APO-zero", _apo_zero, weights="ones", rate="lr", z0=False, study=False, first=_half),
 }

@@ -33,7 +33,7 @@ import lora
 import sample
 import train
 from common import benchmarks, hub
-from common.endings import ENDINGS, settle
+from common.endings import program, status
 from common.errors import InputError
 from common.files import read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
@@ -222,7 +222,8 @@ def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str] | None = None) -> None:
     """The command line. Returns the exit code, see common/endings.py."""
 
     def more(parser: Any) -> None:
@@ -232,20 +233,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
-    out = None
-    try:
-        cfg, rest = cli(RunConfig, argv, __doc__, more)
-        if rest.dry_run:
-            dry_run(cfg, rest.gpu, rest.gpus)
-            return 0
-        check(cfg)
-        # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
-        source = hub.locate(cfg.model, cfg.revision)
-        out = Path(cfg.out)
+    cfg, rest = cli(RunConfig, argv, __doc__, more)
+    if rest.dry_run:
+        dry_run(cfg, rest.gpu, rest.gpus)
+        return
+    check(cfg)
+    # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
+    source = hub.locate(cfg.model, cfg.revision)
+    with status(Path(cfg.out)):
         run_stages(cfg, source, rest.stages)
-    except ENDINGS as error:
-        return settle(error, out)
-    return settle(None, out)
 
 
 if __name__ == "__main__":

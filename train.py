@@ -28,7 +28,6 @@ step undone, so that it takes seconds whatever a step takes. Nothing is lost but
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,8 +42,8 @@ import data
 import kto
 import lora
 from common import checkpoint, training
-from common.errors import InputError, NumericsError, Stopped
-from common.files import read_jsonl, write_jsonl
+from common.errors import InputError, NumericsError
+from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.settings import opt
 from kernels.segment_logprob import segment_logprob
@@ -174,8 +173,12 @@ class Trainer:
             raise InputError(f"kl_rows is {s.kl_rows}; give a share above 0 and at most 1")
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+        if not s.shard:  # FSDP gathers each weight by itself
+            model.stack()
         model.gradient_checkpointing = s.gradient_checkpointing
         if s.compile:
+            if model.head.dtype != torch.float32:
+                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         if s.shard:
@@ -186,7 +189,8 @@ class Trainer:
         self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
         self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
         self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
-        if self.loss.reference:
+        self.guessing = False  # whether its tokens have been seen to be less probable than by guessing
+        if self.loss.z0:
             self.partner = mismatched(len(rows), s.seed)
             pairs = zip(rows, self.partner, strict=True)
             self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
@@ -219,21 +223,22 @@ class Trainer:
     def reference_sums(self) -> dict[str, Tensor]:
         """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
 
-        Each rank does its share; the sum over ranks puts them together. Rows go longest first, so a row that does not
-        fit in memory stops the run now.
+        Zeros where the loss does not need them. Each rank does its share; the sum over ranks puts them together. Rows
+        go longest first, so a row that does not fit in memory stops the run now.
         """
         n, size = len(self.rows), self.s.micro_batch * NO_GRAD_PACK
         table = torch.zeros(3, n, device=self.ranks.device)
-        if not self.loss.reference:  # zeros
+        if not self.loss.reference:
             return dict(zip(("weighted", "plain", "kl"), table, strict=True))
-        progress = Progress(self.ranks, 2 * n, "reference sums", "rows")
+        progress = Progress(self.ranks, n * (1 + self.loss.z0), "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
             for indices, real in micro_batches(list(range(n)), self.lengths, self.ranks, size):
                 self.begin(indices, self.lengths)
                 weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
                 table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
-            for indices, real in micro_batches(list(range(n)), self.kl_lengths, self.ranks, size):
+            pairs = micro_batches(list(range(n)), self.kl_lengths, self.ranks, size) if self.loss.z0 else []
+            for indices, real in pairs:
                 self.begin(indices, self.kl_lengths)
                 _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
                 table[2, indices[:real]] = plain[:real]
@@ -306,6 +311,7 @@ class Trainer:
             metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
         if number == 0 and self.loss.first:
             self.check_first_step(metrics, indices)
+        self.warn_if_guessing(metrics, number, indices)
         metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
         if not math.isfinite(metrics["grad_norm"]):
             names = ", ".join(self.rows[i].id for i in indices)
@@ -329,8 +335,41 @@ class Trainer:
         if not abs(metrics["loss"] - expected) <= (1e-4 if fp32 else 1e-2):
             raise NumericsError(
                 f"the first loss is {metrics['loss']:.6f}, must be {expected:.6f}: policy and reference differ "
-                f"before training; check that the adapters start at zero"
+                "before training; check that the adapters start at zero"
             )
+
+    def warn_if_guessing(self, metrics: dict[str, float], number: int, indices: list[int]) -> None:
+        """Say once, with the step, that its tokens are less probable than guessing in the vocabulary makes them."""
+        nats = sum(metrics[f"logps/{c}"] * metrics[f"count/{c}"] for c in kto.CLASSES if metrics[f"count/{c}"])
+        mean = nats / sum(len(self.rows[i].completion_ids) for i in indices)
+        guess = -math.log(self.model.config.vocab_size)
+        if mean < guess and not self.guessing:
+            self.guessing = True
+            what = f"log-probability of {mean:,.1f} a token, guessing has {guess:.1f}"
+            self.ranks.log(f"warning: step {number + 1}: {what}; the model falls apart, use a lower learning rate")
+
+
+def check(rows: list[data.Row], method: str, s: TrainSettings, config: ModelConfig, ranks: Ranks) -> None:
+    """Before the first step: refuse rows and rates that cannot train (InputError), warn of rows of one class."""
+    if not rows:
+        raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
+    loss, room, V = kto.LOSSES[method], config.max_position_embeddings, config.vocab_size
+    others = [rows[j] for j in mismatched(len(rows), s.seed)] if loss.z0 else []
+    for a, b in [*zip(rows, rows, strict=True), *zip(rows, others, strict=False)]:
+        name = f"row {a.id}" if a is b else f"row {a.id} with the completion of row {b.id}, a pair of Eq. 2,"
+        if (length := len(a.prompt_ids) + len(b.completion_ids)) > room:
+            raise InputError(f"{name} has {length:,} tokens, the model {room:,} positions; leave the longer row out")
+        if (top := max(*a.prompt_ids, *b.completion_ids)) >= V:
+            raise InputError(f"{name} has token id {top:,}, the model {V:,} tokens; use the model the rows came from")
+    total, peak = len(step_rows(len(rows), s.batch_size, s.epochs, s.seed)), getattr(s, loss.rate)
+    if not any(learning_rate(number, total, s.warmup, peak) for number in range(total)):
+        raise InputError(
+            f"{len(rows)} row(s) make {total} step(s), the learning rate is 0 in all of them and nothing is learned "
+            f"(peak {peak:g}, warmup {s.warmup:g}); use --warmup 0, a smaller --batch-size or more --epochs"
+        )
+    if loss.rows == "all" and len({r.chosen for r in rows}) == 1:
+        kind, other = ("chosen", "rejected") if rows[0].chosen else ("rejected", "chosen")
+        ranks.log(f"warning: all {len(rows)} rows are {kind}; {method} has no {other} ones to tell them from")
 
 
 def train(
@@ -355,71 +394,48 @@ def train(
     Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
     the last finished step has been saved.
     """
-    if not rows:
-        raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
+    check(rows, method, s, model.config, ranks)
     trainer = Trainer(model, rows, method, s, ranks, impl)
-    names, identity = lora.state(model), run_identity(method, s, origin)
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
-    log = take_up(trainer, names, identity, out) if resume else []
-    done = saved = len(log)
-    if ranks.sum(torch.tensor([float(done)], device=ranks.device)).item() != done * ranks.world:
-        raise InputError(f"{out}: not every rank sees the same checkpoint; put it where all nodes can read and write")
+    run = training.Training(
+        out,
+        ranks,
+        lora.state(model),
+        trainer.optimizer,
+        run_identity(method, s, origin),
+        total=len(plan),
+        save_every=s.save_every,
+        state=lambda: {"z0_state": trainer.z0_state},
+    )
+    finished = any(ranks.gather((out / lora.WEIGHTS).exists()))
+    manifest = run.take_up() if resume and not finished else None
+    if manifest is None:
+        run.start_anew(lora.WEIGHTS, lora.CONFIG)
+    else:
+        trainer.z0_state = manifest["z0_state"]
     if ranks.rank == 0:
-        checkpoint.check_space(out, names)
-        if not done:
-            forget(out)
-    if done:
-        ranks.log(f"{out}: continuing after step {done} of {len(plan)}")
-
-    def save() -> None:
-        if ranks.rank == 0 and len(log) > saved:
-            write_jsonl(out / "metrics.jsonl", log)
-            state = {"identity": identity, "z0_state": trainer.z0_state}
-            checkpoint.save(out, len(log), names, trainer.optimizer, state)
-
-    with ranks.stop.hold(), training.memory_named(trainer.memory_message):
-        reference = {} if done == len(plan) else trainer.reference_sums()
-        progress = Progress(ranks, len(plan), f"training {method}", "steps")
-        progress(done)
+        checkpoint.check_space(out, run.names)
+    done = len(run.log)
+    with run.stoppable(), training.memory_named(trainer.memory_message):
+        reference = trainer.reference_sums() if done < len(plan) else {}
         started = time.perf_counter()
-        try:
-            for number in range(done, len(plan)):
-                metrics = trainer.step(number, len(plan), plan[number], reference)
-                epoch = (number + 1) * s.batch_size / len(rows)
-                log.append({"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics})
-                progress()
-                if len(log) % s.save_every == 0 or len(log) == len(plan):
-                    save()
-                    saved = len(log)
-                ranks.log(step_line(log[-1], len(plan)))
-        except Stopped:
-            save()
-            ranks.log(f"{out}: stopped after step {len(log)} of {len(plan)}; the same command with --resume goes on")
-            raise
-        progress.close()
+
+        def step(number: int) -> dict[str, float]:
+            metrics = trainer.step(number, len(plan), plan[number], reference)
+            epoch = (number + 1) * s.batch_size / len(rows)
+            return {"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics}
+
+        run.run(step, step_line, f"training {method}")
     if ranks.rank == 0:
         lora.save(model, out, base_name, revision)
     ranks.wait()
     tokens = sum(trainer.lengths[i] for step in plan[done:] for i in step)
-    return log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
-
-
-def take_up(
-    trainer: Trainer, names: dict[str, nn.Parameter], identity: dict[str, Any], out: Path
-) -> list[dict[str, Any]]:
-    """Put an interrupted run's last checkpoint into the trainer. Returns its metrics, a row a step; [] without one."""
-    manifest = None if (out / lora.WEIGHTS).exists() else checkpoint.latest(out, identity)
-    if manifest is None:
-        return []
-    checkpoint.restore(manifest["path"], names, trainer.optimizer)
-    trainer.z0_state = manifest["z0_state"]
-    return read_jsonl(out / "metrics.jsonl")[: manifest["step"]]
+    return run.log[-1] | {"tokens_per_second": round(tokens / (time.perf_counter() - started)), "steps": len(plan)}
 
 
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
-    values = {k: v for k, v in asdict(s).items() if k not in SPEED_ONLY}
-    return checkpoint.identity_of({"method": method, **origin, **values})
+    return {"method": method, **origin} | {k: v for k, v in asdict(s).items() if k not in SPEED_ONLY}
 
 
 def step_line(m: dict[str, Any], total: int) -> str:
@@ -427,12 +443,5 @@ def step_line(m: dict[str, Any], total: int) -> str:
     head = f"step {m['step']}/{total} loss {m['loss']:.4f} grad {m['grad_norm']:.3f} lr {m['learning_rate']:.2e}"
     if "rewards/chosen" not in m or "rewards/rejected" not in m:
         return head
-    return head + f" r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f} z0 {m['z0']:.3f}"
-
-
-def forget(out: Path) -> None:
-    """Remove an earlier run's checkpoints and adapter, before a run that starts from nothing."""
-    for old in checkpoint.found(out):
-        shutil.rmtree(old)
-    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl"):
-        (out / name).unlink(missing_ok=True)
+    z0 = f" z0 {m['z0']:.3f}" if "z0" in m else ""
+    return f"{head} r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f}{z0}"

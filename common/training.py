@@ -1,14 +1,135 @@
-"""What training loops need beside their step: memory that runs out is named, frozen layers are spread over ranks."""
+"""What training loops need beside their step: resume, stop and save; memory that runs out is named; sharded layers.
+
+    training = Training(out, ranks, names, optimizer, identity, total=327, save_every=20, state=lambda: {"z0_state": 0})
+    manifest = training.take_up()               # None: there is no checkpoint, so this starts at step 1
+    with training.stoppable():
+        training.run(step, line, "training")    # step(number) -> the row of metrics of that step
+
+A run that is asked to stop saves the last finished step and leaves the rest of the step undone. A checkpoint holds the
+metrics of its steps, so `metrics.jsonl` beside it is for readers: a resumed run does not depend on it. Left out: what a
+step is, evaluation between steps (a `step` may do it), anything asynchronous.
+"""
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from common.errors import MemoryFull
-from common.ranks import Ranks
+from common import checkpoint
+from common.errors import InputError, MemoryFull, Stopped
+from common.files import read_jsonl, write_jsonl
+from common.ranks import Progress, Ranks
+
+Row = dict[str, Any]
+
+
+class Training:
+    """A training on disk. `log` has the metrics of every step so far, a row a step; `saved` of them are on disk.
+
+    names: name -> trained tensor, in the optimizer's order. identity: what must be the same for a checkpoint to fit.
+    total: steps of the whole training. state: gives the JSON values that the next step needs beside the tensors.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        ranks: Ranks,
+        names: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        identity: Mapping[str, Any],
+        total: int,
+        save_every: int,
+        state: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self.out, self.ranks, self.names, self.optimizer = out, ranks, names, optimizer
+        self.identity, self.total, self.save_every, self.state = (
+            checkpoint.identity_of(identity),
+            total,
+            save_every,
+            state,
+        )
+        self.log: list[Row] = []
+        self.saved = 0
+
+    def take_up(self) -> dict[str, Any] | None:
+        """Go on from the newest whole checkpoint: tensors and log are back. Returns its manifest, None without one.
+
+        Newer ones that are damaged are named and keep their files under another name. Raises InputError when all are,
+        when it is another run's, and when ranks see different ones.
+        """
+        manifest = checkpoint.latest(self.out, self.identity)
+        if len({str(seen) for seen in self.ranks.gather(manifest and manifest["step"])}) > 1:
+            raise InputError(
+                f"{self.out}: not every rank sees the same checkpoint; put it where all can read and write"
+            )
+        if manifest is None:
+            return None
+        self.keep_damaged(manifest["damaged"])
+        checkpoint.restore(manifest["path"], self.names, self.optimizer)
+        self.log = read_jsonl(manifest["path"] / checkpoint.METRICS)
+        self.saved = manifest["step"]
+        assert len(self.log) == self.saved, (len(self.log), manifest["path"])
+        self.ranks.log(f"{self.out}: continuing after step {self.saved} of {self.total}")
+        return manifest
+
+    def start_anew(self, *results: str) -> None:
+        """Remove an earlier run's checkpoints, metrics and `results`, which are names of files.
+
+        Damaged checkpoints are named and keep their files under another name.
+        """
+        if self.ranks.rank == 0:
+            broken = {path: reason for path in checkpoint.found(self.out) if (reason := checkpoint.damage(path))}
+            self.keep_damaged(broken)
+            for old in checkpoint.found(self.out):
+                checkpoint.remove(old)
+            for name in (checkpoint.METRICS, *results):
+                (self.out / name).unlink(missing_ok=True)
+
+    def keep_damaged(self, damaged: Mapping[Path, str]) -> None:
+        """Say what is wrong with each of these checkpoints, and rename it."""
+        if self.ranks.rank == 0:
+            for path, kept in zip(damaged, checkpoint.set_aside(damaged), strict=True):
+                self.ranks.log(f"{path}: damaged, {damaged[path]}; not used, kept as {kept.name}")
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step, unless that is on disk."""
+        if self.ranks.rank == 0 and len(self.log) > self.saved:
+            write_jsonl(self.out / checkpoint.METRICS, self.log)
+            state = {"identity": self.identity, **self.state()}
+            checkpoint.save(self.out, len(self.log), self.names, self.optimizer, state, self.log)
+        self.saved = len(self.log)
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Inside, a signal only leaves a note for `Ranks.check_stop`; Stopped saves what is finished on its way out."""
+        with self.ranks.stop.hold():
+            try:
+                yield
+            except Stopped:
+                self.save()
+                done = f"stopped after step {len(self.log)} of {self.total}"
+                self.ranks.log(f"{self.out}: {done}; the same command with --resume goes on")
+                raise
+
+    def run(self, step: Callable[[int], Row], line: Callable[[Row, int], str], what: str) -> None:
+        """All steps that are left, saving every `save_every` and at the end. line: a row and `total` as one line.
+
+        step: takes the number of a step, from 0, and returns its metrics. If it raises Stopped, everything that `state`
+        gives must be as it was before the step.
+        """
+        progress = Progress(self.ranks, self.total, what, "steps")
+        progress(len(self.log))
+        for number in range(len(self.log), self.total):
+            self.log.append(step(number))
+            progress()
+            if len(self.log) % self.save_every == 0 or len(self.log) == self.total:
+                self.save()
+            self.ranks.log(line(self.log[-1], self.total))
+        progress.close()
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from annotate import Step
 from common.table import markdown
 
 LabelSet = tuple[str, ...]  # sorted
-MACRO_OF = {label: macro for macro, labels in em.MACRO.items() for label in labels}
+MACRO_OF = {label: macro for macro, labels in em.TAXONOMY.items() for label in labels}
 NONE = "(none)"
 
 

@@ -7,10 +7,10 @@ steps differently: the final steps are the largest runs of segments on which nei
   segments      0    1    2    3
   annotator a   [framing] [ retrieval  ]          one step (0), one step (1, 2, 3)
   annotator b   [framing] [retr.] [evaluation]    (0), (1), (2, 3)
-  units         (0)       (1)     (2, 3)          each with a's labels and b's labels
+  blocks        (0)       (1)     (2, 3)          each with a's labels and b's labels
 
-`aggregate` applies the paper's rules (i)-(iii) to each unit. The units of a trace that it leaves open go to the
-adjudicator in one call; an annotator without a usable reply leaves all its units open. A unit that the adjudicator
+`aggregate` applies the paper's rules (i)-(iii) to each block. The blocks of a trace that it leaves open go to the
+adjudicator in one call; an annotator without a usable reply leaves all its blocks open. A block that the adjudicator
 cannot settle either is rejected: it carries no label, its weight is 1, and it is counted. No label is ever guessed.
 
 With one endpoint only (no b, no judge) a's labels are the result. Left out: votes of more than two annotators.
@@ -26,19 +26,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import em
-from annotate import Step, check_steps
+from annotate import Block, Step, aggregate, align, check_steps
 from common.errors import AnnotationError, InputError, Refused, Unanswered
 from common.template import fill, load_prompt
 from llm.chat import Chat
 from llm.client import in_threads
 
 T = TypeVar("T")
-CONFIDENT = 7.0  # rule (ii): a label of one annotator counts if its confidence is above this
 FILES = ("annotate.txt", "adjudicate.txt", "again.txt")
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
-
-Votes = dict[str, float]  # label -> confidence, in the order given
-Unit = tuple[int, ...]  # adjacent segments that are decided together
 
 
 # ---------- what is asked
@@ -63,12 +59,11 @@ def reply_schema() -> dict[str, Any]:
 
 
 def vocabulary() -> str:
-    """The 15 labels with their meanings under the four macro strategies, as the prompts show them."""
-    blocks = (
-        f"{macro}:\n" + "\n".join(f"- {label}: {em.DEFINITIONS[label]}" for label in labels)
-        for macro, labels in em.MACRO.items()
-    )
-    return "\n".join(blocks)
+    """The labels with their meanings under the macro strategies, as the prompts show them."""
+    lines = []
+    for macro, labels in em.TAXONOMY.items():
+        lines += [f"{macro}:", *(f"- {label}: {meaning}" for label, meaning in labels.items())]
+    return "\n".join(lines)
 
 
 @dataclass
@@ -82,7 +77,7 @@ class Trace:
     votes: dict[str, list[Step] | None] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
-    def each_segment(self) -> list[Unit]:
+    def each_segment(self) -> list[Block]:
         """Units of one segment each."""
         return [(i,) for i in range(len(self.segments))]
 
@@ -114,15 +109,15 @@ class Prompts:
         """What an annotator gets."""
         return _turn(self.annotate, trace.material())
 
-    def second_opinion(self, trace: Trace, units: Sequence[Unit]) -> list[dict[str, str]]:
-        """What the adjudicator gets: the trace, and for every open unit what the annotators proposed."""
+    def second_opinion(self, trace: Trace, blocks: Sequence[Block]) -> list[dict[str, str]]:
+        """What the adjudicator gets: the trace, and for every open block what the annotators proposed."""
         proposals = []
-        for unit in units:
+        for block in blocks:
             said = {}
             for name, role in (("first", "a"), ("second", "b")):
                 steps = trace.votes[role]
-                said[name] = None if steps is None else next(s for s in steps if unit[0] in s.segments).votes()
-            proposals.append({"thinking_step": list(unit)} | said)
+                said[name] = None if steps is None else next(s for s in steps if block[0] in s.segments).votes()
+            proposals.append({"thinking_step": list(block)} | said)
         return _turn(self.adjudicate, trace.material() | {"undecided": proposals})
 
 
@@ -135,10 +130,10 @@ def _turn(template: str, material: dict[str, Any]) -> list[dict[str, str]]:
 # ---------- what comes back
 
 
-def parse_reply(text: str, n_segments: int, units: Sequence[Unit] | None = None, source: str = "") -> list[Step]:
+def parse_reply(text: str, n_segments: int, blocks: Sequence[Block] | None = None, source: str = "") -> list[Step]:
     """The steps of a reply. One leading <think> block and one code fence are taken off; nothing else is repaired.
 
-    Every segment must be in exactly one step; with `units` the steps must be exactly these. Raises AnnotationError.
+    Every segment must be in exactly one step; with `blocks` the steps must be exactly these. Raises AnnotationError.
     """
     value = load_reply(text)
     if value.get("index_base", 0) != 0:
@@ -152,9 +147,9 @@ def parse_reply(text: str, n_segments: int, units: Sequence[Unit] | None = None,
         problem = str(error).removeprefix(": ").rpartition("; ")[0]
         raise AnnotationError(f"{problem} (steps counted from 0)") from None
     found = [step.segments for step in steps]
-    if units is not None and found != list(units):
-        raise AnnotationError(f"thinking_step must be, in this order, {[list(unit) for unit in units]}")
-    if units is None and len(list(itertools.chain(*found))) < n_segments:
+    if blocks is not None and found != list(blocks):
+        raise AnnotationError(f"thinking_step must be, in this order, {[list(block) for block in blocks]}")
+    if blocks is None and len(list(itertools.chain(*found))) < n_segments:
         missing = sorted({*range(n_segments)} - {*itertools.chain(*found)})
         raise AnnotationError(f"segment {missing[0]} is in no step: put every segment into exactly one step")
     return steps
@@ -227,49 +222,6 @@ def _step(value: Any, place: str, source: str) -> Step:
     if rated != labels:
         raise AnnotationError(f"{place}: strategy_confidence_rating must rate each label of the step once, in order")
     return Step(tuple(segments), tuple(labels), tuple(r.get("confidence_rating") for r in ratings), source)
-
-
-# ---------- from two opinions to one
-
-
-def align(a: list[Step], b: list[Step]) -> list[tuple[Unit, Votes, Votes]]:
-    """The units of a trace, each with a's and b's votes. a and b must cover the same segments, in order.
-
-    A unit is a largest run of segments that lies within one step of a and within one step of b.
-    """
-    owners = []
-    for steps in (a, b):
-        owners.append([step for step in steps for _ in step.segments])
-    covered = [i for step in a for i in step.segments]
-    assert covered == [i for step in b for i in step.segments], (a, b)
-    units = []
-    for _, run in itertools.groupby(range(len(covered)), key=lambda k: (owners[0][k].segments, owners[1][k].segments)):
-        at = list(run)
-        unit = tuple(covered[k] for k in at)
-        units.append((unit, owners[0][at[0]].votes(), owners[1][at[0]].votes()))
-    return units
-
-
-def aggregate(a: Votes, b: Votes) -> tuple[Votes, str] | None:
-    """Rules (i) and (ii) of 3.1.2: (label -> confidence, source), or None where rule (iii) asks the adjudicator.
-
-    a: the annotator whose confidences count when both agree (the paper's GPT-4o). Source "agree" or "merge".
-    PAPER: nothing on equal confidences.  HERE: the label that comes first in em.LABELS.  WHY: any order will do, as
-    long as it is always the same.
-
-    >>> aggregate({"framing": 6}, {"framing": 9})
-    ({'framing': 6}, 'agree')
-    >>> aggregate({"framing": 6, "analogy": 8}, {"framing": 9, "retrieval": 7})
-    ({'framing': 9, 'analogy': 8}, 'merge')
-    >>> aggregate({"framing": 6}, {"framing": 9, "retrieval": 7})
-    """
-    if a.keys() == b.keys():
-        return dict(a), "agree"  # rule (i)
-    higher = {label: max(a.get(label, -1), b.get(label, -1)) for label in em.LABELS if label in a or label in b}
-    kept = [label for label in higher if label in a and label in b]  # rule (ii)
-    single = sorted((label for label in higher if label not in kept), key=lambda label: -higher[label])
-    kept += [label for label in single if higher[label] > CONFIDENT][: 2 - len(kept)]
-    return ({label: higher[label] for label in kept}, "merge") if len(kept) == 2 else None
 
 
 class Committee:
@@ -350,12 +302,12 @@ class Committee:
             raise Unanswered(f"{len(self.failed)} call(s) without an answer, the first for trace {trace.id}: {error}")
 
     def _ask(
-        self, chat: Chat, messages: list[dict[str, str]], n_segments: int, units: Sequence[Unit] | None
+        self, chat: Chat, messages: list[dict[str, str]], n_segments: int, blocks: Sequence[Block] | None
     ) -> list[Step] | None:
         """The steps of a usable reply, at the second try if need be; None when both are unusable."""
-        source = "single" if self.b is None else "judge" if units is not None else chat.role
+        source = "single" if self.b is None else "judge" if blocks is not None else chat.role
         steps, outcome = ask_twice(
-            chat, messages, self.prompts.again, lambda text: parse_reply(text, n_segments, units, source)
+            chat, messages, self.prompts.again, lambda text: parse_reply(text, n_segments, blocks, source)
         )
         with self.lock:
             self.outcomes[f"{chat.role}: {outcome}"] += 1
@@ -371,21 +323,21 @@ class Committee:
         a, b = trace.votes["a"], trace.votes["b"]
         if a is None or b is None:
             one = a if b is None else b
-            units = trace.each_segment() if one is None else [step.segments for step in one]
-            return _unlabelled(units, ""), True
+            blocks = trace.each_segment() if one is None else [step.segments for step in one]
+            return _unlabelled(blocks, ""), True
         steps = []
-        for unit, votes_a, votes_b in align(a, b):
+        for block, votes_a, votes_b in align(a, b):
             votes, source = aggregate(votes_a, votes_b) or ({}, "")  # rule (iii)
-            steps.append(Step(unit, tuple(votes), tuple(votes.values()), source))
+            steps.append(Step(block, tuple(votes), tuple(votes.values()), source))
         return steps, any(not step.source for step in steps)
 
     def _adjudicate(self, trace: Trace) -> None:
-        units = [step.segments for step in trace.steps if not step.source]
-        messages = self.prompts.second_opinion(trace, units)
-        decided = self._ask(self.judge, messages, len(trace.segments), units) or _unlabelled(units, "rejected")
+        blocks = [step.segments for step in trace.steps if not step.source]
+        messages = self.prompts.second_opinion(trace, blocks)
+        decided = self._ask(self.judge, messages, len(trace.segments), blocks) or _unlabelled(blocks, "rejected")
         by_unit = {step.segments: step for step in decided}
         trace.steps = [by_unit.get(step.segments, step) for step in trace.steps]
 
 
-def _unlabelled(units: Iterable[Unit], source: str) -> list[Step]:
-    return [Step(tuple(unit), (), (), source) for unit in units]
+def _unlabelled(blocks: Iterable[Block], source: str) -> list[Step]:
+    return [Step(tuple(block), (), (), source) for block in blocks]

@@ -26,6 +26,7 @@ import numpy as np
 import annotate
 import data
 import eval as evaluation
+import kto
 from common import table
 from common.endings import program
 from common.errors import InputError
@@ -39,7 +40,8 @@ MARKS = ("<!-- study:begin -->", "<!-- study:end -->")
 SEEDS = (0, 1, 2)
 MODELS = {"world 0": "mini/model", "world 1": "mini/model-world1", "null": "mini/model-null"}
 WORLDS = ("world 0", "world 1")  # the others are controls
-METHODS = ("sft", "kto", "mralign", "shuffled")
+METHODS = tuple(name for name, loss in kto.LOSSES.items() if loss.study)
+RATED = tuple(name for name in METHODS if kto.LOSSES[name].rate == "lr")  # what another --lr changes
 NOISE = (0.2, 0.5)
 RATES = (3e-4, 1.5e-4)  # beside the configured one
 HALF = RATES[0]
@@ -70,7 +72,7 @@ class Cell:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return METHODS if self.plain else ("mralign",) if self.noise else METHODS[1:]
+        return METHODS if self.plain else ("mralign",) if self.noise else RATED
 
 
 def cells() -> list[Cell]:

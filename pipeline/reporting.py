@@ -18,6 +18,7 @@ import torch
 
 import data
 import eval as evaluation
+import kto
 import lora
 from common.files import ROOT, read_json, read_jsonl, write_json
 from common.template import opens_thought
@@ -41,7 +42,7 @@ def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
     transitions, rows = read_json(out / "transitions.json"), data.load_train(out / "train.jsonl")
     shown = traces(run, rows, transitions)
     images = draw_figures(run, transitions, rows, analysed)
-    if run.methods != ["sft"]:  # SFT has no reward to draw
+    if kto.LOSSES[shown_method(run)].z0:  # the picture is that of Eq. 12
         told = one_question(run, shown[0], rows, transitions)
         write_json(out / "figures" / "one_question.json", told)
         story.one_question_figure(told, out / "figures" / "one_question.svg")
@@ -73,8 +74,8 @@ def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
 
 
 def shown_method(run: Run) -> str:
-    """The method whose adapter the page and the picture show: mralign if it was trained, else the last but sft."""
-    return "mralign" if "mralign" in run.methods else sorted(run.methods, key=lambda m: m != "sft")[-1]
+    """The method whose adapter page and picture show: mralign if it was trained, else the last that has a reward."""
+    return "mralign" if "mralign" in run.methods else sorted(run.methods, key=lambda m: kto.LOSSES[m].reference)[-1]
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -214,8 +214,8 @@ def change(
 ) -> dict[str, Any]:
     """How the transitions moved: {states, before, after, delta, low, high, support, up, down, n_before, n_after}.
 
-    before, after: labels of every trace of two sets of samples. delta (17, 17) = P after - P before (Fig. 4); low, high
-    its 95 % bootstrap interval over traces; support (17,): soft counts of leaving each state, the smaller of the two.
+    before, after: labels of every trace of two sets of samples. delta (K, K) = P after - P before (Fig. 4); low, high
+    its 95 % bootstrap interval over traces; support (K,): soft counts of leaving each state, the smaller of the two.
     up, down: the TOP largest rises and falls as {from, to, delta, low, high}, from states with SUPPORT and more.
     Raises InputError when one of the two is empty.
     """
@@ -260,7 +260,7 @@ def matrix_intervals(
     n_boot: int = N_BOOT,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """95 % intervals of P, P_pos, P_neg, w_pos and w_neg: name -> {"low": (17, 17), "high": (17, 17)}, and their width.
+    """95 % intervals of P, P_pos, P_neg, w_pos and w_neg: name -> {"low": (K, K), "high": (K, K)}, and their width.
 
     positive, negative: labels of every chosen and rejected training trace. Traces are drawn with replacement inside
     their class and all three matrices fitted anew; w_ij is the clipped ratio of Eq. 10 for single labels, 1 where the

@@ -96,7 +96,7 @@ def change_figure(change: Mapping[str, Any], before: str, after: str, path: str 
 def _graph(
     ax: Axes, moves: Sequence[Mapping[str, Any]], where: Mapping[str, Node], colour: str, line: str, most: float
 ) -> None:
-    owner = {label: strategy for strategy, labels in em.MACRO.items() for label in labels}
+    owner = {label: strategy for strategy, labels in em.TAXONOMY.items() for label in labels}
     used = {m["from"] for m in moves} | {m["to"] for m in moves}
     for m in moves:
         sure = m["low"] > 0 or m["high"] < 0

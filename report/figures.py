@@ -24,19 +24,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 import em
+import kto
 from common.errors import InputError
 from common.files import atomic_write
 
 INK, FAINT, RULE = "#1b1f24", "#68707a", "#c9ced4"
-METHOD_COLOURS = {  # Okabe and Ito's palette: apart for all common kinds of colour blindness
-    "sft": "#E69F00",
-    "kto": "#0072B2",
-    "mralign": "#D55E00",
-    "shuffled": "#009E73",
-}
-SPARE_COLOURS = ("#CC79A7", "#56B4E9", "#8C6D1F", "#5B3A8E")
+# Okabe and Ito's palette, apart for all common kinds of colour blindness, and three more; methods from the left,
+# other settings from the right.
+COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#5B3A8E", "#8C6D1F", "#56B4E9", "#CC79A7")
+METHOD_COLOURS = dict(zip(kto.LOSSES, itertools.cycle(COLOURS), strict=False))
 CHOSEN, REJECTED = "#00785A", "#A8440B"
-MACRO_COLOURS = dict(zip(em.MACRO, ("#0072B2", "#8C6D1F", "#00785A", "#A33B7B"), strict=True))
+MACRO_COLOURS = dict(
+    zip(em.TAXONOMY, itertools.cycle(("#0072B2", "#8C6D1F", "#00785A", "#A33B7B", "#5B3A8E", "#9A3412")))
+)
 W_MAP = colors.LinearSegmentedColormap.from_list("w", ["#2166ac", "#92c5de", "#f7f7f7", "#f4a582", "#b2182b"])
 W_NORM = colors.Normalize(-1.0, 1.0)  # log w at the clips of Eq. 10
 W_TICKS, W_TICK_TEXTS = (1 / math.e, 0.5, 0.75, 1, 1.5, 2, math.e), ("1/e", ".5", ".75", "1", "1.5", "2", "e")
@@ -80,9 +80,9 @@ def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
 
 
 def matrices(transitions: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """P, P_pos, P_neg, C, C_pos, C_neg of a transitions.json as (17, 17) float64.
+    """P, P_pos, P_neg, C, C_pos, C_neg of a transitions.json as (K, K) float64.
 
-    Raises InputError when a matrix is missing or misshapen or the states are not the 17 of em.STATES.
+    Raises InputError when a matrix is missing or misshapen or the states are not those of em.STATES.
     """
     again = "run the fit stage again"
     if list(transitions.get("states", [])) != list(em.STATES):
@@ -93,14 +93,15 @@ def matrices(transitions: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise InputError(f"transitions: {name!r} is missing; {again}")
         out[name] = np.array(transitions[name], dtype=np.float64)
         if out[name].shape != (len(em.STATES),) * 2:
-            raise InputError(f"transitions: {name!r} has shape {out[name].shape}, must be (17, 17); {again}")
+            size = len(em.STATES)
+            raise InputError(f"transitions: {name!r} has shape {out[name].shape}, must be {size} by {size}; {again}")
     return out
 
 
 def weight_matrix(P_class: np.ndarray, P_all: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """w of every single-label move and where it was clipped (Eq. 10).
 
-    Returns w (17, 17) float64, NaN where the move is forbidden, and mark (17, 17) int: -1 at 1/e, +1 at e, else 0.
+    Returns w (K, K) float64, NaN where the move is forbidden, and mark (K, K) int: -1 at 1/e, +1 at e, else 0.
     """
     allowed = em.mask(len(P_all)) > 0
     ratio = np.divide(P_class, P_all, out=np.full_like(P_all, np.nan), where=allowed)
@@ -121,11 +122,11 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
     ax.set_xticks(range(n), names, rotation=90, fontsize=7)
     ax.set_yticks(range(n), names if left else [], fontsize=7)
     ax.tick_params(length=0, pad=2)
-    owner = {label: strategy for strategy, labels in em.MACRO.items() for label in labels}
+    owner = {label: strategy for strategy, labels in em.TAXONOMY.items() for label in labels}
     for ticks in (ax.get_xticklabels(), ax.get_yticklabels()):
         for tick, state in zip(ticks, em.STATES, strict=False):  # no names at the side of an inner panel
             tick.set_color(MACRO_COLOURS[owner[state]] if state in owner else INK)
-    edges = np.cumsum([1, *(len(labels) for labels in em.MACRO.values())]) - 0.5
+    edges = np.cumsum([1, *(len(labels) for labels in em.TAXONOMY.values())]) - 0.5
     for edge in edges:
         ax.axhline(edge, color=FAINT, lw=0.6)
         ax.axvline(edge, color=FAINT, lw=0.6)
@@ -134,7 +135,7 @@ def _frame(ax: Axes, title: str, left: bool) -> None:
 
 
 def extremes(w: np.ndarray, support: np.ndarray) -> np.ndarray:
-    """(17, 17) bool: moves whose weight is among the highest or lowest 15 % of those with support (Fig. 7)."""
+    """(K, K) bool: moves whose weight is among the highest or lowest 15 % of those with support (Fig. 7)."""
     seen = ~np.isnan(w) & (support >= 1)
     if not seen.any():
         return seen
@@ -251,17 +252,17 @@ def weights_figure(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 # Training curves -------------------------------------------------------------------------------------------------
 
-PANELS = (  # field of metrics.jsonl, title, methods it is drawn for ("" = all that have the field)
-    ("loss", "loss (Eq. 4, 11)", "-sft"),
-    ("rewards/chosen", "rewards/chosen: β r", "-sft"),
-    ("rewards/rejected", "rewards/rejected: β r", "-sft"),
-    ("rewards/margins", "rewards/margins", "-sft"),
-    ("kl", "kl (z0 before the clamp), nats", "-sft"),
-    ("logps/chosen", "logps/chosen, nats a row", ""),
-    ("logps/rejected", "logps/rejected, nats a row", ""),
-    ("grad_norm", "grad_norm before clipping", ""),
-    ("learning_rate", "learning_rate", ""),
-    ("loss", "loss of SFT, nats a token", "sft"),
+PANELS = (  # field of metrics.jsonl, title, drawn for methods with a reference (True), without (False), all (None)
+    ("loss", "loss (Eq. 4, 11)", True),
+    ("rewards/chosen", "rewards/chosen: β r", True),
+    ("rewards/rejected", "rewards/rejected: β r", True),
+    ("rewards/margins", "rewards/margins", True),
+    ("kl", "kl (z0 before the clamp), nats", True),
+    ("logps/chosen", "logps/chosen, nats a row", None),
+    ("logps/rejected", "logps/rejected, nats a row", None),
+    ("grad_norm", "grad_norm before clipping", None),
+    ("learning_rate", "learning_rate", None),
+    ("loss", "loss of SFT, nats a token", False),
 )
 
 
@@ -272,9 +273,9 @@ def curve(rows: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], lis
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour for every method: known ones keep theirs, others take the spare ones, then the unused, in turn."""
-    unused = [colour for method, colour in METHOD_COLOURS.items() if method not in methods]
-    spare = itertools.cycle([*SPARE_COLOURS, *unused])
+    """A colour for every method: those of LOSSES keep theirs, others take what is left, in turn."""
+    used = {METHOD_COLOURS[m] for m in methods if m in METHOD_COLOURS}
+    spare = itertools.cycle([*(c for c in COLOURS[::-1] if c not in used), *COLOURS])
     return {m: METHOD_COLOURS[m] if m in METHOD_COLOURS else next(spare) for m in methods}
 
 
@@ -285,8 +286,8 @@ def curves_figure(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     """
     palette = method_colours(list(metrics))
     drawn = []
-    for field, title, only in PANELS:
-        names = [m for m in metrics if only == "" or (m == "sft") == (only == "sft")]
+    for field, title, reference in PANELS:
+        names = [m for m in metrics if reference is None or kto.LOSSES[m].reference is reference]
         lines = {m: curve(metrics[m], field) for m in names}
         drawn.append((title, {m: line for m, line in lines.items() if line[0]}))
     drawn = [(title, lines) for title, lines in drawn if lines]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import kto
 from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
 from common.endings import program
 from common.errors import InputError
@@ -27,10 +28,7 @@ SETTINGS = {
     "thinkoff": "ThinkOff",
     "thinkon": "ThinkOn",
     "refine": "Self-Refine",
-    "sft": "SFT",
-    "kto": "KTO",
-    "mralign": "MR-ALIGN",
-    "shuffled": "MR-ALIGN, weights shuffled",
+    **{method: loss.title for method, loss in kto.LOSSES.items()},
     "thinkon+ret": "ThinkOn + Ret",
     "mralign+ret": "MR-ALIGN + Ret",
 }

@@ -11,7 +11,7 @@ import torch
 
 from common import checkpoint, files
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.files import read_json, read_jsonl, write_json
 
 
 class Faults:
@@ -74,9 +74,14 @@ def state(step: int):
     return parameters, optimizer
 
 
-def save(folder: Path, step: int) -> None:
+def rows_of(step: int) -> list[dict]:
+    return [{"step": k + 1, "loss": 1 / (k + 2)} for k in range(step)]
+
+
+def save(folder: Path, step: int, **identity) -> None:
     parameters, optimizer = state(step)
-    checkpoint.save(folder, step, parameters, optimizer, {"identity": {"x": 1}, "z0_state": step / 7})
+    facts = {"identity": identity or {"x": 1}, "z0_state": step / 7}
+    checkpoint.save(folder, step, parameters, optimizer, facts, rows_of(step))
 
 
 def check_latest(folder: Path, allowed: tuple[int, ...]) -> int:
@@ -84,6 +89,7 @@ def check_latest(folder: Path, allowed: tuple[int, ...]) -> int:
     manifest = checkpoint.latest(folder, {"x": 1})
     assert manifest is not None and manifest["step"] in allowed, manifest
     assert manifest["z0_state"] == manifest["step"] / 7
+    assert read_jsonl(manifest["path"] / "metrics.jsonl") == rows_of(manifest["step"])
     want, want_optimizer = state(manifest["step"])
     got, got_optimizer = state(99)
     checkpoint.restore(manifest["path"], got, got_optimizer)
@@ -98,11 +104,12 @@ def check_latest(folder: Path, allowed: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_whichever_disk_operation_fails_the_old_or_the_new_checkpoint_loads(tmp_path, number):
     """Every open, write, sync and rename of a save is made to fail in turn, until a save passes untouched."""
-    outcomes = []
+    outcomes, before = [], tmp_path / "before"
+    save(before, 1)
+    save(before, 2)
     for k in range(1, 10_000):
         folder = tmp_path / f"{k}"
-        save(folder, 1)
-        save(folder, 2)
+        shutil.copytree(before, folder)
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, k, number)
             failed = False
@@ -122,15 +129,73 @@ def test_whichever_disk_operation_fails_the_old_or_the_new_checkpoint_loads(tmp_
     assert len(outcomes) > 20 and set(outcomes) == {2, 3}  # many points of failure, on both sides of the rename
 
 
-def test_a_file_that_lost_its_tail_or_changed_a_byte_is_passed_over(tmp_path):
-    for k, damage in enumerate((lambda b: b[:-3], lambda b: b"", lambda b: bytes([b[0] ^ 1]) + b[1:])):
-        for name in ("adapter.safetensors", "optimizer.safetensors", "manifest.json"):
+FILES = ("adapter.safetensors", "optimizer.safetensors", "metrics.jsonl", "manifest.json")
+
+
+def test_a_file_that_lost_its_tail_or_changed_a_byte_is_passed_over_and_named(tmp_path):
+    save(tmp_path / "before", 1)
+    save(tmp_path / "before", 2)
+    for k, damage in enumerate(
+        (
+            lambda b: b[:-3],
+            lambda b: b"",
+            lambda b: bytes([b[0] ^ 1]) + b[1:],
+            lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+        )
+    ):
+        for name in FILES:
             folder = tmp_path / f"{k}{name}"
-            save(folder, 1)
-            save(folder, 2)
+            shutil.copytree(tmp_path / "before", folder)
             path = folder / "checkpoint-000002" / name
             path.write_bytes(damage(path.read_bytes()))
             assert check_latest(folder, (1,)) == 1
+            ((bad, reason),) = checkpoint.latest(folder, {"x": 1})["damaged"].items()
+            assert bad == path.parent and name in reason, reason
+
+
+def test_a_step_written_into_the_manifest_by_hand_is_damage(tmp_path):
+    """Its own fields have a checksum too: 2 -> 1 is still valid JSON."""
+    save(tmp_path, 2)
+    manifest = tmp_path / "checkpoint-000002" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"step": 1})
+    assert checkpoint.damage(manifest.parent) == "manifest.json is not what was written"
+    for wrong in ([], {}, {"sha256": 3}):
+        write_json(manifest, wrong)
+        assert checkpoint.damage(manifest.parent) == "manifest.json is not a checkpoint's"
+
+
+def test_when_every_checkpoint_is_damaged_each_is_named_and_all_stay(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoint-000001" / "metrics.jsonl").unlink()
+    (tmp_path / "checkpoint-000002" / "adapter.safetensors").write_bytes(b"torn")
+    with pytest.raises(
+        InputError, match="000002: adapter.safetensors is not.*000001: .*metrics.jsonl: no such file.*drop"
+    ):
+        checkpoint.latest(tmp_path, {"x": 1})
+    assert checkpoint.latest(tmp_path / "nothing", {"x": 1}) is None
+    (tmp_path / "damaged-checkpoint-000002").mkdir()  # of an earlier time
+    kept = checkpoint.set_aside(checkpoint.found(tmp_path))
+    assert [p.name for p in kept] == ["damaged-checkpoint-000001", "damaged-checkpoint-000002-2"]
+    assert (kept[1] / "adapter.safetensors").read_bytes() == b"torn" and not checkpoint.found(tmp_path)
+
+
+def test_a_checkpoint_that_is_half_removed_does_not_look_damaged(tmp_path, monkeypatch):
+    """A kill while the oldest is being removed: what is left of it has lost its name, and the next save clears it."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def killed(path, **options):
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        save(tmp_path, 3)
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-000002", "checkpoint-000003"]
+    assert check_latest(tmp_path, (3,)) == 3 and not checkpoint.latest(tmp_path, {"x": 1})["damaged"]
+    save(tmp_path, 4)
+    assert not list(tmp_path.glob(".checkpoint-*"))
 
 
 def test_space_is_checked_before_any_step_is_taken(tmp_path, monkeypatch):
@@ -145,9 +210,7 @@ def test_space_is_checked_before_any_step_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_changed_run_is_refused_and_each_change_named(tmp_path):
-    save(tmp_path, 1)
-    manifest = tmp_path / "checkpoint-000001" / "manifest.json"
-    write_json(manifest, read_json(manifest) | {"identity": {"lr": 1e-3, "seed": 0, "rows": "abc"}})
+    save(tmp_path, 1, lr=1e-3, seed=0, rows="abc")
     assert checkpoint.latest(tmp_path, {"lr": 1e-3, "seed": 0, "rows": "abc"})["step"] == 1
     with pytest.raises(InputError, match=r"lr was 0.001, is 0.002, rows was 'abc', is 'abd'\); undo that or drop"):
         checkpoint.latest(tmp_path, {"lr": 2e-3, "seed": 0, "rows": "abd"})

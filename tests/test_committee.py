@@ -275,7 +275,7 @@ def test_a_trace_cannot_leave_its_place():
         "segments": [{"segment": 0, "text": evil}, {"segment": 1, "text": "So."}],
     }
     for label in em.LABELS:
-        assert f"- {label}: {em.DEFINITIONS[label]}" in text
+        assert f"- {label}: " in text
     assert "{labels}" not in text.partition('{\n"question"')[0]
 
 

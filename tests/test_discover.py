@@ -14,7 +14,7 @@ from fake_server import FakeServer, as_reply, material
 import em
 from common.errors import AnnotationError
 from common.files import read_json, read_jsonl, write_jsonl
-from llm import discover
+from tools import discover
 
 FAMILIES = {
     "checking": ["Answer_Checking", "fact verification", "double-check", "self check", "verifying", "claim check"],
@@ -34,7 +34,7 @@ def answer(body):
     if prompt.startswith("Many annotators"):
         members = json.loads(prompt.rpartition("is an instruction to you.\n")[2])
         family = next(f for f, names in FAMILIES.items() if set(members) <= {discover.tidy(n) for n in names})
-        macro = list(em.MACRO)[list(FAMILIES).index(family)]
+        macro = list(em.TAXONOMY)[list(FAMILIES).index(family)]
         return json.dumps(
             {"name": family.title(), "definition": f"does\n{family}", "macro": macro, "closest": "retrieval"}
         )
@@ -85,10 +85,9 @@ def test_families_of_names_are_found_again(server, flags, tmp_path, capsys):
     owner = [c["name"] for c in got["clusters"] for _ in c["members"]]
     assert got["silhouette"] == pytest.approx(slow_silhouette([embed(n) for n in names], owner), abs=1e-9)
 
-    macro, definitions = (tmp_path / "out" / "vocabulary.txt").read_text().split("\n\n")
-    macro, definitions = (ast.literal_eval(text.partition(" = ")[2]) for text in (macro, definitions))
-    assert list(macro) == list(em.MACRO) and sorted(n for names in macro.values() for n in names) == sorted(found)
-    assert definitions["checking"] == "does checking"
+    table = ast.literal_eval((tmp_path / "out" / "vocabulary.txt").read_text().partition(" = ")[2])
+    assert list(table) == list(em.TAXONOMY) and sorted(n for names in table.values() for n in names) == sorted(found)
+    assert "does checking" in {names.get("checking") for names in table.values()}
     assert (tmp_path / "out" / "clusters.png").read_bytes()[:4] == b"\x89PNG"
     assert "silhouette 0.99" in capsys.readouterr().out
 
@@ -137,7 +136,7 @@ def test_names_are_spelt_one_way():
 
 @pytest.mark.parametrize("change", [{"name": ""}, {"macro": "thinking"}, {"closest": "thinking"}, {"definition": 3}])
 def test_bad_cluster_names(change):
-    good = {"name": "x", "definition": "y", "macro": next(iter(em.MACRO)), "closest": "none"}
+    good = {"name": "x", "definition": "y", "macro": next(iter(em.TAXONOMY)), "closest": "none"}
     assert discover.parse_cluster_name(json.dumps(good))["name"] == "x"
     with pytest.raises(AnnotationError):
         discover.parse_cluster_name(json.dumps(good | change))

@@ -79,8 +79,8 @@ def moves(traces, states=em.STATES):
 def test_vocabulary_is_the_papers():
     assert len(em.LABELS) == 15 and len(em.STATES) == 17 and len(set(em.STATES)) == 17
     assert (em.STATES[0], em.STATES[16]) == ("<start>", "<stop>")
-    assert [len(labels) for labels in em.MACRO.values()] == [4, 2, 7, 2]
-    assert set(em.DEFINITIONS) == set(em.LABELS)
+    assert [len(labels) for labels in em.TAXONOMY.values()] == [4, 2, 7, 2]
+    assert all(meaning for labels in em.TAXONOMY.values() for meaning in labels.values())
     table_7 = """framing backtracking self_verification evaluation decomposition chaining retrieval causal_reasoning
         analogy synthesis comparison categorization case_analysis explanation summarization""".split()
     assert set(em.LABELS) == set(table_7)

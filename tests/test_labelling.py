@@ -16,8 +16,8 @@ from fake_server import FakeServer, labeller
 
 import mralign
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
-from llm import discover, labelling
 from pipeline.config import RunConfig
+from tools import discover, labelling
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"

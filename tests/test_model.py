@@ -193,6 +193,30 @@ def test_stacked_weights_are_the_parameters(tmp_path: Path, kind: str) -> None:
     assert torch.equal(qwen.load(tmp_path / "again")(ids, cu_seqlens), expected)
 
 
+def test_bf16_policy_is_its_reference_bit_for_bit_before_training_and_the_same_stacked(tmp_path: Path) -> None:
+    """B = 0: adapters on and off give the same bits. Trained: gradients as from separate products."""
+    peer("qwen3").save_pretrained(tmp_path)
+    ids, cu_seqlens = packed(tokens(40, 17))
+    m = qwen.load(tmp_path, torch.bfloat16)
+    parameters = lora.add(m, r=4, alpha=8.0)
+    m.stack()
+    assert all(layer.self_attn.stacked and layer.mlp.stacked for layer in m.model.layers)
+    with lora.disabled(m):
+        reference = m(ids, cu_seqlens)
+    assert torch.equal(m(ids, cu_seqlens), reference)
+    generator = torch.Generator().manual_seed(2)
+    for p in parameters:
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    gradients = []
+    for stacked in (True, False):
+        if not stacked:
+            for layer in m.model.layers:
+                layer.self_attn.stacked = layer.mlp.stacked = None
+        gradients.append(torch.autograd.grad(m(ids, cu_seqlens).float().square().sum(), parameters))
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() <= 0.03 * other.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: Path, kind: str) -> None:
     hf = peer(kind, tied=True)

@@ -1,6 +1,6 @@
 """Where the 15 labels come from (Stage A; 3.1.2, B.1): open labels, clusters, names. Run once, if at all.
 
-  python discover.py --candidates runs/x/candidates.jsonl --out runs/x/discovery \\
+  python -m tools.discover --candidates runs/x/candidates.jsonl --out runs/x/discovery \\
     --namer gpt-5@https://api.openai.com/v1#OPENAI_API_KEY --embedder bge-m3@http://localhost:8001/v1
 
 A strong model names the strategy of every step of a sample of traces in its own words; names used fewer than
@@ -9,7 +9,7 @@ and judged by their silhouette; the model gives every cluster a name, a definiti
 the closest of the 15 labels. Results under --out:
 
   discovery.json   the clusters with their members, counts, names, and which of the 15 they map onto
-  vocabulary.txt   the clusters as MACRO and DEFINITIONS: put them in place of those in em.py to label with them instead
+  vocabulary.txt   the clusters as TAXONOMY: put it in place of that in em.py to label with them instead
   clusters.png     the embedded names in two dimensions (principal components), noise in grey
   calls.jsonl      every call and its cost; a second run pays for nothing again
 
@@ -177,8 +177,8 @@ def parse_cluster_name(text: str) -> dict[str, str]:
     value = load_reply(text)
     if not all(isinstance(value.get(k), str) and value[k].strip() for k in ("name", "definition", "macro", "closest")):
         raise AnnotationError('it needs the texts "name", "definition", "macro" and "closest"')
-    if value["macro"] not in em.MACRO:
-        raise AnnotationError(f"macro must be one of {', '.join(em.MACRO)}")
+    if value["macro"] not in em.TAXONOMY:
+        raise AnnotationError(f"macro must be one of {', '.join(em.TAXONOMY)}")
     if value["closest"] not in (*em.LABELS, "none"):
         raise AnnotationError(f'closest must be "none" or one of {", ".join(em.LABELS)}')
     definition = " ".join(value["definition"].split())
@@ -197,20 +197,19 @@ def name_clusters(
     template, again = load_prompt(PROMPTS / "name_cluster.txt"), load_prompt(PROMPTS / "again.txt")
 
     def work(number: int) -> dict[str, str]:
-        fields = {"macros": "; ".join(em.MACRO), "labels": vocabulary()}
+        fields = {"macros": "; ".join(em.TAXONOMY), "labels": vocabulary()}
         shown = json.dumps(clusters[number], ensure_ascii=False, indent=0)
         messages = [{"role": "user", "content": fill(template, material=shown, **fields)}]
-        nothing = {"name": f"cluster_{number}", "definition": "", "macro": next(iter(em.MACRO)), "closest": "none"}
+        nothing = {"name": f"cluster_{number}", "definition": "", "macro": next(iter(em.TAXONOMY)), "closest": "none"}
         return ask_twice(chat, messages, again, parse_cluster_name)[0] or nothing
 
     return dict(in_threads(work, sorted(clusters), threads, stop))
 
 
 def as_vocabulary(named: list[dict[str, Any]]) -> str:
-    """The clusters as the two tables of em.py."""
-    macro = {m: tuple(c["name"] for c in named if c["macro"] == m) for m in em.MACRO}
-    definitions = {c["name"]: c["definition"] for c in named}
-    return f"MACRO = {json.dumps(macro, indent=4)}\n\nDEFINITIONS = {json.dumps(definitions, indent=4)}\n"
+    """The clusters as the table of em.py, macro strategy by macro strategy."""
+    table = {macro: {c["name"]: c["definition"] for c in named if c["macro"] == macro} for macro in em.TAXONOMY}
+    return f"TAXONOMY = {json.dumps(table, indent=4)}\n"
 
 
 # ---------- all of it
@@ -221,7 +220,7 @@ def discover(cfg: Settings) -> dict[str, Any]:
     cfg.check_service()
     for name in ("candidates", "namer", "embedder"):
         if not getattr(cfg, name):
-            raise InputError(f"--{name} is not set; see python discover.py --help")
+            raise InputError(f"--{name} is not set; see python -m tools.discover --help")
     endpoints = {"namer": parse_endpoint(cfg.namer), "embedder": parse_endpoint(cfg.embedder)}
     rows = read_jsonl(cfg.candidates, ("id", "question", "answers", "completion", "spans"))
     rows = random.Random(cfg.seed).sample(rows, min(cfg.sample, len(rows)))
