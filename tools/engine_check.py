@@ -227,7 +227,7 @@ def adapter_row(name: str, model: Path, adapter: Path, url: str) -> Row:
     got = export.serve_check(locate(str(model), ""), adapter, Endpoint(name, url))
     low, high = export.APPLIED
     good = low <= got["applied"] <= high and got["off"] <= export.MAX_OFF
-    shown = f"{got['applied']:.2f} of it, off by {got['off']:.4f} nats a token"
+    shown = f"{got['applied']:.2f} of it, off by {got['off']:.1e} nats a token"
     return {
         "check": f"effect of {name}",
         "ours": f"{got['effect']:.4f} nats a token",
