@@ -53,7 +53,7 @@ bench: .venv/ready-bench  ## each part beside what one would run instead (six mi
 gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(ARGS)
 
-engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment of its own (some 15 minutes, not in CI)
+engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment of its own (half an hour, not in CI)
 	$(PY) -m tools.engine_check $(ARGS)
 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table

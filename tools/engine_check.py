@@ -52,7 +52,8 @@ METHODS = ("kto", "mralign")
 RANK = 8  # of the adapters of configs/mini.json and of MASA's here
 MASA_STEPS, RESUMED_STEPS = 2, 4
 BASE_STEPS = 200  # of the arithmetic model: enough for the form of a meta, which is all that is needed here
-APART = 4.0  # standard deviations that two counts of the same thing may differ by
+APART = 4.0  # standard deviations that two counts of candidates may differ by
+LEAST_P = 1e-3  # of McNemar's test: below, two evaluations of one adapter are not the same
 Row = dict[str, Any]
 
 
@@ -216,10 +217,14 @@ def candidates(run_folder: Path) -> tuple[int, int]:
     return sum(chosen), len(chosen) - sum(chosen)
 
 
-def right(run_folder: Path, variant: str) -> int:
-    """Right answers (Acc) of a variant."""
-    scored = [evaluation.score(row) for row in read_jsonl(run_folder / "eval" / "test" / f"{variant}.jsonl")]
-    return evaluation.metrics(scored)["acc"]["k"]
+def answers(variant: str, ours: Path, theirs: Path) -> Row:
+    """A row that compares the right answers (Acc) of a variant in two runs, question by question."""
+    paths = [folder / "eval" / "test" / f"{variant}.jsonl" for folder in (ours, theirs)]
+    a, b = ([evaluation.score(row) for row in read_jsonl(path)] for path in paths)
+    p = evaluation.compare(a, b, n_boot=1)["acc"]["p"]
+    right = [int(evaluation.indicator(rows, "acc").sum()) for rows in (a, b)]
+    shown = {"ours": right[0], "vLLM": f"{right[1]}, p {p:.2f}", "held": verdict(p > LEAST_P)}
+    return {"check": f"right answers of {len(a)}, {variant}"} | shown
 
 
 def adapter_row(name: str, model: Path, adapter: Path, url: str) -> Row:
@@ -252,16 +257,9 @@ def check_pipeline(python: Path, out: Path, n: int) -> list[Row]:
         for method in METHODS:
             shutil.copytree(ours / method, theirs / method)
         run(pipeline(theirs, questions, test, *by_server, "eval"), out / "vllm.log")
-        rows = [
-            counts(f"{what} of {n} questions", a, b)
-            for what, a, b in zip(
-                ("chosen thoughts", "rejected thoughts"), candidates(ours), candidates(theirs), strict=True
-            )
-        ]
-        rows += [
-            counts(f"right answers of {n}, {v}", right(ours, v), right(theirs, v))
-            for v in ("thinkoff", "thinkon", *METHODS)
-        ]
+        found = zip(("chosen", "rejected"), candidates(ours), candidates(theirs), strict=True)
+        rows = [counts(f"{side} thoughts of {n} questions", a, b) for side, a, b in found]
+        rows += [answers(variant, ours, theirs) for variant in ("thinkoff", "thinkon", *METHODS)]
         say("serve: log-probabilities of the adapters")
         return rows + [adapter_row(name, MODEL, adapter, url) for name, adapter in adapters.items()]
 
