@@ -145,6 +145,15 @@ def test_the_study_table_is_the_committed_study():
     assert table == study.markdown(read_json(ROOT / "docs/results/study.json"))
 
 
+def test_the_readmes_table_is_the_committed_study():
+    from mini import study
+
+    begin, end = study.HEADLINE
+    shown = README.partition(begin)[2].partition(end)[0].strip()
+    assert shown == study.headline(read_json(ROOT / "docs/results/study.json")).strip()
+    assert "+7.6 [+5.3, +10.2]" in shown and "+1.4 [+0.3, +2.8]" in shown  # as the recorded study says
+
+
 def test_the_first_picture_adds_up():
     """Every number of the README's picture, from the probabilities and log-ratios, in plain arithmetic."""
     s = read_json(ROOT / "docs/one_question.json")
