@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from common.template import fill, load_prompt
 from llm import judge, labelling, retrieve, veriscore
 from llm.client import parse_endpoint
 from llm.ledger import Ledger
+from pipeline import labels as own_labels
 from pipeline.config import REFINE, RET
 from pipeline.reuse import Stage
 from pipeline.run import Question, Run
@@ -56,8 +58,11 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
     if cfg.label_eval:
         settings = (*labelling.SHAPING, "seed", "label_eval")
-        by = {path.name: path for path in labelling.inputs(cfg)}
-        found.append(Stage("labels", label_thoughts, settings, samples | by, labels, dear=cfg.annotator != "cues"))
+        by, own = {path.name: path for path in labelling.inputs(cfg)}, cfg.annotator == "self"
+        if own:  # then the model, and how it is asked, are inputs of the labels
+            by, settings = by | model, (*settings, "system", "dtype")
+        dear = cfg.annotator != "cues"
+        found.append(Stage("labels", label_thoughts, settings, samples | by, labels, everyone=own, dear=dear))
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
         settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
@@ -168,12 +173,19 @@ def label_thoughts(run: Run) -> dict[str, Any]:
     cfg, folder = run.cfg, run.out / "eval" / "labels"
     keys = [(name, variant) for name in cfg.labelled_sets for variant in ("thinkon", *run.methods)]
     rows = [row | {"id": f"{n}/{v}/{row['id']}"} for n, v in keys for row in _to_label(run, n, v)]
-    for other in cfg.lenders:
-        labelling.lend_replies(other / "eval" / "labels", folder)
-    progress = Progress(run.ranks, None, "labels of evaluated thoughts", "calls")
-    tally = labelling.label(rows, cfg, folder, cfg.seed, progress)
-    if progress.done:
-        progress.close()
+    if cfg.annotator == "self":
+        there = copy.copy(run)  # the same model, in a folder of its own
+        there.out, run._sampler = folder, None
+        tally = own_labels.label(there, rows)
+        if run.ranks.rank:
+            return {}
+    else:
+        for other in cfg.lenders:
+            labelling.lend_replies(other / "eval" / "labels", folder)
+        progress = Progress(run.ranks, None, "labels of evaluated thoughts", "calls")
+        tally = labelling.label(rows, cfg, folder, cfg.seed, progress)
+        if progress.done:
+            progress.close()
     records = read_jsonl(folder / "annotations.jsonl", ("id", "steps"))
     for name, variant in keys:
         head = f"{name}/{variant}/"
