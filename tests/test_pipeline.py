@@ -347,7 +347,7 @@ PAID += ["--annotator-b", "b@https://b.example/v1#KEY_OF_B", "--adjudicator", "c
 PAID += ["--judge", "gpt-4o@https://a.example/v1#KEY_OF_J", "--search", "serper#KEY_OF_S", "--also", "refine,kto+ret"]
 
 
-def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(run, monkeypatch, tmp_path):
+def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(monkeypatch, tmp_path):
     for name in "ABJS":
         monkeypatch.delenv(f"KEY_OF_{name}", raising=False)
     out = ["--out", tmp_path / "new", "--method", "kto"]
