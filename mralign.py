@@ -85,7 +85,7 @@ def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
     if run.cfg.annotator == "self":
-        return own_labels.label(run, rows)
+        return own_labels.label(run, rows, run.out)
     for other in run.cfg.lenders:
         labelling.lend_replies(other, run.out)
     progress = Progress(run.ranks, None, "annotation", "calls")

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -58,11 +57,11 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
     if cfg.label_eval:
         settings = (*labelling.SHAPING, "seed", "label_eval")
-        by, own = {path.name: path for path in labelling.inputs(cfg)}, cfg.annotator == "self"
-        if own:  # then the model, and how it is asked, are inputs of the labels
-            by, settings = by | model, (*settings, "system", "dtype")
-        dear = cfg.annotator != "cues"
-        found.append(Stage("labels", label_thoughts, settings, samples | by, labels, everyone=own, dear=dear))
+        settings += ("system", "dtype") if cfg.annotator == "self" else ()  # how the model is asked
+        by = {path.name: path for path in labelling.inputs(cfg)}
+        own, dear = cfg.annotator == "self", cfg.annotator != "cues"
+        reads = samples | by | (model if own else {})
+        found.append(Stage("labels", label_thoughts, settings, reads, labels, everyone=own, dear=dear))
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
         settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
@@ -174,11 +173,7 @@ def label_thoughts(run: Run) -> dict[str, Any]:
     keys = [(name, variant) for name in cfg.labelled_sets for variant in ("thinkon", *run.methods)]
     rows = [row | {"id": f"{n}/{v}/{row['id']}"} for n, v in keys for row in _to_label(run, n, v)]
     if cfg.annotator == "self":
-        there = copy.copy(run)  # the same model, in a folder of its own
-        there.out, run._sampler = folder, None
-        tally = own_labels.label(there, rows)
-        if run.ranks.rank:
-            return {}
+        tally = own_labels.label(run, rows, folder)
     else:
         for other in cfg.lenders:
             labelling.lend_replies(other / "eval" / "labels", folder)
@@ -186,6 +181,8 @@ def label_thoughts(run: Run) -> dict[str, Any]:
         tally = labelling.label(rows, cfg, folder, cfg.seed, progress)
         if progress.done:
             progress.close()
+    if run.ranks.rank:
+        return {}
     records = read_jsonl(folder / "annotations.jsonl", ("id", "steps"))
     for name, variant in keys:
         head = f"{name}/{variant}/"

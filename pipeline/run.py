@@ -5,9 +5,10 @@ completes many prompts over all ranks and leaves a sample file. A completion is 
 run that is killed draws only the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import lora
 import sample
 from common import hub
 from common.errors import NumericsError
-from common.files import Journal, read_jsonl, write_jsonl
+from common.files import Journal, atomic_write, read_jsonl, write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.template import ChatTemplate, fill, load_prompt
@@ -220,26 +221,37 @@ class Run:
             ) from None
         speed = progress.close()
         journal.close()
-        rows = []
-        for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
-            c = done[i]
-            text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
-            row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
-            row |= {"dataset": q["dataset"]} if "dataset" in q else {}
-            row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
-            by = lent.get(i, {"model": self.source.name, "engine": self.engine})
-            rows.append(row | {"model": by["model"], "engine": by["engine"]})
-        write_shares(ranks, path, rows, len(jobs))
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
+                c = done[i]
+                text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+                row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
+                row |= {"dataset": q["dataset"]} if "dataset" in q else {}
+                row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
+                by = lent.get(i, {"model": self.source.name, "engine": self.engine})
+                yield row | {"model": by["model"], "engine": by["engine"]}
+
+        write_shares(ranks, path, rows(), len(jobs))
         return speed
 
 
-def write_shares(ranks: Ranks, path: Path, rows: list[dict[str, Any]], total: int) -> None:
-    """Every rank's rows as one file in the jobs' order; rank r has rows r, r + world, r + 2 * world, ..."""
+def write_shares(ranks: Ranks, path: Path, rows: Iterable[dict[str, Any]], total: int) -> None:
+    """Every rank's rows as one file in the jobs' order; rank r has rows r, r + world, r + 2 * world, ...
+
+    Lines go from file to file: half a million samples are more than one process should hold.
+    """
     share = path.with_suffix(f".share{ranks.rank}.jsonl")
     write_jsonl(share, rows)
     ranks.wait()
     if ranks.rank == 0:
-        shares = [read_jsonl(path.with_suffix(f".share{r}.jsonl")) for r in range(ranks.world)]
-        write_jsonl(path, (shares[i % ranks.world][i // ranks.world] for i in range(total)))
+        with contextlib.ExitStack() as stack:
+            shares = [
+                stack.enter_context(open(path.with_suffix(f".share{r}.jsonl"), encoding="utf-8", newline="\n"))
+                for r in range(ranks.world)
+            ]
+            with atomic_write(path) as f:
+                for i in range(total):
+                    f.write(shares[i % ranks.world].readline())
     ranks.wait()
     share.unlink()

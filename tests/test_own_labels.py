@@ -80,7 +80,7 @@ def test_a_reply_of_no_use_is_asked_for_once_more(tmp_path, group):
         return "Sure! Here you go" if number(prompt) == 2 and "Your last reply" not in prompt else GOOD
 
     scripted(run, answer)
-    tally = labels.label(run, ROWS)
+    tally = labels.label(run, ROWS, run.out)
     assert len(asked) == 5 and sum("Your last reply was:\nSure!" in prompt for prompt in asked) == 1
     assert all("</think>" in prompt for prompt in asked)  # thinking off: the template closes the thought
     assert tally["a: usable"] == 3 and tally["a: usable when asked again"] == 1 and "a: not usable" not in tally
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_do_it_ends_the_run(tmp_path, group):
     run = a_run(tmp_path, group)
     scripted(run, lambda prompt: GOOD if number(prompt) == 0 else "no idea")
     with pytest.raises(InputError, match="annotator a: 3 of 4 replies are of no use even when asked again"):
-        labels.label(run, ROWS)
+        labels.label(run, ROWS, run.out)
 
 
 def test_two_models_and_the_rules(tmp_path, group, monkeypatch):
@@ -112,7 +112,7 @@ def test_two_models_and_the_rules(tmp_path, group, monkeypatch):
     other = a_run(tmp_path, group)
     scripted(other, lambda prompt: second)
     monkeypatch.setattr(Run, "beside", lambda self, source: other)
-    tally = labels.label(run, ROWS)
+    tally = labels.label(run, ROWS, run.out)
     assert tally["b: usable"] == 4 and tally["judge: usable"] == 4
     for record in read_jsonl(tmp_path / "annotations.jsonl"):
         got = [(s["labels"], s["confidence"], s["source"]) for s in record["steps"]]
