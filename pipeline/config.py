@@ -220,7 +220,7 @@ def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
     asked: list[tuple[list[str], str, str]] = []  # key variables, the file of earlier replies, how to do without
     if cfg.annotator == "committee":
         keys = [endpoint.key_env for endpoint in labelling.endpoints(cfg).values()]
-        local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
+        local = "--annotator self"
         if due("annotate"):
             asked.append((keys, "annotation/calls.jsonl", local))
         if cfg.label_eval and due("labels"):

@@ -321,6 +321,10 @@ def table(needs: list[Need], gpu: str, gpus: int) -> str:
 
 def annotator_line(cfg: RunConfig) -> str:
     """Who labels."""
+    if cfg.annotator == "self":
+        return (
+            f"{'annotator':<15} self: a reply for every thought by the model itself, no cost; its hours are not counted"
+        )
     if cfg.annotator != "committee":
         return f"{'annotator':<15} {cfg.annotator}{f' ({cfg.cues})' * (cfg.annotator == 'cues')}: no calls, no cost"
     named = ", ".join(f"{role} {endpoint}" for role, endpoint in labelling.endpoints(cfg).items())

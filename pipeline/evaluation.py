@@ -57,6 +57,7 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
     if cfg.label_eval:
         settings = (*labelling.SHAPING, "seed", "label_eval")
+        settings += ("system", "dtype") if cfg.annotator == "self" else ()  # how the model is asked
         by = {path.name: path for path in labelling.inputs(cfg)}
         own, dear = cfg.annotator == "self", cfg.annotator != "cues"
         reads = samples | by | (model if own else {})

@@ -180,6 +180,5 @@ def test_every_backbones_config_holds_the_whole_of_table_2(name, tmp_path, monke
         check(cfg)
     with pytest.raises(InputError, match="--search '' --also 'refine'"):
         check(cfg, ["search"])
-    free = ["--judge", "", "--search", "", "--also", "refine", "--annotator-b", "", "--adjudicator", ""]
-    free += ["--annotator-a", "Qwen/Qwen3-8B@http://127.0.0.1:8000/v1"]
+    free = ["--judge", "", "--search", "", "--also", "refine", "--annotator", "self"]
     check(cli(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.json"), *free], "")[0])  # what the message says

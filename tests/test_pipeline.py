@@ -347,11 +347,11 @@ PAID += ["--annotator-b", "b@https://b.example/v1#KEY_OF_B", "--adjudicator", "c
 PAID += ["--judge", "gpt-4o@https://a.example/v1#KEY_OF_J", "--search", "serper#KEY_OF_S", "--also", "refine,kto+ret"]
 
 
-def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(run, monkeypatch, tmp_path):
+def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(monkeypatch, tmp_path):
     for name in "ABJS":
         monkeypatch.delenv(f"KEY_OF_{name}", raising=False)
     out = ["--out", tmp_path / "new", "--method", "kto"]
-    local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
+    local = "--annotator self"
     line = f"export KEY_OF_A KEY_OF_B KEY_OF_J KEY_OF_S, or do without: {local} --judge '' --search '' --also 'refine'"
     refused(command_line(*out, *PAID), line)
     assert not (tmp_path / "new").exists()
@@ -360,7 +360,7 @@ def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(
     refused(command_line(*out, *PAID), "export KEY_OF_J KEY_OF_S, or do without: --judge '' --search '' --also")
     refused(command_line(*out, *PAID, "search"), "export KEY_OF_S, or do without: --search ''")
     monkeypatch.delenv("KEY_OF_A")
-    refused(command_line(*out, *PAID, "annotate"), "export KEY_OF_A, or do without: --annotator-a MODEL@")
+    refused(command_line(*out, *PAID, "annotate"), "export KEY_OF_A, or do without: --annotator self")
     check(settings(*PAID, "--method", "kto"), ["sample", "candidates", "train"])  # none of them asks a server
     cached = tmp_path / "cached"
     cached.mkdir()
