@@ -229,7 +229,7 @@ def test_z0_from_a_share_of_the_rows_is_the_mean_over_the_first_of_them(base, gr
     assert z0_of(order) == pytest.approx(sum(each) / 5, abs=1e-5)
     assert z0_of(order, kl_rows=0.5) == pytest.approx(sum(each[:3]) / 3, abs=1e-5)  # ceil(2.5) rows
     assert z0_of(order, kl_rows=0.01) == pytest.approx(each[0], abs=1e-5)
-    with pytest.raises(InputError, match="kl_rows is 0"):
+    with pytest.raises(InputError, match="--kl-rows is 0.0, must be a finite number above 0 up to 1"):
         z0_of(order, kl_rows=0.0)
 
 
