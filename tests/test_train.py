@@ -273,9 +273,9 @@ def test_the_plain_loop_is_autograd_through_full_logits(base, double, method):
         return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
     def ratio(prompt, completion):
-        on = logp(prompt, completion)
         with torch.no_grad(), policy.disable_adapter():
-            return on - logp(prompt, completion)
+            off = logp(prompt, completion)
+        return logp(prompt, completion) - off
 
     optimizer, state = torch.optim.AdamW(named.values(), weight_decay=0.0), 0.0
     steps, partner = train.step_rows(len(rows), 5, 2, seed=0), train.mismatched(len(rows), seed=0)
@@ -453,7 +453,7 @@ def launch():
     server.process.wait()
 
 
-RUN = {"batch_size": 4, "epochs": 2, "z0_ema": 0.5}  # 12 rows: 6 steps
+RUN = {"batch_size": 4, "epochs": 2, "z0_ema": 0.5, "save_every": 2}  # 12 rows: 6 steps
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +500,7 @@ def sha(out: Path) -> str:
 
 def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base, launch, whole):
     """The newest checkpoint is damaged meanwhile: it is named and kept, and the older one serves."""
-    s = RUN | {"save_every": 2}
+    s = RUN
     torn, done = launch(tmp_path, base, "torn", make_rows(12), extra=["--die", "5"], **s)
     assert done.codes == [-9] and not (torn / "adapter_model.safetensors").exists()
     assert [p.name for p in checkpoint.found(torn)] == ["checkpoint-000002", "checkpoint-000004"]
@@ -520,13 +520,13 @@ def test_a_checkpoint_brings_its_own_metrics(tmp_path, base, launch, whole, line
     shutil.copytree(whole(1), tmp_path / "run")
     run = tmp_path / "run"
     (run / "adapter_model.safetensors").unlink()
-    checkpoint.remove(run / "checkpoint-000006") if (run / "checkpoint-000006").exists() else None
+    checkpoint.remove(run / "checkpoint-000006")
     metrics = run / "metrics.jsonl"
     kept = metrics.read_text().splitlines(keepends=True)
     metrics.unlink()
     if lines is not None:
         metrics.write_text("".join(kept[:lines]))
-    _, done = launch(tmp_path, base, "run", make_rows(12), extra=["--resume"], **RUN | {"save_every": 4})
+    _, done = launch(tmp_path, base, "run", make_rows(12), extra=["--resume"], **RUN)
     assert not any(done.codes) and "continuing after step 4" in done.stderr, done.stderr
     assert sha(run) == sha(whole(1)) and read(run)[1] == read(whole(1))[1]
 
@@ -571,7 +571,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_bit_for_bit
 
 
 def test_a_rank_that_dies_ends_the_others_and_torchrun_restarts_them_from_the_checkpoint(tmp_path, base, launch, whole):
-    s = RUN | {"save_every": 2}
+    s = RUN
     run, done = launch(tmp_path, base, "run", make_rows(12), 2, extra=["--resume", "--die", 3, 1], **s)
     assert done.codes == [1, -9] and "gloo/transport" in done.stderr  # the survivor says why it ends
     assert not (run / "adapter_model.safetensors").exists()
@@ -636,7 +636,7 @@ def test_out_of_memory_names_the_rows_the_peak_and_the_flags(base, group, monkey
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(tmp_path, base, launch, whole):
     """The kernel refuses to write files of more than so many bytes: enough for metrics, not for moments."""
-    s = RUN | {"save_every": 2}
+    s = RUN
     run, done = launch(tmp_path, base, "run", make_rows(12), extra=["--die", "3"], **s)
     before = sorted(p.name for p in checkpoint.found(run))
     sizes = [p.stat().st_size for p in (run / "checkpoint-000002").iterdir()]
@@ -727,15 +727,20 @@ def test_rows_of_one_class_only_are_said(capsys):
 
 
 def test_a_model_that_falls_apart_is_said_once_with_the_step(base, group, capsys):
-    """A rate of 3 sends log-probabilities to the hundreds; guessing among 61 tokens has -4.1."""
-    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, warmup=0.0, sft_lr=3.0)
+    """Rows that the model itself finds likely, and a rate that ruins it in one step; guessing has log(1/61) = -4.1."""
     model = qwen.load(base).requires_grad_(False)
-    with torch.no_grad():
-        model.head.mul_(0.1)  # near to guessing from above, whatever the random weights
-    trainer = train.Trainer(model, as_rows(make_rows(6)), "sft", s, group, "torch")
+    rows = []
+    for k in range(6):
+        ids = [k + 1, 2 * k + 5]
+        for _ in range(8):
+            hidden = model(torch.tensor(ids), torch.tensor([0, len(ids)]))
+            ids.append(int((hidden[-1] @ model.head.T).argmax()))
+        rows.append(data.Row(f"row{k}", True, ids[:2], ids[2:], torch.ones(8)))
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, warmup=0.0, sft_lr=3.0)
+    trainer = train.Trainer(model, rows, "sft", s, group, "torch")
     reference = trainer.reference_sums()
-    for number in range(4):
-        log = trainer.step(number, 4, list(range(6)), reference)
+    log = [trainer.step(number, 4, list(range(6)), reference) for number in range(3)]
+    nats = [row["logps/chosen"] / 8 for row in log]
+    assert nats[0] > -math.log(61) > max(nats[1:])
     said = capsys.readouterr().err
-    assert said.count("falls apart") == 1 and "step 2: log-probability of -" in said, said
-    assert log["logps/chosen"] < -100
+    assert said.count("falls apart") == 1 and f"step 2: log-probability of {nats[1]:.1f} a token" in said, said
