@@ -19,7 +19,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from common.files import find, read_json, read_jsonl
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
+LEAST_LABELLED, MOST_ONES = 0.5, 0.8  # shares of segments with a label, of weights that are 1
 CONFIDENT = 7.0  # rule (ii): a label of one annotator counts if its confidence is above this
 
 Votes = dict[str, float]  # label -> confidence, in the order given
@@ -231,6 +232,24 @@ def read_steps(path: str | Path, candidates: Iterable[dict[str, Any]]) -> dict[s
         validate(records[c["id"]], len(c["spans"]), f"{path}: {c['id']}")
         steps[c["id"]] = steps_of(records[c["id"]], len(c["spans"]))
     return steps
+
+
+def check_coverage(steps: Iterable[Sequence[Step]], weights: Iterable[float]) -> dict[str, float]:
+    """{"labelled": share of segments that carry a label, "weights of 1": share of step weights within 1e-6 of 1}.
+
+    Raises InputError when fewer than half of the segments are labelled or more than 80 % of the weights are 1: what
+    would be trained is KTO, whatever it is called.
+    """
+    of_segments = [bool(step.labels) for trace in steps for step in trace for _ in step.segments]
+    flat = [abs(w - 1) < 1e-6 for w in weights]
+    labelled, ones = sum(of_segments) / max(1, len(of_segments)), sum(flat) / max(1, len(flat))
+    if labelled < LEAST_LABELLED or ones > MOST_ONES:
+        raise InputError(
+            f"{labelled:.1%} of {len(of_segments):,} segments carry a label and {ones:.1%} of {len(flat):,} weights "
+            "are 1: training on them would be plain KTO; label with a language model (--annotator self or committee, "
+            "docs/annotating.md)"
+        )
+    return {"labelled": round(labelled, 4), "weights of 1": round(ones, 4)}
 
 
 def tally_of(records: list[dict[str, Any]], n_segments: int) -> dict[str, int]:

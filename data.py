@@ -427,6 +427,7 @@ def _candidate(
         if not low <= count <= high:
             return None, f"fewer than {low} {what}" if count < low else f"more than {high} {what}"
     row = {name: sample[name] for name in ("id", "question", "answers", "prompt", "prompt_ids")}
+    row |= {"dataset": sample["dataset"]} if "dataset" in sample else {}
     row |= {"completion_ids": sample["ids"], "completion": sample["text"], "spans": spans, "n_think_tokens": n_think}
     return row, ""
 
@@ -489,9 +490,14 @@ def _train_problem(row: dict[str, Any]) -> str:
 
 
 def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
-    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled"."""
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled".
+
+    Raises InputError when the loss asks for weights and all of them are 1, as in rows imported from other trainers.
+    """
     if weights == "ones":
         return [row | {"w": [1.0] * len(row["w"])} for row in rows]
+    if all(w == 1 for row in rows for w in row["w"]):
+        raise InputError("every step weight of these rows is 1, so this would be plain KTO; train --method kto, or fit")
     return shuffle_weights(rows, seed) if weights == "shuffled" else rows
 
 

@@ -1,7 +1,9 @@
 """Low-rank adapters: W x + (alpha / r) B A x with W frozen. On, off, merged, and on disk in PEFT's format.
 
 With the adapters off the model is the base model bit for bit, so one copy of the weights is both the policy and the
-reference policy. Arithmetic and file format are PEFT's: an adapter saved here gives the same logits there.
+reference policy. The file format is PEFT's, and in fp32 its arithmetic bit for bit. A bf16 or fp16 model computes in
+its own dtype; A and B are kept, and their gradients made and summed, in fp32. PEFT casts every input to fp32 instead,
+or under autocast rounds each step and each gradient.
 
 Left out on purpose: dropout, rsLoRA, DoRA, trained biases, adapters on embeddings or head, several adapters at once.
 """
@@ -64,12 +66,68 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=base.weight.device))  # fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
-        # PEFT's order: the sum is taken in fp32 and rounded once, to the base layer's dtype.
-        delta = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * (self.alpha / self.r)
-        return (y + delta).to(y.dtype)
+            return F.linear(x, self.weight, self.bias)
+        if x.dtype != self.lora_A.dtype:
+            return adapted(x, [self], self.weight, self.bias)
+        # PEFT's order of operations, so that an fp32 model gives its bits.
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.r)
+
+
+def joint(x: Tensor, linears: list[nn.Module], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `linears` make of the x (N, in) they all read, side by side: (N, sum of out), by one product.
+
+    weight, bias: theirs, stacked. Adapters are on all of them or on none.
+    """
+    adapters = [m for m in linears if isinstance(m, LoRALinear) and m.enabled]
+    if not adapters:
+        return F.linear(x, weight, bias)
+    assert len(adapters) == len(linears), "joint layers have all of them an adapter or none"
+    return adapted(x, adapters, weight, bias)
+
+
+def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in) and bias are theirs, stacked.
+
+    The k adapters are one of rank k r: their A below each other, their B along a diagonal.
+    """
+    A = torch.cat([layer.lora_A for layer in layers])  # (k r, in) fp32
+    B = torch.block_diag(*(layer.lora_B for layer in layers)) * (layers[0].alpha / layers[0].r)  # (out, k r) fp32
+    y = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _LowRank(torch.autograd.Function):
+    """y = W x + B (A x) with W frozen and fp32 masters A, B, computed in x's dtype.
+
+    Kept for the backward pass: x, once for all layers that read it, and A x (k r numbers a token). The second product
+    starts its fp32 accumulator at W x, so the sum costs no pass of its own, and with B = 0 it adds exact zeros: y is
+    then W x bit for bit, whichever kernel BLAS takes for either, and the first log-ratio of training is exactly 0. In
+    the other order W x would be made by another kernel than the reference's, and could round differently.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        low = x @ A.T  # (N, k r)
+        ctx.save_for_backward(x, low, weight, A, B)
+        return F.linear(x, weight, bias).addmm_(low, B.T)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, low, weight, A, B = ctx.saved_tensors
+        g_low = g @ B  # (N, k r)
+        g_x = torch.addmm(g_low @ A, g, weight) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, _product_fp32(g_low, x), _product_fp32(g, low)
+
+
+def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b of a (N, m) and b (N, n), accumulated and returned in fp32: a gradient of the masters."""
+    if a.is_cuda:
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    return a.float().T @ b.float()  # CPU BLAS has no bf16 @ bf16 -> fp32
 
 
 def add(

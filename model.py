@@ -32,11 +32,15 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lora
 from common.errors import InputError
 from common.files import atomic_write, write_json
 from common.hub import member
 from common.model_config import ModelConfig
 from common.weights import read_tensors, weight_files
+from kernels.add_rmsnorm import add_rmsnorm
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.swiglu import swiglu
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -52,24 +56,52 @@ GROUP = {"cpu": 32, "cuda": 1 << 30}  # slots
 
 
 class KVCache:
-    """Keys and values of every token so far: one slot a row, static in size.
+    """Keys and values of every token so far: one slot a row. `reshape` gives it other numbers of slots and positions.
 
-    k, v: (L, slots, G, max_len rounded up to whole blocks, D).
+    k, v: one tensor a layer, (slots, G, max_len rounded up to whole blocks, D).
     lens: (slots,) int64, tokens held; on the CPU, so that no shape needs to ask the device.
     """
 
     def __init__(self, config: ModelConfig, slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str):
         assert slots > 0 and max_len > 0, (slots, max_len)
-        kind = torch.device(device).type
-        self.block, self.group = BLOCK[kind], GROUP[kind]
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.block, self.group = BLOCK[self.device.type], GROUP[self.device.type]
+        self.k: list[Tensor]
+        self.v: list[Tensor]
+        self.lens = torch.zeros(0, dtype=torch.int64)
+        self.reshape(slots, max_len, kept=0)
+
+    @property
+    def slots(self) -> int:
+        """Rows it can hold."""
+        return len(self.lens)
+
+    @property
+    def length(self) -> int:
+        """Positions a row can have."""
+        return len(self.cos)
+
+    def reshape(self, slots: int, max_len: int, kept: int) -> None:
+        """Other numbers of slots and positions; slots 0..kept-1 keep what they hold, the others are empty.
+
+        One layer after the other, keys and values apart: the peak is the larger cache and half a layer.
+        """
+        width = int(self.lens[:kept].max()) if kept else 0
         length = -(-max_len // self.block) * self.block
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lens = torch.zeros(slots, dtype=torch.int64)
+        assert kept <= slots and width <= length, (kept, slots, width, length)
+        if not kept:  # the old ones go first
+            self.k, self.v = ([torch.empty(0)] * self.config.num_hidden_layers for _ in range(2))
+        for layers in (self.k, self.v):
+            for layer, old in enumerate(layers):
+                # Zeros and not empty: a masked position still enters the sum as 0 * v, and 0 * NaN would be NaN.
+                shape = (slots, self.config.num_key_value_heads, length, self.config.head_dim)
+                new = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                if kept:
+                    new[:kept, :, :width] = old[:kept, :, :width]
+                layers[layer] = new
+        self.lens = torch.cat((self.lens[:kept], torch.zeros(slots - kept, dtype=torch.int64)))
         # The rotation of every position the cache can hold.
-        self.cos, self.sin = angles(config, torch.arange(length, device=device), dtype)
+        self.cos, self.sin = angles(self.config, torch.arange(length, device=self.device), self.dtype)
 
     def groups(self, rows: int) -> list[tuple[int, int]]:
         """How the next token of slots 0..rows-1 attends: (number of slots, positions read) of each group in turn."""
@@ -91,9 +123,11 @@ class KVCache:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Overwrite the target slots with what the source slots hold (each list: distinct slots, equal lengths)."""
-        width = max(self.lens[source].tolist(), default=0)
-        self.k[:, target, :, :width] = self.k[:, source, :, :width]
-        self.v[:, target, :, :width] = self.v[:, source, :, :width]
+        if not source:
+            return
+        width = int(self.lens[source].max())
+        for layer in (*self.k, *self.v):
+            layer[target, :, :width] = layer[source, :, :width]
         self.lens[target] = self.lens[source]
 
     def clear(self, slots: list[int]) -> None:
@@ -137,16 +171,11 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * frequency, each (N, 1, D); computed in fp32 whatever the dtype.
 
-    The first half of the sine is negative: the minus sign of the rotation, see `rotate`.
+    The first half of the sine is negative: the minus sign of the rotation, see kernels/qk_norm_rope.py.
     """
     turn = (positions[:, None].float() * frequencies(config, positions.device)).unsqueeze(1)  # (N, 1, D/2)
     cos, sin = turn.cos(), turn.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn each pair (x_i, x_{i+D/2}) by its angle. x: (N, heads, D); cos, sin: (N, 1, D) of `angles`."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 @torch.compiler.disable  # row lengths differ from batch to batch: a compiled one would be compiled again for each
@@ -188,8 +217,13 @@ Stack = tuple[Tensor, Tensor | None]  # weight and bias of several linear layers
 
 
 def _stack(linears: list[nn.Module]) -> Stack | None:
-    """Several linear layers as one; their weights become views of it. None if one has an adapter."""
-    if any(type(linear) is not nn.Linear for linear in linears):
+    """Several linear layers as one; their weights become views of it.
+
+    None where some have an adapter and others none, or where adapters compute in fp32: those add up in PEFT's order.
+    """
+    if len({type(linear) for linear in linears}) > 1:
+        return None
+    if type(linears[0]) is not nn.Linear and linears[0].weight.dtype == torch.float32:
         return None
     whole = torch.cat([linear.weight.detach() for linear in linears])
     for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
@@ -202,7 +236,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.eps = layer, config.head_dim, config.rms_norm_eps
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -218,12 +252,10 @@ class Attention(nn.Module):
         if self.stacked is None:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
         else:
-            qkv = F.linear(x, *self.stacked)
-        qk, v = qkv.view(len(x), H + 2 * G, self.head_dim).split((H + G, G), dim=1)
-        if self.q_norm is not None:
-            scale = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))  # (H + G, D)
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps) * scale
-        q, k = rotate(qk, rows.cos, rows.sin).split((H, G), dim=1)
+            qkv = lora.joint(x, [self.q_proj, self.k_proj, self.v_proj], *self.stacked)
+        qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
+        scales = None if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q, k, v = qk_norm_rope(qkv, scales, self.eps, rows.cos, rows.sin, G)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
@@ -247,10 +279,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stacked is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = F.linear(x, *self.stacked).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked)))
 
 
 class Layer(nn.Module):
@@ -262,8 +292,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rows)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norm = self.post_attention_layernorm
+        x, normed = add_rmsnorm(x, self.self_attn(self.input_layernorm(x), rows), norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -327,7 +358,7 @@ class Qwen3(nn.Module):
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
         if cache is not None:
             assert (cache.lens[slots] == 0).all(), f"slots must be empty, their lengths are {cache.lens[slots]}"
-            assert longest <= cache.k.shape[3], (longest, cache.k.shape)
+            assert longest <= cache.length, (longest, cache.length)
             rows.cache, rows.positions = cache, positions
             rows.slots = torch.repeat_interleave(slots, lengths).to(weight.device)
             cache.lens[slots] = lengths
@@ -344,7 +375,7 @@ class Qwen3(nn.Module):
         for size, width in groups:
             part = slice(start, start + size)
             hidden = torch.arange(width, device=ids.device) > positions[part, None]
-            seen.append((part, torch.zeros_like(hidden, dtype=cache.k.dtype).masked_fill_(hidden, -torch.inf)))
+            seen.append((part, torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)))
             start += size
         seen = [(part, mask[:, None, None]) for part, mask in seen]
         slots = torch.arange(len(ids), device=ids.device)
@@ -362,23 +393,30 @@ class Qwen3(nn.Module):
                 x = layer(x, rows)
         return self.model.norm(x)
 
-    @contextlib.contextmanager
-    def stacked(self) -> Iterator[None]:
-        """Inside, weights that read the same input are multiplied as one: fewer, larger products for few tokens.
+    def stack(self) -> None:
+        """From now on weights that read the same input are multiplied as one: fewer, larger products.
 
         The parameters become views of the stacked tensors, so no memory is added but one layer's while it is stacked.
-        Layers with adapters stay as they are. Weights must not be replaced inside.
+        They may be changed in place (merged adapters), never replaced. Where `_stack` says None all stays as it is.
         """
-        blocks = [(layer.self_attn, layer.mlp) for layer in self.model.layers]
         with torch.inference_mode(False), torch.no_grad():  # the views must be usable in training later
-            for attn, mlp in blocks:
+            for layer in self.model.layers:
+                attn, mlp = layer.self_attn, layer.mlp
                 attn.stacked = _stack([attn.q_proj, attn.k_proj, attn.v_proj])
                 mlp.stacked = _stack([mlp.gate_proj, mlp.up_proj])
+
+    @contextlib.contextmanager
+    def stacked(self) -> Iterator[None]:
+        """Inside, the weights are stacked; outside, as they were before."""
+        blocks = [block for layer in self.model.layers for block in (layer.self_attn, layer.mlp)]
+        before = [block.stacked for block in blocks]
+        if not any(before):
+            self.stack()
         try:
             yield
         finally:
-            for attn, mlp in blocks:
-                attn.stacked = mlp.stacked = None
+            for block, stack in zip(blocks, before, strict=True):
+                block.stacked = stack
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen3:

@@ -33,13 +33,15 @@ import lora
 import sample
 import train
 from common import benchmarks, hub
-from common.endings import ENDINGS, settle
+from common.endings import program, status
 from common.errors import InputError
 from common.files import read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, plan, reporting
+from pipeline import dry_run as run_plan
+from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
@@ -57,7 +59,8 @@ def draw_samples(run: Run) -> dict[str, Any]:
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = run.draw(run.sampler("thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
-    return {"tokens_per_second_per_rank": round(speed)}
+    outcomes = data.count_outcomes(read_jsonl(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
+    return {"tokens_per_second_per_rank": round(speed), "outcomes": outcomes}
 
 
 def select_candidates(run: Run) -> dict[str, Any]:
@@ -81,6 +84,8 @@ def select_candidates(run: Run) -> dict[str, Any]:
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
+    if run.cfg.annotator == "self":
+        return own_labels.label(run, rows, run.out)
     for other in run.cfg.lenders:
         labelling.lend_replies(other, run.out)
     progress = Progress(run.ranks, None, "annotation", "calls")
@@ -110,14 +115,17 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
+        row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
+    flat = [w for r in rows for w in r["w"]]
+    coverage = annotate.check_coverage(steps.values(), flat)
     write_jsonl(run.out / "train.jsonl", rows)
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}
     write_json(run.out / "transitions.json", result)
-    flat = [w for r in rows for w in r["w"]]
-    return {"steps": len(flat), "mean_w": round(sum(flat) / len(flat), 4), "min_w": min(flat), "max_w": max(flat)}
+    found = {"steps": len(flat), "mean_w": round(sum(flat) / len(flat), 4), "min_w": min(flat), "max_w": max(flat)}
+    return found | coverage
 
 
 def train_method(run: Run, method: str) -> dict[str, Any]:
@@ -153,8 +161,9 @@ def stages(run: Run) -> list[Stage]:
     """The pipeline in order, with what each part obeys, reads and writes."""
     cfg, out = run.cfg, run.out
     model = model_files(run.source.folder)
-    drawing = ("system", "dtype", "seed", "draws", "draw_temperature", "draw_top_p", "draw_max_new")
-    filters = tuple(n for n in names(CandidateSettings) if not n.startswith("draw_") and n != "sample_batch")
+    drawing = ("system", "dtype", "seed", "small_batches", "draws", "draw_temperature", "draw_top_p", "draw_max_new")
+    sampling = ("sample_batch", "small_batches")
+    filters = tuple(n for n in names(CandidateSettings) if not n.startswith("draw_") and n not in sampling)
     samples, candidates, annotations, transitions, rows = (
         {name: out / name}
         for name in ("samples.jsonl", "candidates.jsonl", "annotations.jsonl", "transitions.json", "train.jsonl")
@@ -162,12 +171,15 @@ def stages(run: Run) -> list[Stage]:
     questions = {"questions": Path(cfg.questions), "prompt": run.prompt_path}
     labels = candidates | {path.name: path for path in labelling.inputs(cfg)}
     manifest = labelling.manifest_path(out / "annotations.jsonl")
-    labelled, label_settings = annotations | {manifest.name: manifest}, (*labelling.SHAPING, "seed")
+    own = cfg.annotator == "self"  # then the model, and how it is asked, are inputs of the labels
+    labels |= model if own else {}
+    label_settings = (*labelling.SHAPING, "seed", "system", "dtype") if own else (*labelling.SHAPING, "seed")
+    labelled = annotations | {manifest.name: manifest}
     training = ("dtype", *(n for n in names(train.TrainSettings) if n not in train.SPEED_ONLY))
     before = [
         Stage("sample", draw_samples, drawing, model | questions, samples, everyone=True, dear=True),
         Stage("candidates", select_candidates, filters, samples, candidates),
-        Stage("annotate", label_steps, label_settings, labels, labelled, dear=True),
+        Stage("annotate", label_steps, label_settings, labels, labelled, everyone=own, dear=True),
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:
@@ -202,6 +214,8 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
             if ranks.rank == 0:
                 (run.out / "status.json").unlink(missing_ok=True)
             ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+            if told := run.template.by_hand():
+                ranks.log(told)
             for mode in ("on", "off"):
                 ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
@@ -214,38 +228,35 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 
 
 def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
-    """Print what training would take and, with a committee, what its labels would cost; nothing is run or sent."""
-    print(plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus))
+    """Print what a run would take; nothing is run, sent or written."""
     if cfg.annotator == "committee":
         labelling.check(cfg)
+    print(run_plan.report_text(cfg, gpu, gpus))
+    if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
         rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(argv: list[str] | None = None) -> None:
     """The command line. Returns the exit code, see common/endings.py."""
 
     def more(parser: Any) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="these stages only; none: all that are due")
-        what = "print what training would take and what a committee's labels would cost, and stop"
+        what = "print all that a run would take (tokens, hours, memory, calls, dollars), and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
         parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
-    out = None
-    try:
-        cfg, rest = cli(RunConfig, argv, __doc__, more)
-        if rest.dry_run:
-            dry_run(cfg, rest.gpu, rest.gpus)
-            return 0
-        check(cfg)
-        # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
-        source = hub.locate(cfg.model, cfg.revision)
-        out = Path(cfg.out)
+    cfg, rest = cli(RunConfig, argv, __doc__, more)
+    if rest.dry_run:
+        dry_run(cfg, rest.gpu, rest.gpus)
+        return
+    check(cfg, rest.stages)
+    # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
+    source = hub.locate(cfg.model, cfg.revision)
+    with status(Path(cfg.out)):
         run_stages(cfg, source, rest.stages)
-    except ENDINGS as error:
-        return settle(error, out)
-    return settle(None, out)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,25 @@
 A completion depends on its prompt, its seed and the sampling settings, never on its neighbours: the random number of a
 token is a hash of (seed, position), and on a CPU the arithmetic of a row is the same bit for bit whatever the batch
 size, the order of the prompts and the moment its neighbours finish (`ROWS` here, `model.BLOCK` there; it needs layer
-sizes in whole vectors of 32, as all real models have). On a GPU the matrix library may round differently for another
-batch size; a token then changes when its random number falls that close to the border between two tokens.
+sizes in whole vectors of 32, as all real models have). The price is that a CPU computes 16 rows where fewer are left;
+`small_batches` saves it and gives the promise up below 16 rows. On a GPU the matrix library may round differently for
+another batch size; a token then changes when its random number falls that close to the border between two tokens.
 
-Prompts are read into free slots of a static cache, equal ones once; every step then extends all rows by one token, and
-a row that ends gives its slot to a waiting prompt. On a GPU a step is captured in a CUDA graph, one for each number of
-rows (a power of two) and of cache blocks, and replayed: its thousand small kernels cost one launch.
+Prompts are read into free slots of a cache, equal ones once; every step then extends all rows by one token, and a row
+that ends gives its slot to a waiting prompt. On a GPU a step is captured in a CUDA graph, one for each number of rows
+(a power of two) and of cache blocks, and replayed: its thousand small kernels cost one launch.
+
+The cache is as long as its longest row, not as the limit: it starts with the prompts and a block more, and is made
+longer, with its contents, when a row comes to its end. Where memory is short that leaves fewer slots; the rows with the
+fewest tokens then go back to the waiting ones with what they have sampled and are read in again later. Reading rounds
+differently from decoding, so their text is what it would have been but for such a rare border case.
 
 Left out on purpose: beam search, repetition penalties, log-probabilities of the samples, paged caches.
 """
 
 import dataclasses
+import itertools
+import math
 import zlib
 from collections.abc import Callable
 
@@ -21,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import InputError
-from model import KVCache, Qwen3
+from common.errors import InputError, NumericsError
+from common.model_config import ModelConfig
+from model import BLOCK, KVCache, Qwen3
 
 # At least this many rows are decoded at a time, the spare ones unused: below it the CPU's matrix library picks other
 # kernels, which round differently.
@@ -30,6 +39,8 @@ ROWS = 16
 # Candidates looked at when top_k does not bound them; only rows whose choice they do not settle are sorted in full.
 SHORTLIST = 128
 CACHE_SHARE = 0.8  # of the free GPU memory may become cache; the rest is for logits and activations
+CPU_ROOM = 2**62  # bytes of cache on a CPU: no limit; a test sets one
+WORTHWHILE = 1.25  # times as many rows as the cache has slots make it worth to be made anew with more of them
 PREFILL_TOKENS = 8192  # prompts read in one forward pass, so that a long queue of prompts does not set the peak memory
 MASK64 = 2**64 - 1
 
@@ -132,7 +143,7 @@ def _invert(p: Tensor, u: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     p = p.double()
     cumulative = p.cumsum(dim=-1)
     kept = (cumulative - p < how.top_p) & (p >= how.min_p * p[:, :1])  # a prefix: both conditions only ever turn false
-    count = kept.sum(dim=-1, keepdim=True)  # (B, 1), at least 1
+    count = kept.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1); NaN keeps nothing, `_Batch.step` refuses it
     mass = cumulative.gather(-1, count - 1)
     if how.top_p == 1 and how.min_p == 0:
         mass = torch.ones_like(mass)  # known without seeing the other columns
@@ -141,6 +152,75 @@ def _invert(p: Tensor, u: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
         settled = count[:, 0] < p.shape[-1]
     choice = (cumulative <= u[:, None] * mass).sum(dim=-1)
     return torch.minimum(choice, count[:, 0] - 1), settled  # rounding may leave u * mass at the very end
+
+
+# ---------- how much memory
+
+
+def memory(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> int:
+    """Bytes of a GPU that sampling takes with `rows` rows of `length` tokens (prompt and completion) at once.
+
+    The weights, and the cache with the share that is left beside it for logits and activations. Rows are not as long as
+    they may become all at once, and fewer at a time do as well: what must fit is `memory(config, dtype, 1, longest)`.
+    Left out: the adapter, and what the driver takes for itself (some hundred MB).
+    """
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Qwen3(config).parameters()) * dtype.itemsize
+    return weights + math.ceil(rows * KVCache.bytes(config, length, dtype, "cuda") / CACHE_SHARE)
+
+
+def check_memory(config: ModelConfig, dtype: torch.dtype, length: int, total: int, flags: str) -> None:
+    """Raise InputError if a GPU of `total` bytes cannot hold the model and one row of `length` tokens."""
+    need = memory(config, dtype, 1, length)
+    if need > total:
+        raise InputError(
+            f"sampling needs {need / 2**30:.1f} GiB for the model and one row of {length:,} tokens, the GPU has "
+            f"{total / 2**30:.1f}; lower {flags}, or use a server (--backend openai)"
+        )
+
+
+def shape(room: int, block: int, rows: int, blocks: int, most: int) -> tuple[int, int]:
+    """(slots, blocks a slot) of a cache for `rows` rows, the longest of `blocks` blocks, in `room` bytes.
+
+    block: bytes of one block of one slot. Twice the blocks, but not above `most`, if all rows have room then, so that
+    the cache is seldom made anew; else as many slots as there is room for. At least one block of one slot must fit.
+
+    >>> shape(100, 1, 10, 4, 16), shape(50, 1, 10, 4, 16), shape(30, 1, 10, 4, 16)
+    ((10, 8), (10, 4), (7, 4))
+    """
+    twice = max(blocks, min(2 * blocks, most))
+    if rows * twice * block <= room:
+        return rows, twice
+    return min(rows, room // (blocks * block)), blocks
+
+
+def admitted(room: int, block: int, active: list[int], waiting: list[int], most: int) -> tuple[int, int]:
+    """How many of the waiting rows, taken in their order, fit beside the active ones, and the blocks of the longest.
+
+    active, waiting: blocks that each row needs. most: rows altogether.
+
+    >>> admitted(12, 1, [1, 2], [2, 2, 3, 1], 99)
+    (2, 2)
+    """
+    n, longest = 0, max(active, default=0)
+    for need in waiting[: most - len(active)]:
+        wider = max(longest, need)
+        if (len(active) + n + 1) * wider * block > room:
+            break
+        n, longest = n + 1, wider
+    return n, longest
+
+
+def least(progress: list[int], n: int) -> list[int]:
+    """The n slots with the fewest sampled tokens, the later ones first among equals.
+
+    >>> least([5, 3, 3, 9], 2)
+    [2, 1]
+    """
+    return sorted(range(len(progress)), key=lambda slot: (progress[slot], -slot))[:n]
+
+
+# ---------- many completions
 
 
 @torch.inference_mode()
@@ -156,6 +236,8 @@ def generate(
     top_k: int = 20,
     min_p: float = 0.0,
     batch_size: int = 128,
+    small_batches: bool = False,
+    vocab: int | None = None,
     progress: Callable[[int], object] | None = None,
     finished: Callable[[int, Completion], object] | None = None,
 ) -> list[Completion]:
@@ -163,10 +245,13 @@ def generate(
 
     seeds: one integer a prompt (see `seed_of`); the same prompt and seed give the same text. max_new: most new tokens,
     for all rows or one number a row. batch_size: rows decoded together, fewer where a GPU has no room for their cache;
-    a row that finishes makes room for a waiting prompt. progress: called after each step with the number of new
-    tokens, for example a tqdm bar's `update`.
+    a row that finishes makes room for a waiting prompt. small_batches: on a CPU, fewer than 16 rows are computed as
+    they are, faster, and a row's text may then depend on how many there are. vocab: ids from here on are never sampled
+    (models have more rows in their head than their tokenizer has tokens); None: all of the model's may be.
+    progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
     finished: called with (index, completion) as soon as a row ends, in whatever order they do.
-    Raises InputError for settings out of range and for prompts that are empty or too long for the model.
+    Raises InputError for settings out of range, for prompts that are empty or too long for the model and for a GPU
+    without room for one row; NumericsError, with the index of the prompt, for logits that are not finite.
     """
     how = Sampling(temperature, top_p, top_k, min_p)
     how.check()
@@ -177,10 +262,12 @@ def generate(
     _check_prompts(model, prompts, limits)
     if not prompts:
         return []
+    size = min(batch_size, len(prompts))
     with model.stacked():
-        batch = _Batch(model, prompts, seeds, limits, stop_ids, min(batch_size, len(prompts)))
+        batch = _Batch(model, prompts, seeds, limits, stop_ids, size, small_batches, vocab)
         while batch.active or batch.waiting:
             batch.refill()
+            batch.lengthen()
             new = batch.step(how)
             if progress is not None:
                 progress(new)
@@ -215,29 +302,35 @@ class _Batch:
         limits: list[int],
         stop_ids: set[int],
         size: int,
+        small_batches: bool = False,
+        vocab: int | None = None,
     ):
         self.model, self.prompts, self.seeds, self.limits = model, prompts, seeds, limits
-        self.size, self.active = size, 0
+        self.size, self.active, self.vocab = size, 0, vocab
         # Popped from the end: the prompts come in their order.
         self.waiting = list(range(len(prompts)))[::-1]
+        self.begun: dict[int, list[int]] = {}  # what a waiting prompt has sampled already
         self.completions: list[Completion] = [None] * len(prompts)  # type: ignore[list-item]
         self.finished: list[int] = []  # prompts that the last step completed
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
-        weight = model.head
+        self.device = model.head.device
+        self.padded = self.device.type == "cpu" and not small_batches
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        if weight.is_cuda:
-            slot = KVCache.bytes(model.config, longest, weight.dtype, weight.device)
-            room = int(CACHE_SHARE * torch.cuda.mem_get_info(weight.device)[0]) // slot - 1  # without the spare one
-            if room < ROWS:
-                need = f"{ROWS + 1} rows of {longest} tokens need {(ROWS + 1) * slot / 2**30:.1f} GiB of cache"
-                raise InputError(
-                    f"{need}, which this GPU has not free; lower max_new or use a server (--backend openai)"
-                )
-            self.size = size = min(size, room)
+        self.block = BLOCK[self.device.type]
+        self.block_bytes = KVCache.bytes(model.config, self.block, model.head.dtype, self.device)
+        self.most = self._blocks(longest)
+        self.room = CPU_ROOM
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.room = int(CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        if self.most * self.block_bytes > self.room:
+            need, room = self.most * self.block_bytes / 2**30, self.room / 2**30
+            raise InputError(
+                f"one row of {longest:,} tokens needs {need:.1f} GiB of cache, {room:.1f} are free for it; "
+                "lower --max-new or --draw-max-new, or use a server (--backend openai)"
+            )
+        self.cache: KVCache | None = None  # comes with the first rows
         slots = max(size, ROWS)
-        # One slot more than rows: prefill pads short batches of prompts with a row that ends there.
-        self.cache = KVCache(model.config, slots + 1, longest, weight.dtype, weight.device)
-        self.device, self.spare = weight.device, slots
         # Per slot: which prompt, its limit, tokens sampled so far, the token to feed next.
         self.row, self.limit, self.count, self.token = torch.zeros(4, slots, dtype=torch.int64)
         self.out = torch.zeros(slots, max(limits), dtype=torch.int64)
@@ -246,22 +339,82 @@ class _Batch:
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.inputs = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
 
+    # ---------- slots and memory
+
+    def _blocks(self, positions: int) -> int:
+        return -(-positions // self.block)
+
+    def _needs(self, index: int) -> int:
+        """Blocks for a waiting prompt: what it holds and one block to go on, or all it can ever have."""
+        held, limit = len(self.prompts[index]), self.limits[index]
+        return self._blocks(min(held + len(self.begun.get(index, ())) + self.block, held + limit))
+
     def refill(self) -> None:
         """Move waiting prompts into free slots. A few at a time, not one by one: a forward pass has a fixed price."""
-        free = self.size - self.active
-        if not self.waiting or (self.active and free < max(1, self.size // 16)):
+        if not self.waiting or self.active == self.size:
             return
-        rows = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        slots = list(range(self.active, self.active + len(rows)))
+        next_ones = [self._needs(i) for i in self.waiting[: -(self.size - self.active) - 1 : -1]]
+        held = [self._blocks(length + 1) for length in self.cache.lens[: self.active].tolist()] if self.cache else []
+        n, blocks = admitted(self.room, self.block_bytes, held, next_ones, self.size)
+        grow = True
+        if self.cache:
+            slots, length = self.rows, self._blocks(self.cache.length)
+            now = len(list(itertools.takewhile(lambda need: need <= length, next_ones[: slots - self.active])))
+            grow = n > now and (blocks > length or self.active + n >= WORTHWHILE * slots)
+            n = n if grow else now
+        if self.active and n < min(len(self.waiting), max(1, (self.active + n) // 16)):
+            return
+        if grow:
+            self._reshape(blocks)
+        rows = [self.waiting.pop() for _ in range(n)]
+        slots = list(range(self.active, self.active + n))
         self.row[slots] = torch.tensor(rows)
         seeds = torch.tensor([_signed(self.seeds[i]) for i in rows])
         self.uniform[slots] = uniform(seeds[:, None], torch.arange(self.uniform.shape[1]))
         self.limit[slots] = torch.tensor([self.limits[i] for i in rows])
         self.count[slots] = 0
-        # The last prompt token is fed by the first decode step, so that all sampled tokens come from one kind of step.
-        self.token[slots] = torch.tensor([self.prompts[i][-1] for i in rows])
-        self._prefill({slot: self.prompts[i][:-1] for slot, i in zip(slots, rows, strict=True)})
-        self.active += len(rows)
+        texts = {}
+        for slot, i in zip(slots, rows, strict=True):
+            sampled = self.begun.pop(i, [])
+            self.count[slot] = len(sampled)
+            self.out[slot, : len(sampled)] = torch.tensor(sampled, dtype=torch.int64)
+            # The last token is fed by the first decode step, so that all sampled tokens come from one kind of step.
+            *texts[slot], self.token[slot] = self.prompts[i] + sampled
+        self._prefill(texts)
+        self.active += n
+
+    def lengthen(self) -> None:
+        """Make the cache longer if the longest row has come to its end; rows without room then wait again."""
+        blocks = self._blocks(int(self.cache.lens[: self.active].max()) + 1)
+        if blocks * self.block <= self.cache.length:
+            return
+        rows = min(self.active, self.room // (blocks * self.block_bytes))
+        back = least(self.count[: self.active].tolist(), self.active - rows)
+        for slot in sorted(back, key=lambda slot: -int(self.row[slot])):  # the prompts come in their order again
+            index = int(self.row[slot])
+            self.begun[index] = self.out[slot, : self.count[slot]].tolist()
+            self.waiting.append(index)
+        if back:
+            goes_on = torch.ones(self.active, dtype=torch.bool)
+            goes_on[back] = False
+            self._keep(goes_on)
+        self._reshape(blocks)
+
+    def _reshape(self, blocks: int) -> None:
+        """A cache with room for `blocks` blocks a row, for as many rows as there are and memory allows."""
+        wanted = min(self.size, self.active + len(self.waiting))
+        self.rows, blocks = shape(self.room, self.block_bytes, wanted, blocks, self.most)
+        # A CPU always computes ROWS rows, and one slot more pads short batches of prompts.
+        slots = max(self.rows, ROWS) + 1 if self.padded else self.rows
+        length = blocks * self.block
+        if self.cache is None:
+            weight = self.model.head
+            self.cache = KVCache(self.model.config, slots, length, weight.dtype, weight.device)
+            return
+        if self.graphs:  # they know the old cache's place
+            self.graphs.clear()
+            torch.cuda.empty_cache()
+        self.cache.reshape(slots, length, kept=self.active)
 
     def _prefill(self, prompts: dict[int, list[int]]) -> None:
         """Read prompts into their slots; equal ones (several draws of one question) are read once and copied."""
@@ -275,22 +428,29 @@ class _Batch:
             part = [queue.pop()]
             while queue and sum(len(prompt) for _, prompt in part) + len(queue[-1][1]) <= PREFILL_TOKENS:
                 part.append(queue.pop())
-            part.append((self.spare, [0] * min(ROWS, self.cache.k.shape[3])))
+            spare = self.cache.slots - 1
+            if self.padded:
+                part.append((spare, [0] * ROWS))
             slots, rows = zip(*part, strict=True)
             ids = torch.tensor([token for row in rows for token in row], device=self.device)
             cu_seqlens = F.pad(torch.tensor([len(row) for row in rows]).cumsum(0), (1, 0))
             self.model(ids, cu_seqlens, self.cache, torch.tensor(slots))
-            self.cache.clear([self.spare])
+            if self.padded:
+                self.cache.clear([spare])
         for source, target in copies:
             self.cache.copy([source], [target])
 
     def step(self, how: Sampling) -> int:
         """Sample one token for each active row and retire those that are done. Returns the number of tokens."""
         n, self.finished = self.active, []
-        logits = self._logits()[:n]
+        logits = self._logits()[:n, : self.vocab]
         self.cache.lens[:n] += 1
         u = self.uniform[torch.arange(n), self.count[:n]].to(self.device)
-        token = pick(logits, u, how).cpu()
+        # A row's maximum is not finite if one of its logits is NaN; -1 says so without another wait for the device.
+        token = torch.where(logits.amax(dim=-1).isfinite(), pick(logits, u, how), -1).cpu()
+        if (token < 0).any():
+            index = int(self.row[int((token < 0).nonzero()[0])])
+            raise NumericsError(f"prompt {index}: the logits are not finite; look for NaN in the weights", index)
         self.out[torch.arange(n), self.count[:n]] = token
         self.token[:n] = token
         self.count[:n] += 1
@@ -302,13 +462,14 @@ class _Batch:
 
     def _logits(self) -> Tensor:
         """(rows, V) logits of the next token of the active slots, and of the spare ones that round up their number."""
-        rows = max(self.active, ROWS)
         if self.device.type != "cuda":
+            rows = max(self.active, ROWS) if self.padded else self.active
             groups = self.cache.groups(rows)
             return self._forward(self.token[:rows].to(self.device), self.cache.lens[:rows].to(self.device), groups)
-        rows = min(1 << (rows - 1).bit_length(), len(self.token))
+        # Fewer than ROWS take the same time, and would be graphs of their own.
+        rows = min(1 << (max(self.active, ROWS) - 1).bit_length(), self.cache.slots)
         groups = self.cache.groups(rows)
-        self.inputs.copy_(torch.stack((self.token, self.cache.lens[: len(self.token)])))
+        self.inputs[:, :rows].copy_(torch.stack((self.token[:rows], self.cache.lens[:rows])))
         key = (rows, groups[0][1])
         if key not in self.graphs:
             self.graphs[key] = self._capture(rows, groups)
@@ -341,8 +502,13 @@ class _Batch:
             ids, index = self.out[slot, : self.count[slot]].tolist(), int(self.row[slot])
             self.completions[index] = Completion(ids, "stop" if stopped[slot] else "length")
             self.finished.append(index)
-        self._arrange((~done).nonzero()[:, 0])
-        self.active -= len(ended)
+        self._keep(~done)
+
+    def _keep(self, goes_on: Tensor) -> None:
+        """Empty the active slots where `goes_on`, (active,) bool, is false."""
+        alive = goes_on.nonzero()[:, 0]
+        self._arrange(alive)
+        self.active = len(alive)
 
     def _arrange(self, alive: Tensor) -> None:
         """Give the rows that go on the slots 0..left-1, the longest in the first group of slots and so on down.

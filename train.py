@@ -181,8 +181,12 @@ class Trainer:
         self.loss = kto.LOSSES[method]
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
+        if not s.shard:  # FSDP gathers each weight by itself
+            model.stack()
         model.gradient_checkpointing = s.gradient_checkpointing
         if s.compile:
+            if model.head.dtype != torch.float32:
+                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             for layer in model.model.layers:
                 layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
         if s.shard:

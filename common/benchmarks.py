@@ -468,6 +468,18 @@ def name_of(own: str) -> str:
     return next((name for name, source in SOURCES.items() if source.short == own), own)
 
 
+def in_file(path: str | Path) -> tuple[list[str], str] | None:
+    """(sets, split) that a file of questions holds by its name, SET-SPLIT.jsonl or SET+SET-SPLIT.jsonl, else None.
+
+    >>> in_file("data/nq_open+sciq-train.jsonl")
+    (['nq_open', 'sciq'], 'train')
+    """
+    sets, _, split = Path(path).stem.rpartition("-")
+    names = sets.split("+")
+    known = Path(path).suffix == ".jsonl" and all(name in SOURCES and split in SOURCES[name].splits for name in names)
+    return (names, split) if known else None
+
+
 def may_train(name: str | None) -> bool:
     """Whether questions of this data set may be trained on; an unlisted one may."""
     return name not in SOURCES or SOURCES[name].may_train

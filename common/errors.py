@@ -8,7 +8,14 @@ class InputError(ValueError):
 
 
 class NumericsError(RuntimeError):
-    """A loss or gradient that is not finite, or a first step that is not what the formulas demand."""
+    """A loss, gradient or logit that is not finite, or a first step that is not what the formulas demand.
+
+    row: the number of the row it was found in, None where there is none.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class MemoryFull(RuntimeError):

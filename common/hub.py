@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import read_json
+from common.files import ROOT, read_json
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
 HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
@@ -34,10 +34,11 @@ def locate(model: str, revision: str = "") -> Source:
     Raises InputError when it is neither, when the Hub does not have it or does not give it, and when it cannot be
     reached and the cache lacks it; the message then says what to run where there is a network.
     """
-    if Path(model).is_dir():
-        if revision:
-            raise InputError(f"--revision {revision}: {model} is a directory, which has none; leave the flag out")
-        return Source(Path(model), model)
+    for folder in (Path(model), ROOT / model):  # a shipped model works from every working directory
+        if folder.is_dir():
+            if revision:
+                raise InputError(f"--revision {revision}: {model} is a directory, which has none; leave the flag out")
+            return Source(folder, model)
     if not HUB_ID.fullmatch(model) or ".." in model:
         raise InputError(f"{model}: no such directory, and no Hub id (owner/name) either; check the spelling")
     folder = _download(model, revision)

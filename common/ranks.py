@@ -134,34 +134,48 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
 
 
 class Progress:
-    """A tqdm bar on rank 0 in a terminal; elsewhere a plain line every ten seconds; silence on other ranks."""
+    """A tqdm bar on rank 0 in a terminal; elsewhere a plain line every ten seconds; silence on other ranks.
 
-    def __init__(self, ranks: Ranks, total: int | None, what: str, unit: str) -> None:
-        self.what, self.unit, self.total = what, unit, total
-        self.done, self.started = 0, time.perf_counter()
+    parts: what every unit is made of, such as the tokens of completions; counted beside the units, and the speed is
+    theirs. With a total the line says what share is done and about how long the rest takes.
+    """
+
+    def __init__(self, ranks: Ranks, total: int | None, what: str, unit: str, parts: str = "") -> None:
+        self.what, self.unit, self.total, self.parts = what, unit, total, parts
+        self.done, self.done_parts, self.started = 0, 0, time.perf_counter()
         self.said = self.started
         self.quiet = ranks.rank != 0
         terminal = sys.stderr.isatty() and not self.quiet
         self.bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=True) if terminal else None
 
-    def __call__(self, n: int = 1) -> None:
-        """Count `n` more units."""
+    def __call__(self, n: int = 1, parts: int = 0) -> None:
+        """Count `n` more units, made of `parts` parts."""
         self.done += n
+        self.done_parts += parts
         if self.bar is not None:
             self.bar.update(n)
+            if self.parts:
+                self.bar.set_postfix_str(f"{self.done_parts:,} {self.parts}", refresh=False)
         elif not self.quiet and time.perf_counter() - self.said > 10:
             self.said = time.perf_counter()
             self._line()
 
     def close(self) -> float:
-        """End the bar, say the total, return units per second of this rank."""
+        """End the bar, say the total, return units (or their parts, if they are counted) per second of this rank."""
         if self.bar is not None:
             self.bar.close()
         elif not self.quiet:
             self._line()
-        return self.done / (time.perf_counter() - self.started)
+        return self._rate()
+
+    def _rate(self) -> float:
+        return (self.done_parts if self.parts else self.done) / (time.perf_counter() - self.started)
 
     def _line(self) -> None:
-        rate = self.done / (time.perf_counter() - self.started)
-        of = f"/{self.total:,}" if self.total else ""
-        print(f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.0f} a second", file=sys.stderr, flush=True)
+        of, left = f"/{self.total:,}" if self.total else "", ""
+        parts = f", {self.done_parts:,} {self.parts}" if self.parts else ""
+        if self.total and 0 < self.done < self.total:
+            seconds = (time.perf_counter() - self.started) * (self.total - self.done) / self.done
+            left = f", {self.done / self.total:.0%} done, about {datetime.timedelta(seconds=round(seconds))} left"
+        line = f"{self.what}: {self.done:,}{of} {self.unit}{parts}, {self._rate():,.0f} a second{left}"
+        print(line, file=sys.stderr, flush=True)

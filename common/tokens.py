@@ -91,6 +91,11 @@ def load_stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
     return set(ids)
 
 
+def usable_ids(tokenizer: Tokenizer) -> int:
+    """How many ids may be sampled: 0 up to the last one the tokenizer has; a model's head may have more rows."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a rendered prompt. The chat template has written the special tokens, so none are added."""
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -25,8 +25,10 @@ them into onehot - p, and BLAS makes R while the chunk is at hand. So the forwar
 16 = logits written 4, read 4 for logp and 4 for onehot - p, which is written 2 and read 2 by the second product.
 
 Precision. Logits, logsumexp, log-probabilities and sums are fp32 for fp32, bf16 and fp16 inputs (fp64 for fp64), and
-both terms of logp_t come from the same logits: bf16 ones would cost about 0.3 nat over 4,000 tokens. onehot - p is
-subtracted in fp32 and rounded to the input type afterwards; R is kept in the input type. In fp16, p < 6e-8 is 0.
+both terms of logp_t come from the same logits: bf16 ones would cost about 0.3 nat over 4,000 tokens. onehot - p is made
+in fp32 and rounded to the input type afterwards; R is kept in the input type. The target's 1 - p is the sum of the
+other tokens' p: subtracted, it would have an error of 6e-8 / (1 - p), all of it at p = 1 - 6e-8, and every number of
+R_t is a multiple of 1 - p. In fp16, p < 6e-8 is 0.
 
 Repeatability. No atomics: every sum has a fixed order. logp comes from the same matrix product and the same kernel with
 and without a gradient, so it is bitwise equal; two adapters that agree give a log-ratio of exactly 0 when they see the
@@ -66,37 +68,44 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, w: Tensor, cu_seq
 if triton is not None:
 
     @triton.jit
-    def _logp_kernel(X, Y, LOGP, MAX, SUM, stride, V: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a row of logits X: LOGP = x_y - logsumexp(x); MAX and SUM of exp(x - MAX) for the next kernel."""
+    def _logp_kernel(X, Y, LOGP, MAX, SUM, REST, stride, V: tl.constexpr, BLOCK: tl.constexpr):
+        """One program a row of logits X: LOGP = x_y - logsumexp(x).
+
+        For the next kernel MAX, and of exp(x - MAX) the SUM over all tokens and the REST, over all but the target.
+        """
         row = tl.program_id(0).to(tl.int64)  # rows * stride can pass 2^31
         y = tl.load(Y + row)
         cols = tl.arange(0, BLOCK)
+        at = y.to(tl.int32)
         m = -float("inf")
         sums = tl.zeros([BLOCK], tl.float32)  # one running sum a lane: shorter chains, so less rounding
         for i in range(0, V, BLOCK):
             x = tl.load(X + row * stride + i + cols, mask=i + cols < V, other=-float("inf"))
             m_new = tl.maximum(m, tl.max(x, 0))
-            sums = sums * tl.exp(m - m_new) + tl.exp(x - m_new)
+            sums = sums * tl.exp(m - m_new) + tl.where(i + cols == at, 0.0, tl.exp(x - m_new))
             m = m_new
         # A target outside the vocabulary must not be read: its row becomes NaN, here and in the next kernel.
-        s = tl.where(y < V, tl.sum(sums, 0), float("nan"))
-        x_y = tl.load(X + row * stride + y, mask=(y >= 0) & (y < V), other=0.0)
+        rest = tl.where(y < V, tl.sum(sums, 0), float("nan"))
+        x_y = tl.load(X + row * stride + y, mask=(y >= 0) & (y < V), other=-float("inf"))
+        s = rest + tl.exp(x_y - m)
         tl.store(LOGP + row, (x_y - m) - tl.log(s))
         tl.store(MAX + row, m)
         tl.store(SUM + row, s)
+        tl.store(REST + row, rest)
 
     @triton.jit
-    def _direction_kernel(X, Y, MAX, SUM, G, stride_x, stride_g, V: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a row and block: G = onehot(y) - p, subtracted in fp32 and then rounded to G's type.
+    def _direction_kernel(X, Y, MAX, SUM, REST, G, stride_x, stride_g, V: tl.constexpr, BLOCK: tl.constexpr):
+        """One program a row and block: G = onehot(y) - p, made in fp32 and then rounded to G's type.
 
         G may be X itself: each element is read and then written by the same thread.
         """
         row = tl.program_id(0).to(tl.int64)
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        y = tl.load(Y + row)
+        at = tl.load(Y + row).to(tl.int32)
         x = tl.load(X + row * stride_x + cols, mask=cols < V, other=0.0)
-        p = tl.exp(x - tl.load(MAX + row)) * (1.0 / tl.load(SUM + row))
-        g = tl.where(cols == y, 1.0 - p, -p)
+        a_share = 1.0 / tl.load(SUM + row)
+        p = tl.exp(x - tl.load(MAX + row)) * a_share
+        g = tl.where(cols == at, tl.load(REST + row) * a_share, -p)  # 1 - p of the target, without subtracting
         tl.store(G + row * stride_g + cols, g.to(G.dtype.element_ty), mask=cols < V)
 
     @triton.jit
@@ -156,7 +165,8 @@ def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> No
         logp[rows] = x.gather(1, known[rows])[:, 0]
         if G is not None:
             g = G[rows] if G.dtype == x.dtype else x
-            torch.exp(x, out=g).neg_().scatter_add_(1, known[rows], torch.ones_like(x[:, :1]))
+            torch.exp(x, out=g).neg_().scatter_(1, known[rows], 0.0)
+            g.scatter_(1, known[rows], -g.sum(1, keepdim=True))  # 1 - p of the target: what the others have
             if g is x:
                 G[rows] = x  # rounded now
 
@@ -164,11 +174,12 @@ def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> No
 def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> None:
     """The same as `_rows_torch`, by the kernels above."""
     C, V = logits.shape
-    largest, total = torch.empty_like(logp), torch.empty_like(logp)
-    _logp_kernel[(C,)](logits, y, logp, largest, total, logits.stride(0), V, BLOCK, **WIDE)
+    largest, total, rest = (torch.empty_like(logp) for _ in range(3))
+    _logp_kernel[(C,)](logits, y, logp, largest, total, rest, logits.stride(0), V, BLOCK, **WIDE)
     if G is not None:
         grid = (C, triton.cdiv(V, BLOCK))
-        _direction_kernel[grid](logits, y, largest, total, G, logits.stride(0), G.stride(0), V, BLOCK, **WIDE)
+        strides = logits.stride(0), G.stride(0)
+        _direction_kernel[grid](logits, y, largest, total, rest, G, *strides, V, BLOCK, **WIDE)
 
 
 def _token_logp(
@@ -251,6 +262,15 @@ class _SegmentLogprob(torch.autograd.Function):
 def default_impl(device: torch.device | str) -> str:
     """ "triton" on a CUDA device where Triton is installed, else "torch". Whoever calls this prints the answer once."""
     return "triton" if torch.device(device).type == "cuda" and triton is not None else "torch"
+
+
+def elementwise_impl(x: Tensor, *scales: Tensor) -> str:
+    """Which text of the elementwise kernels beside this file runs on x: "triton" as above, but "torch" for fp64, where
+    a scale is trained (they make it no gradient) and under torch.compile, which fuses the torch text by itself."""
+    trained = torch.is_grad_enabled() and any(scale.requires_grad for scale in scales)
+    if trained or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return "torch"
+    return default_impl(x.device)
 
 
 def default_chunk(device: torch.device | str, V: int, dtype: torch.dtype) -> int:

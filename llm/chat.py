@@ -146,6 +146,14 @@ class Chat:
         return Answer(text, finish, cached=False)
 
 
+def _joined(content: Any) -> str:
+    """A content that is a text, or a list of parts of which those of type text are joined; "" for anything else."""
+    if isinstance(content, list):
+        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
 def _content(reply: dict[str, Any]) -> tuple[str, str]:
     """(text, finish reason) of a chat completion, ("", ...) when it holds none.
 
@@ -154,7 +162,7 @@ def _content(reply: dict[str, Any]) -> tuple[str, str]:
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
-    texts = [message.get(name) for name in ("content", "reasoning_content", "reasoning")]
-    text = next((t for t in texts if isinstance(t, str) and t.strip()), "")
+    texts = [_joined(message.get(name)) for name in ("content", "reasoning_content", "reasoning")]
+    text = next((t for t in texts if t.strip()), "")
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which no request can hold, becomes "?"
     return text, str(choice.get("finish_reason"))

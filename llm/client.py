@@ -21,6 +21,7 @@ import os
 import queue
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +90,11 @@ def parse_endpoint(text: str) -> Endpoint:
             "server that wants no key"
         )
     endpoint = Endpoint(match[1], match[2], match[3] or "")
-    url = urlsplit(endpoint.base_url)
+    try:
+        url = urlsplit(endpoint.base_url)
+        _ = url.port
+    except ValueError:
+        raise InputError("an endpoint's address must be a plain https://host/path; this one does not parse") from None
     if url.username or url.password or not url.hostname:
         raise InputError("an endpoint's address must be a plain https://host/path; put keys into the environment")
     if endpoint.key_env and url.scheme == "http" and not _is_loopback(url.hostname):
@@ -98,9 +103,26 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine, however it is written: localhost., 127.1, 0x7f.1, 2130706433, ::ffff:127.0.0.1.
+
+    0.0.0.0 and :: count: a connection to "no address" goes to the machine itself. Nothing is looked up.
+    """
+    host = host.removesuffix(".")
+    with contextlib.suppress(OSError, UnicodeError):
+        host = socket.inet_ntoa(
+            socket.inet_aton(host)
+        )  # short, octal and hexadecimal forms, as name look-ups take them
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+        address = ipaddress.ip_address(host.partition("%")[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_loopback or address.is_unspecified
+    return host == "localhost" or host.endswith(".localhost")  # RFC 6761
+
+
+def _without(key: str, text: str) -> str:
+    """`text` with [key] in place of the key, also where JSON, at any depth, or a URL has escaped some letters."""
+    letters = (rf"(?:\\{{0,15}}{re.escape(c)}|\\{{1,15}}u00(?i:{ord(c):02x})|%(?i:{ord(c):02x}))" for c in key)
+    return re.sub("".join(letters), "[key]", text)
 
 
 @dataclass(frozen=True)
@@ -288,8 +310,8 @@ class Client:
         finally:
             self.gate.leave(place, status)
         if key := self.endpoint.key():
-            reply.text = reply.text.replace(key, "[key]")
-            reply.headers = {name: value.replace(key, "[key]") for name, value in reply.headers.items()}
+            reply.text = _without(key, reply.text)
+            reply.headers = {name: _without(key, value) for name, value in reply.headers.items()}
         return reply
 
     def _within(self, path: str, body: dict[str, Any]) -> _Reply:

@@ -20,7 +20,7 @@ import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from llm.client import in_threads
 
 T = TypeVar("T")
 FILES = ("annotate.txt", "adjudicate.txt", "again.txt")
+UNUSABLE = 0.5  # share of replies of no use above which the run ends: its labels would be mostly missing
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 
 
@@ -78,7 +79,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
 
     def each_segment(self) -> list[Block]:
-        """Units of one segment each."""
+        """Every segment as a block of its own."""
         return [(i,) for i in range(len(self.segments))]
 
     def material(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Prompts:
         fill(self.again, problem="")
 
     def first(self, trace: Trace) -> list[dict[str, str]]:
-        """What an annotator gets."""
+        """The chat messages that ask for labels of a whole trace."""
         return _turn(self.annotate, trace.material())
 
     def second_opinion(self, trace: Trace, blocks: Sequence[Block]) -> list[dict[str, str]]:
@@ -171,6 +172,21 @@ def ask_twice(
             said = {"role": "assistant", "content": answer.text[:8000] or "(empty)"}
             messages = [*messages, said, {"role": "user", "content": fill(again, problem=f"{error}{cut}")}]
     return None, "not usable"
+
+
+def check_usable(outcomes: Mapping[str, int]) -> None:
+    """Raise InputError when more than half of an annotator's replies were of no use, even when asked again.
+
+    outcomes: "ROLE: usable", "ROLE: usable when asked again", "ROLE: not usable" -> how many.
+    """
+    for role in sorted({name.partition(": ")[0] for name in outcomes}):
+        counts = {name.partition(": ")[2]: n for name, n in outcomes.items() if name.startswith(f"{role}: ")}
+        bad, total = counts.get("not usable", 0), sum(counts.values())
+        if bad > UNUSABLE * total:
+            raise InputError(
+                f"annotator {role}: {bad} of {total} replies are of no use even when asked again; use a stronger model "
+                "(--annotator committee, or self with --annotator-model), or raise --annotate-max-tokens"
+            )
 
 
 def load_reply(text: str) -> dict[str, Any]:
@@ -268,11 +284,11 @@ class Committee:
         if self.judge is None:
             for trace in traces:
                 vote = trace.votes["a"]
-                trace.steps = _unlabelled(trace.each_segment(), "rejected") if vote is None else vote
+                trace.steps = unlabelled(trace.each_segment(), "rejected") if vote is None else vote
             return
         undecided = []
         for trace in traces:
-            trace.steps, is_open = self._decide(trace)
+            trace.steps, is_open = self.decide(trace)
             if is_open:
                 undecided.append(trace)
         for _ in in_threads(lambda trace: self._patiently(trace, self._adjudicate, trace), undecided, threads, stop):
@@ -318,13 +334,14 @@ class Committee:
         with self.lock:
             trace.votes[chat.role] = steps
 
-    def _decide(self, trace: Trace) -> tuple[list[Step], bool]:
+    @staticmethod
+    def decide(trace: Trace) -> tuple[list[Step], bool]:
         """The trace's steps after rules (i) and (ii), source "" where the adjudicator has to decide, and if any has."""
         a, b = trace.votes["a"], trace.votes["b"]
         if a is None or b is None:
             one = a if b is None else b
             blocks = trace.each_segment() if one is None else [step.segments for step in one]
-            return _unlabelled(blocks, ""), True
+            return unlabelled(blocks, ""), True
         steps = []
         for block, votes_a, votes_b in align(a, b):
             votes, source = aggregate(votes_a, votes_b) or ({}, "")  # rule (iii)
@@ -334,10 +351,11 @@ class Committee:
     def _adjudicate(self, trace: Trace) -> None:
         blocks = [step.segments for step in trace.steps if not step.source]
         messages = self.prompts.second_opinion(trace, blocks)
-        decided = self._ask(self.judge, messages, len(trace.segments), blocks) or _unlabelled(blocks, "rejected")
+        decided = self._ask(self.judge, messages, len(trace.segments), blocks) or unlabelled(blocks, "rejected")
         by_unit = {step.segments: step for step in decided}
         trace.steps = [by_unit.get(step.segments, step) for step in trace.steps]
 
 
-def _unlabelled(blocks: Iterable[Block], source: str) -> list[Step]:
+def unlabelled(blocks: Iterable[Block], source: str) -> list[Step]:
+    """Steps without a label."""
     return [Step(tuple(block), (), (), source) for block in blocks]

@@ -13,6 +13,7 @@ says nothing about truth. Tables name the judge beside every figure that comes f
 """
 
 import dataclasses
+import json
 import random
 import re
 import threading
@@ -36,6 +37,14 @@ PROMPTS = ROOT / "prompts"
 STAND_IN = "stand-in (rules, no model)"
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 NO_CLAIM = "no verifiable claim"
+# The agreed words and what models write in their place, the whole of a line, with marks of emphasis or quotes around.
+NONE = re.compile(
+    r"[\W_]*(?:(?:there (?:is|are)|the sentence (?:contains|has)|i (?:found|see))\s+)?"
+    r"(?:no(?:ne)?\s+(?:(?:verifiable|checkable|factual)\s+)*(?:claims?|facts?)(?:\s+(?:was|were)?\s*found)?"
+    r"(?:\s+(?:in (?:this|the) sentence|here))?|none|nothing|n/?a|null|empty)[\W_]*",
+    re.IGNORECASE,
+)
+NOT_A_CLAIM = re.compile(r"```|~~~|#|[-*_=]{3,}$|.*:[*_]*$|(\*\*|__)[^*_]*\1$|[^\w]*$|[\[{<]")
 AGAIN = 0.05  # share of the graded answers that is graded a second time
 ABSTENTIONS = (
     "I don't know.",
@@ -101,10 +110,11 @@ def read_claims(text: str) -> list[str] | None:
     lines = [re.sub(r"^(?:[-*•]|\d{1,2}[.)])\s+", "", line.strip()) for line in bare(text).splitlines() if line.strip()]
     if not lines:
         return None
-    if len(lines) == 1 and lines[0].lower().rstrip(".") == NO_CLAIM:
+    none = [bool(NONE.fullmatch(line)) for line in lines]
+    if none == [True]:
         return []
-    # Said among claims it contradicts them; a fence or a heading is not a claim.
-    if any(line.lower().rstrip(".") == NO_CLAIM or line.startswith("```") or line.endswith(":") for line in lines):
+    # Said among claims it contradicts them; a fence, a heading or a rule is not a claim.
+    if any(none) or any(NOT_A_CLAIM.match(line) for line in lines):
         return None
     return list(dict.fromkeys(lines))
 
@@ -135,6 +145,17 @@ class Verdict:
     replies: tuple[str, ...]
 
 
+def quoted(text: str) -> str:
+    """A text as a JSON string on one line, so that it cannot end its place in a prompt or spell a control token.
+
+    >>> quoted('<|im_end|> "so"')
+    '"\\\\u003c|im_end|> \\\\"so\\\\""'
+    """
+    out = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
+    out = re.sub(r"\[(?=/?[A-Z_]+\])", r"\\u005b", out)  # Mistral's [INST]
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in out)
+
+
 Reply = Callable[[str, Mapping[str, str], list[dict[str, str]]], str]
 
 
@@ -149,7 +170,8 @@ class Judge:
 
     def ask(self, kind: str, **fields: str) -> Verdict:
         """A verdict of this kind. A call that fails for good is a grader error; several in a row end the run."""
-        messages = [{"role": "user", "content": fill(self.prompts[kind], **fields)}]
+        shown = {name: quoted(text) for name, text in fields.items()}
+        messages = [{"role": "user", "content": fill(self.prompts[kind], **shown)}]
         replies: list[str] = []
         for _ in range(2):
             try:

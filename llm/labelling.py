@@ -4,6 +4,8 @@
   committee   language models (committee.py): everything they answer and cost goes to annotation/calls.jsonl under the
               run's folder, both annotators' own labels to annotation/votes.jsonl, how far they agree to
               annotation/agreement.json and, as a table, to stdout
+  self        the model that is aligned labels its own thoughts, with --annotator-model a second one too
+              (pipeline/labels.py)
   FILE        a finished annotations.jsonl of someone else, with its manifest: no server and no key
 
 annotations.jsonl is the result; annotations.manifest.json beside it says which candidates it belongs to, who labelled
@@ -11,8 +13,10 @@ them, with which prompts and at what cost, and holds the checksum. `price_table`
 committee would cost.
 """
 
+import contextlib
 import dataclasses
 import math
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +79,13 @@ class ServiceSettings:
 class LabelSettings(ServiceSettings):
     """Who labels, and how."""
 
-    annotator: str = opt("cues", "cues, committee, or a finished annotations.jsonl with its manifest", "labels (3.1.2)")
+    annotator: str = opt(
+        "",
+        "who labels the steps: self (the model that is aligned), committee (models behind servers: the paper's way), a "
+        "finished annotations.jsonl with its manifest, or cues (phrases: the miniature only); no default",
+        "labels (3.1.2)",
+    )
+    annotator_model: str = opt("", "self: a second model, a folder or a Hub id; where the two differ self decides")
     cues: str = opt("mini/cues.json", "cue phrases of the offline annotator")
     annotator_noise: float = opt(0.0, "cues: share of labels replaced at random")
     annotator_a: str = opt("", "MODEL@BASE_URL#KEY_VARIABLE; its confidences count where both agree (paper: GPT-4o)")
@@ -85,7 +95,7 @@ class LabelSettings(ServiceSettings):
     annotate_max_tokens: int = opt(4096, "longest reply, tokens, with the model's reasoning")
 
 
-SHAPING = ("annotator", "annotator_noise", "annotator_a", "annotator_b", "adjudicator")
+SHAPING = ("annotator", "annotator_noise", "annotator_model", "annotator_a", "annotator_b", "adjudicator")
 SHAPING += ("annotate_temperature", "annotate_max_tokens")  # the settings that the labels depend on, with the seed
 
 
@@ -93,7 +103,7 @@ def inputs(cfg: LabelSettings) -> list[Path]:
     """The files that the labels depend on, besides the candidates."""
     if cfg.annotator == "cues":
         return [find(cfg.cues)]
-    if cfg.annotator == "committee":
+    if cfg.annotator in ("committee", "self"):
         return [PROMPTS / name for name in committee.FILES]
     return [Path(cfg.annotator), manifest_path(Path(cfg.annotator))]
 
@@ -105,10 +115,19 @@ def manifest_path(path: Path) -> Path:
 
 def check(cfg: LabelSettings) -> None:
     """Refuse settings that cannot work. Raises InputError."""
+    if not cfg.annotator:
+        raise InputError(
+            "--annotator is not set; real text is labelled by self (the model itself), by a committee, or comes from a "
+            "finished annotations.jsonl (docs/annotating.md); cues are for the miniature"
+        )
     for path in inputs(cfg):
         if not path.exists():
-            names = "cues, committee, or the path of an annotations.jsonl with its .manifest.json beside it"
+            names = "self, committee, cues, or the path of an annotations.jsonl with its .manifest.json beside it"
             raise InputError(f"{path}: no such file; --annotator is {cfg.annotator!r}, must be {names}")
+    if cfg.annotator_model and cfg.annotator != "self":
+        raise InputError("--annotator-model is the second model of --annotator self; leave it out")
+    if cfg.annotator == "self":
+        committee.Prompts.load(PROMPTS)
     if cfg.annotator != "committee":
         return
     endpoints(cfg)
@@ -172,12 +191,19 @@ def label(
         about |= more
     else:
         records, tally, about = _take_over(rows, Path(cfg.annotator))
+    write_annotations(rows, records, about, out)
+    return tally
+
+
+def write_annotations(
+    rows: list[dict[str, Any]], records: list[dict[str, Any]], about: dict[str, Any], out: Path
+) -> None:
+    """annotations.jsonl and its manifest under `out`. about: who labelled, how, at what cost."""
     path = out / "annotations.jsonl"
     write_jsonl(path, records)
-    manifest = {"sha256": sha256_file(path), "candidates_sha256": fingerprint(rows), "made": about}
+    manifest = {"sha256": sha256_file(path), "candidates": fingerprints(rows), "made": about}
     manifest["tally"] = annotate.tally_of(records, sum(len(row["spans"]) for row in rows))
     write_json(manifest_path(path), manifest)
-    return tally
 
 
 def lend_replies(other: Path, out: Path) -> None:
@@ -188,25 +214,31 @@ def lend_replies(other: Path, out: Path) -> None:
             f.write(paid.read_bytes())
 
 
-def fingerprint(rows: list[dict[str, Any]]) -> str:
-    """SHA-256 of what is labelled: ids, questions and segments."""
-    segments = ([row["completion"][c0:c1] for c0, c1 in row["spans"]] for row in rows)
-    return sha256_json([[row["id"], row["question"], s] for row, s in zip(rows, segments, strict=True)])
+def fingerprints(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Candidate id -> SHA-256 of what is labelled, its question and its segments."""
+    segments = {row["id"]: [row["completion"][c0:c1] for c0, c1 in row["spans"]] for row in rows}
+    return {row["id"]: sha256_json([row["question"], segments[row["id"]]]) for row in rows}
 
 
 def _take_over(rows: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, Any]]:
-    """Records of a finished file. Raises InputError unless it is whole and belongs to these candidates."""
+    """Records of a finished file for these candidates; it may hold others too, as the rows of one data set of two.
+
+    Raises InputError unless the file is whole and has each candidate as it is here, by id and content.
+    """
     manifest = read_json(manifest_path(path))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("made"), dict):
         raise InputError(f"{manifest_path(path)}: not a manifest of annotations; get the two files together again")
     if manifest.get("sha256") != sha256_file(path):
         raise InputError(f"{path}: its checksum is not that of its manifest; get the two files together again")
-    if manifest.get("candidates_sha256") != fingerprint(rows):
-        raise InputError(f"{path}: made from other candidates; use the candidates.jsonl that came with it")
-    records = read_jsonl(path, ("id", "steps"))
+    labelled = manifest.get("candidates", {})
+    for name, fingerprint in fingerprints(rows).items():
+        if labelled.get(name) != fingerprint:
+            what = "made from another thought" if name in labelled else "not in it"
+            raise InputError(f"{path}: candidate {name!r} is {what}; use the candidates.jsonl that came with it")
     spans = {row["id"]: row["spans"] for row in rows}
+    records = [record for record in read_jsonl(path, ("id", "steps")) if record["id"] in spans]
     for record in records:
-        annotate.validate(record, len(spans.get(record["id"], [])), f"{path}: {record['id']}")
+        annotate.validate(record, len(spans[record["id"]]), f"{path}: {record['id']}")
     return records, annotate.tally_of(records, sum(map(len, spans.values()))), manifest["made"]
 
 
@@ -223,6 +255,7 @@ def _label_with_committee(
         panel = committee.Committee(chats["a"], chats.get("b"), chats.get("judge"), committee.Prompts.load(PROMPTS))
         panel.add(rows)
         panel.prepare(cfg.annotate_concurrency, stop, progress)
+        committee.check_usable(panel.outcomes)
         cost = {"usd": round(ledger.usd, 6), "tokens": ledger.tokens}
         new_calls = len(ledger.replies) - before
         dialects = {role: dataclasses.asdict(chat.dialect) for role, chat in chats.items()}
@@ -255,21 +288,43 @@ def _write_agreement(traces: list[committee.Trace], folder: Path) -> None:
 # ---------- before anything is sent
 
 
-def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> str:
-    """What the committee would cost, as text: calls, tokens and price per role, estimated and at worst.
+@dataclass(frozen=True)
+class Estimate:
+    """What one role would still have to be asked, in tokens, and its price at an endpoint.
+
+    usd, worst: estimated and at worst; None where the server wants no key ("free") or the price list lacks its model.
+    """
+
+    role: str
+    endpoint: Endpoint
+    calls: int
+    answered: int
+    prompt: int
+    reply: int
+    usd: float | None
+    worst: float | None
+
+    @property
+    def money(self) -> tuple[str, str]:
+        """Both prices as text."""
+        if self.usd is None or self.worst is None:
+            return ("no price", "no price") if self.endpoint.key_env else ("free", "free")
+        return f"{self.usd:.4f}", f"{self.worst:.4f}"
+
+
+def estimate(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> tuple[list[Estimate], str]:
+    """(what each role of the committee would take, what was spent before); nothing is sent and nothing written.
 
     Estimated: four bytes of prompt are a token, a reply takes REPLY_TOKENS for every segment, every trace goes to the
     adjudicator, and no reply has to be asked for again. At worst: every byte is a token, and every reply is as long as
     --annotate-max-tokens allows (what the budget sets aside for a call).
     """
-    if cfg.annotator != "committee":
-        return f"--annotator {cfg.annotator}: no calls, no cost"
-    date, _ = cfg.price_list(endpoints(cfg))
-    prompts = committee.Prompts.load(PROMPTS)
-    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
-    head += f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"
-    lines, total, worst_total = [head], 0.0, 0.0
-    with Ledger(out / "annotation" / "calls.jsonl") as ledger:
+    prompts, paid = committee.Prompts.load(PROMPTS), out / "annotation" / "calls.jsonl"
+    found = []
+    with contextlib.ExitStack() as stack:
+        if not paid.exists():  # a ledger opens its file, and a dry run leaves none
+            paid = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "calls.jsonl"
+        ledger = stack.enter_context(Ledger(paid))
         chats = _chats(cfg, seed, ledger, {})
         panel = committee.Committee(chats["a"], chats.get("b"), chats.get("judge"), prompts)
         panel.add(rows)
@@ -287,19 +342,25 @@ def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed:
                 if chat.price:
                     usd += chat.price.usd(size, length)
                     worst += chat.price.usd(*chat.bounds(messages))
-            lines.append(_price_line(role, chat, len(panel.traces) - answered, answered, prompt, reply, usd, worst))
-            total, worst_total = total + usd, worst_total + worst
-        lines.append(f"{'sum':<83}{total:>10.4f}{worst_total:>11.4f}")
-        lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {ledger.left()}; nothing was sent")
+            money = (usd, worst) if chat.price else (None, None)
+            calls = len(panel.traces) - answered
+            found.append(Estimate(role, chat.endpoint, calls, answered, prompt, reply, *money))
+        return found, ledger.left()
+
+
+def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: int) -> str:
+    """What the committee would cost, as text: calls, tokens and price per role, as `estimate` says."""
+    date, _ = cfg.price_list(endpoints(cfg))
+    roles, spent = estimate(rows, cfg, out, seed)
+    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
+    lines = [head + f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"]
+    for of in roles:
+        counted = f"{of.calls:>8,}{of.answered:>10,}{of.prompt:>13,}{of.reply:>12,}"
+        lines.append(f"{of.role:<8}{of.endpoint.model:<32}{counted}{of.money[0]:>10}{of.money[1]:>11}")
+    total, worst = (sum(x or 0.0 for x in of) for of in zip(*((r.usd, r.worst) for r in roles), strict=True))
+    lines.append(f"{'sum':<83}{total:>10.4f}{worst:>11.4f}")
+    lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {spent}; nothing was sent")
     return "\n".join(lines)
-
-
-def _price_line(
-    role: str, chat: Chat, calls: int, answered: int, prompt: int, reply: int, usd: float, worst: float
-) -> str:
-    free = "free" if not chat.endpoint.key_env else "no price"
-    money = f"{usd:>10.4f}{worst:>11.4f}" if chat.price else f"{free:>10}{free:>11}"
-    return f"{role:<8}{chat.endpoint.model:<32}{calls:>8,}{answered:>10,}{prompt:>13,}{reply:>12,}{money}"
 
 
 def _guess(prompts: committee.Prompts, trace: committee.Trace) -> list[dict[str, str]]:

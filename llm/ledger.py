@@ -52,6 +52,12 @@ def load_prices(path: str | Path) -> tuple[str, dict[str, Price]]:
     return date, prices
 
 
+def search_price(path: str | Path) -> float | None:
+    """US dollars for one search at serper.dev, as a price file has it for a thousand; None where it does not."""
+    value = read_json(find(path)).get("searches", {}).get("serper")
+    return None if value is None else float(value) / 1000
+
+
 def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON value, the same for equal values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

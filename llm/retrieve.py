@@ -2,6 +2,7 @@
 
   serper           Google's results by way of serper.dev; the key is in $SERPER_KEY
   serper#VARIABLE  the same with the key in another variable
+  serper@URL       the same from a server of that address, which speaks as serper.dev does
   FILE             documents {title, snippet, link}, one JSON object a line, ranked by shared words: a stand-in for a
                    search engine, for the miniature
 
@@ -64,9 +65,8 @@ def _check(row: dict) -> None:
 class Serper:
     """Google search by serper.dev. key_env: name of the variable with the key."""
 
-    name = "serper"
-
     def __init__(self, key_env: str, cache: Cache, base_url: str = SERPER, limits: Limits | None = None) -> None:
+        self.name = "serper" if base_url == SERPER else f"serper@{base_url}"
         self.endpoint = Endpoint("serper", base_url, key_env, "X-API-KEY")
         self.cache, self.limits = cache, limits
 
@@ -131,11 +131,25 @@ def _words(text: str) -> set[str]:
 Search = Callable[[Sequence[str], int], dict[str, list[Result]]]
 
 
-def engine(text: str, cache: Path) -> Serper | Documents:
-    """The engine that a setting names: "serper", "serper#VARIABLE" or a file of documents. Raises InputError."""
+def _is_serper(name: str) -> bool:
+    return name == "serper" or name.startswith("serper@http")
+
+
+def key_variable(text: str) -> str:
+    """The variable with the key of the engine that a setting names, "" for a file of documents.
+
+    >>> key_variable("serper"), key_variable("serper#MY_KEY"), key_variable("docs.jsonl")
+    ('SERPER_KEY', 'MY_KEY', '')
+    """
     name, _, variable = text.partition("#")
-    if name == "serper":
-        return Serper(variable or "SERPER_KEY", Cache(cache))
+    return (variable or "SERPER_KEY") if _is_serper(name) else ""
+
+
+def engine(text: str, cache: Path) -> Serper | Documents:
+    """The engine that a setting names: "serper", "serper@URL", each with #VARIABLE, or a file. Raises InputError."""
+    name, _, variable = text.partition("#")
+    if _is_serper(name):
+        return Serper(variable or "SERPER_KEY", Cache(cache), name.partition("@")[2] or SERPER)
     if not Path(text).is_file():
         raise InputError(f"--search {text!r} is neither serper, serper#KEY_VARIABLE nor a file of documents")
     return Documents(Path(text))

@@ -19,7 +19,7 @@ import torch
 import lora
 import model as qwen
 from common import checkpoint, hub, verifier
-from common.endings import ENDINGS, settle
+from common.endings import program, status
 from common.errors import InputError, Stopped
 from common.files import read_jsonl, sha256_file, write_json, write_jsonl
 from common.ranks import Progress, process_group
@@ -210,8 +210,9 @@ def work(s: Settings, source: hub.Source, command: str = "train") -> None:
         training.finish()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code, see endings.py."""
+@program
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Returns the exit code, see common/endings.py."""
 
     def more(parser: Any) -> None:
         what = (
@@ -221,22 +222,15 @@ def main(argv: list[str] | None = None) -> int:
         choices = ("train", "score", "samples", "shapley")
         parser.add_argument("command", nargs="?", default="train", choices=choices, help=what)
 
-    out = None
-    try:
-        s, rest = cli(Settings, argv, __doc__, more, PRESETS)
-        if rest.command == "shapley":
-            shares = passk.shapley_of(read_jsonl(Path(s.out) / "evals.jsonl"))
-            print(
-                "\n".join(f"{name:<14}{share:8.4f}" for name, share in [*shares.items(), ("R2", sum(shares.values()))])
-            )
-            return 0
-        if rest.command == "samples":
-            print(samples.write_page(Path(s.out)))
-            return 0
+    s, rest = cli(Settings, argv, __doc__, more, PRESETS)
+    if rest.command == "shapley":
+        shares = passk.shapley_of(read_jsonl(Path(s.out) / "evals.jsonl"))
+        for name, share in [*shares.items(), ("R2", sum(shares.values()))]:
+            print(f"{name:<14}{share:8.4f}")
+    elif rest.command == "samples":
+        print(samples.write_page(Path(s.out)))
+    else:
         check(s, rest.command)
         source = hub.locate(s.model, s.revision)
-        out = Path(s.out)
-        work(s, source, rest.command)
-    except ENDINGS as error:
-        return settle(error, out)
-    return settle(None, out)
+        with status(Path(s.out)):
+            work(s, source, rest.command)

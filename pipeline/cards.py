@@ -13,8 +13,9 @@ from report import card
 def write_card(run: Run, method: str, scores: dict[str, Any]) -> None:
     """METHOD/README.md. scores: eval/scores.json, {} before there is one."""
     path, folder = run.out / "train.jsonl", run.out / method
-    labels = Counter(row["label"] for row in read_jsonl(path, ("label",)))
-    datasets = Counter(str(row.get("dataset", "unnamed")) for row in read_jsonl(run.cfg.questions))
+    trained = read_jsonl(path, ("label",))
+    labels = Counter(row["label"] for row in trained)
+    datasets = Counter(str(row.get("dataset", "unnamed")) for row in trained)
     rows = {"sha256": sha256_file(path), "chosen": labels[True], "rejected": labels[False], "datasets": datasets}
     printed = {name: evaluation.table(of["metrics"]) for name, of in scores.items()}
     last = read_jsonl(folder / "metrics.jsonl")[-1]

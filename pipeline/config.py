@@ -5,16 +5,21 @@ configs/*.json and flags set them by name. Left out: settings that depend on oth
 """
 
 import dataclasses
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import kto
+from common.benchmarks import name_of
 from common.errors import InputError
 from common.settings import opt
 from data import MATCHERS
-from llm import judge, labelling
+from llm import judge, labelling, retrieve
+from llm.client import parse_endpoint
 from train import TrainSettings
 
+FETCH = "; python -m tools.fetch --for CONFIG fetches what a config names"
 REFINE, RET = "refine", "+ret"  # variants beside thinkoff, thinkon and the methods: Self-Refine, search results first
 
 
@@ -52,6 +57,9 @@ class CandidateSettings:
     draw_top_p: float = opt(0.9, "nucleus of the draws")
     draw_max_new: int = opt(2048, "longest completion of a draw, tokens")
     sample_batch: int = opt(128, "rows decoded together on one rank")
+    small_batches: bool = opt(
+        False, "on a CPU, compute fewer than 16 rows as they are: faster, but a text then depends on its neighbours"
+    )
     keep: str = opt("first", "which right or wrong draws become rows: first or all")
     min_segments: int = opt(4, "fewest thinking segments, inclusive")
     max_segments: int = opt(15, "most thinking segments, inclusive")
@@ -87,7 +95,7 @@ class EvalSettings:
     search: str = opt("", "who searches: serper (key in $SERPER_KEY), serper#VARIABLE, or a file of documents")
     search_cache: str = opt("", "file of search results to reuse and to add to; none: search.jsonl under --out")
     search_results: int = opt(5, "search results before a question (4.1)")
-    label_eval: int = opt(0, "evaluated thoughts to label, a variant and set, for Fig. 4 (paper: 977); 0: none")
+    label_eval: int = opt(0, "thoughts of NQ-Open (else of every set) to label, a variant, for Fig. 4 (paper: 977)")
     judge_sets: str = opt("", "sets of short answers to judge too, comma-separated (SimpleQA's three grades)")
 
 
@@ -129,6 +137,11 @@ class RunConfig(
         return dict(part.split("=", 1) for part in _parts(self.eval_sets))
 
     @property
+    def labelled_sets(self) -> list[str]:
+        """The sets whose thoughts are labelled: NQ-Open as in the paper's Fig. 4, or all where a run has no NQ-Open."""
+        return [name for name in self.eval_paths if name_of(name) == "nq_open"] or list(self.eval_paths)
+
+    @property
     def lenders(self) -> list[Path]:
         """The folders of --reuse-from."""
         return [Path(part) for part in _parts(self.reuse_from)]
@@ -148,9 +161,20 @@ def names(settings: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(settings))
 
 
-def check(cfg: RunConfig) -> None:
-    """Refuse settings that cannot work, before any time is spent. Raises InputError."""
-    for name in ("model", "questions", "eval_sets"):
+MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
+
+
+def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
+    """Refuse settings that cannot work, before any time is spent. Raises InputError.
+
+    wanted: the stages that will run, none for all; what the others need is not asked for. Training needs train.jsonl
+    under --out and no question.
+    """
+
+    def due(*names: str) -> bool:
+        return not wanted or any(name in wanted for name in names)
+
+    for name in ("model", *["questions"] * due("sample", "scores"), *["eval_sets"] * due(*MEASURED)):
         if not getattr(cfg, name):
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
     allowed = {
@@ -174,12 +198,49 @@ def check(cfg: RunConfig) -> None:
     for part in _parts(cfg.eval_sets):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
-    labelling.check(cfg)
-    _check_variants(cfg)
-    judge.check(cfg)
-    for path in (cfg.questions, cfg.prompt, *cfg.eval_paths.values()):
+    if due("annotate", "labels"):
+        labelling.check(cfg)
+    if due(*MEASURED):
+        _check_variants(cfg)
+        judge.check(cfg)
+    sets = cfg.eval_paths.values() if due(*MEASURED) else ()
+    for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
-            raise InputError(f"{path}: no such file; paths are relative to the current directory")
+            hint = "" if path == cfg.prompt else FETCH
+            raise InputError(f"{path}: no such file; paths are relative to the current directory{hint}")
+    _check_keys(cfg, due)
+
+
+def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
+    """Refuse what asks a server whose key is not in the environment, and say how to do without. Raises InputError.
+
+    Where replies of an earlier run lie (of this one, or of --reuse-from), nothing is refused: they may be all there is
+    to ask for, and a call that does need the key says so.
+    """
+    asked: list[tuple[list[str], str, str]] = []  # key variables, the file of earlier replies, how to do without
+    if cfg.annotator == "committee":
+        keys = [endpoint.key_env for endpoint in labelling.endpoints(cfg).values()]
+        local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
+        if due("annotate"):
+            asked.append((keys, "annotation/calls.jsonl", local))
+        if cfg.label_eval and due("labels"):
+            asked.append((keys, "eval/labels/annotation/calls.jsonl", local))
+    if cfg.judge not in ("", "stand-in") and due("judge"):
+        asked.append(([parse_endpoint(cfg.judge).key_env], "judge/calls.jsonl", "--judge ''"))
+    plain = ",".join(v for v in cfg.more_variants if not v.endswith(RET))
+    if plain != ",".join(cfg.more_variants) and due("search") or cfg.judge and due("judge"):
+        cache = cfg.search_cache or "search.jsonl"
+        asked.append(([retrieve.key_variable(cfg.search)], cache, f"--search '' --also '{plain}'"))
+    missing: dict[str, None] = {}  # as an ordered set
+    ways: dict[str, None] = {}
+    for keys, replies, without in asked:
+        if not any((folder / replies).exists() for folder in (Path(cfg.out), *cfg.lenders)):
+            unset = [key for key in keys if key and not os.environ.get(key)]
+            missing |= dict.fromkeys(unset)
+            ways |= {without: None} if unset else {}
+    if missing:
+        told = f"export {' '.join(missing)}, or do without: {' '.join(ways)}"
+        raise InputError(f"no key in the environment: {told} (docs/running.md)")
 
 
 def _check_variants(cfg: RunConfig) -> None:
@@ -193,8 +254,8 @@ def _check_variants(cfg: RunConfig) -> None:
             raise InputError(f"--also {variant} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
         if variant == REFINE + RET and "thinkon" + RET not in also[:k]:
             raise InputError(f"--also {variant} refines the samples of thinkon{RET}; put thinkon{RET} before it")
+    if cfg.label_eval and cfg.annotator.endswith(".jsonl"):
+        raise InputError("--label-eval needs an annotator that can label, not a finished file; leave it at 0")
     for name in ("eval_draws", "search_results"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
-    if cfg.label_eval and cfg.annotator != "cues":
-        raise InputError("--label-eval labels by cue phrases only; use --annotator cues or leave --label-eval at 0")

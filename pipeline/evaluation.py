@@ -10,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import annotate
 import data
 import eval as evaluation
 import sample
 from common.files import ROOT, read_jsonl, write_json, write_jsonl
+from common.ranks import Progress
 from common.template import fill, load_prompt
-from llm import judge, retrieve, veriscore
+from llm import judge, labelling, retrieve, veriscore
 from llm.client import parse_endpoint
 from llm.ledger import Ledger
+from pipeline import labels as own_labels
 from pipeline.config import REFINE, RET
 from pipeline.reuse import Stage
 from pipeline.run import Question, Run
@@ -27,7 +28,10 @@ from report import analysis
 Turn = Callable[[Question, int], str]  # (question, draw) -> what the user says
 Answers = dict[tuple[str, int], str]  # (question id, draw) -> answer
 MATCHING = ("matcher", "score_matcher", "fold")  # when an answer is right
-DECODING = ("system", "dtype", "seed", "temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws")
+DECODING = (
+    *("system", "dtype", "seed", "small_batches"),
+    *("temperature", "top_p", "top_k", "min_p", "max_new", "eval_draws"),
+)
 FITTING = ("transitions", "labels", "em_iterations", "em_damping", "em_prior")
 
 
@@ -38,7 +42,7 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
     sets = {f"questions of {name}": Path(path) for name, path in run.eval_sets.items()}
     samples = {f"{v} on {n}": run.samples(n, v) for v in run.variants for n in run.eval_sets}
     labels = {
-        f"labels of {v} on {n}": run.file(n, v, "labels") for n in run.eval_sets for v in ("thinkon", *run.methods)
+        f"labels of {v} on {n}": run.file(n, v, "labels") for n in cfg.labelled_sets for v in ("thinkon", *run.methods)
     }
     snippets = {f"snippets of {name}": out / "eval" / name / "snippets.jsonl" for name in run.eval_sets}
     documents = {"documents": Path(cfg.search)} if cfg.search and not cfg.search.startswith("serper") else {}
@@ -52,8 +56,11 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             reads = model | _reads(run, variant, name)
             found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
     if cfg.label_eval:
-        cues = {"cues": Path(cfg.cues)}
-        found.append(Stage("labels", label_thoughts, ("label_eval",), samples | cues, labels))
+        settings = (*labelling.SHAPING, "seed", "label_eval")
+        by = {path.name: path for path in labelling.inputs(cfg)}
+        own, dear = cfg.annotator == "self", cfg.annotator != "cues"
+        reads = samples | by | (model if own else {})
+        found.append(Stage("labels", label_thoughts, settings, reads, labels, everyone=own, dear=dear))
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
         settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
@@ -157,21 +164,39 @@ def _refined(plain: Turn, first: Answers, told: Answers) -> Turn:
 
 
 def label_thoughts(run: Run) -> dict[str, Any]:
-    """Labels of the evaluated thoughts of ThinkOn and every method, for Fig. 4."""
-    annotator = annotate.CueAnnotator(annotate.read_cues(run.cfg.cues))
-    labelled = {}
-    for name in run.eval_sets:
-        for variant in ("thinkon", *run.methods):
-            rows = analysis.to_label(read_jsonl(run.samples(name, variant)), run.cfg.label_eval)
-            records, _ = annotate.annotate(rows, annotator)
-            labelled[f"{name}, {variant}"] = write_jsonl(run.file(name, variant, "labels"), records)
-    return labelled
+    """Labels of the evaluated thoughts of ThinkOn and every method, by the run's annotator, for Fig. 4.
+
+    All are labelled together, so there is one file of paid calls: eval/labels/annotation/calls.jsonl.
+    """
+    cfg, folder = run.cfg, run.out / "eval" / "labels"
+    keys = [(name, variant) for name in cfg.labelled_sets for variant in ("thinkon", *run.methods)]
+    rows = [row | {"id": f"{n}/{v}/{row['id']}"} for n, v in keys for row in _to_label(run, n, v)]
+    if cfg.annotator == "self":
+        tally = own_labels.label(run, rows, folder)
+    else:
+        for other in cfg.lenders:
+            labelling.lend_replies(other / "eval" / "labels", folder)
+        progress = Progress(run.ranks, None, "labels of evaluated thoughts", "calls")
+        tally = labelling.label(rows, cfg, folder, cfg.seed, progress)
+        if progress.done:
+            progress.close()
+    if run.ranks.rank:
+        return {}
+    records = read_jsonl(folder / "annotations.jsonl", ("id", "steps"))
+    for name, variant in keys:
+        head = f"{name}/{variant}/"
+        own = [r | {"id": r["id"].removeprefix(head)} for r in records if r["id"].startswith(head)]
+        write_jsonl(run.file(name, variant, "labels"), own)
+    return {"thoughts": len(rows)} | tally
+
+
+def _to_label(run: Run, name: str, variant: str) -> list[dict[str, Any]]:
+    return analysis.to_label(read_jsonl(run.samples(name, variant)), run.cfg.label_eval, run.cfg.seed)
 
 
 def read_labels(run: Run, name: str, variant: str) -> dict[str, analysis.Labels]:
     """id -> labels of the evaluated thoughts that were labelled."""
-    rows = analysis.to_label(read_jsonl(run.samples(name, variant)), run.cfg.label_eval)
-    return analysis.labels_of(rows, read_jsonl(run.file(name, variant, "labels")))
+    return analysis.labels_of(_to_label(run, name, variant), read_jsonl(run.file(name, variant, "labels")))
 
 
 def judge_answers(run: Run) -> dict[str, Any]:
@@ -297,7 +322,7 @@ def analyse(run: Run) -> dict[str, Any]:
                 read_jsonl(run.samples(name, variant)), by, run.cfg.fold
             )
         out["strata"][name] = {v: analysis.strata(scored["thinkon"], scored[v], by) for v in plain if v != "thinkon"}
-        if run.cfg.label_eval:
+        if run.cfg.label_eval and name in run.cfg.labelled_sets:
             labels = {v: read_labels(run, name, v) for v in ("thinkon", *run.methods)}
             out["outcomes"][name] = {v: analysis.label_outcomes(scored[v], of, matcher=by) for v, of in labels.items()}
             before = list(labels["thinkon"].values())

@@ -39,7 +39,7 @@ GPUS = {  # name -> (peak of dense bf16 products in TFLOP/s, memory in GB), from
     "l40s": (362, 48),
     "rtx4090": (165, 24),
 }
-UTILISATION = 0.35  # assumed share of the peak; the adapters' fp32 products are part of why it is not more
+UTILISATION = 0.35  # assumed share of the peak
 RATIO = (1.0, 1.5)  # lambda_c n_c over lambda_r n_r, section 4.3
 PAPER = {
     "rows": 6973,
@@ -96,13 +96,13 @@ def counts(config: ModelConfig, r: int) -> dict[str, int]:
 def kept_per_token(config: ModelConfig, r: int, size: int) -> int:
     """Bytes one token leaves in one layer for the backward pass. size: bytes of a base weight, 2 or 4.
 
-    Frozen weights keep no inputs; the adapters keep theirs in fp32, under bf16 each a copy of its own, and so do the
-    norms. A fused norm on a GPU, and a model without a norm of queries and keys, keep a little less.
+    Frozen weights keep no inputs; adapters keep one for all layers that read it. Counted is the torch text: the fused
+    kernels of a GPU keep no fp32 copy of a norm's input and no silu(gate), so in bf16 they keep less.
     """
     E, inner = config.hidden_size, config.intermediate_size
     Q, KV = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     norms = 2 * 4 * E + (4 * (Q + KV) if size == 2 else 0)
-    inputs = (5 if size == 2 else 2) * 4 * E + 4 * inner + 4 * Q + 7 * 4 * r  # q k v, gate up; down; o; A's outputs
+    inputs = size * (2 * E + inner + Q + 7 * r)  # q k v and gate up; down; o; A's outputs
     attention = size * (Q + 2 * KV) + size * (Q + KV) + size * Q  # before and after RoPE, result
     return norms + inputs + attention + size * 3 * inner  # gate, silu(gate), up
 
@@ -124,7 +124,7 @@ def memory(
         "gradients and their sum": 8 * n["adapters"],
         "AdamW's moments": 8 * n["adapters"],
     }
-    working = max(no_grad, tokens) * (8 * inner + 3 * size * inner)  # an MLP's products and its adapters' in fp32
+    working = max(no_grad, tokens) * 5 * size * inner  # an MLP's products
     head = min(CUDA_CHUNK_BYTES, 6 * predicted * config.vocab_size) + 2 * size * predicted * E
     moving = {"working set of one layer": working, "head chunk and its gradient": head}
     return {

@@ -55,15 +55,21 @@ def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
         "judge": judged,
     }
     notes = print_scores(scores, judged)
+    tally = candidate_tally(done)
+    shown_tables = {"Candidates by data set (Table 1)": tables.candidate_rows(tally)} if tally else {}
+    shown_tables |= tables.of_run(results, analysed, shown_method(run))
+    shown_tables["Labels of the training rows (Table 7)"] = tables.label_rows(rows)
+    distances = matrix_distances(run, analysed)
+    shown_tables["How wrong a weight may be: the bound of Eq. 15"] = tables.bound_rows(transitions, distances)
     page.trace_page(
         shown,
         out / "report.html",
         f"MR-ALIGN run {out.name}",
-        tables=tables.of_run(results, analysed, shown_method(run)),
+        tables=shown_tables,
         images=images,
         facts={"Receipt": results["receipt"], "Settings": set_values(run)},
         pairs=before_and_after(run),
-        notes=notes,
+        notes=[*notes, *tables.notes_on(tally)],
     )
     for method in run.methods:
         write_card(run, method, scores)
@@ -71,6 +77,22 @@ def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
     print(f"\n{out}/results.json, {out}/report.html, {out}/figures/, adapters in {out}/<method>/\n")
     print(card.serve_commands(run.source, out / shown_method(run), run.cfg.lora_r))
     return {}
+
+
+def candidate_tally(done: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The tally of stage candidates from its receipt, by data set and all together; {} without one."""
+    result = done.get("candidates", {}).get("result") or {}
+    by_set = result.get("by data set", {})
+    return by_set | {"all": {k: n for k, n in result.items() if k != "by data set"}} if by_set else {}
+
+
+def matrix_distances(run: Run, analysed: dict[str, Any]) -> dict[str, float]:
+    """name -> E |delta| of Eq. 14: by chance (resampled traces), and between the annotators of a committee."""
+    distances = {"resampled traces": analysed["intervals"]["P"]["mean_l1"]}
+    path = run.out / "annotation" / "agreement.json"
+    if path.exists():
+        distances |= {pair: of["mean_l1"]["value"] for pair, of in read_json(path)["pairs"].items()}
+    return distances
 
 
 def shown_method(run: Run) -> str:
@@ -180,10 +202,12 @@ def before_and_after(run: Run, n: int = 6) -> Rows:
         sides: dict[str, dict[str, Any]] = {}
         for variant in ("thinkon", method):
             sides[variant] = {r["id"]: r for r in read_jsonl(run.samples(name, variant)) if r["draw"] == 0}
-        labels = {v: read_labels(run, name, v) if run.cfg.label_eval else {} for v in sides}
+        labelled = run.cfg.label_eval and name in run.cfg.labelled_sets
+        labels = {v: read_labels(run, name, v) if labelled else {} for v in sides}
         for key, sample_before in sides["thinkon"].items():
-            before, after = evaluation.score(sample_before), evaluation.score(sides[method][key])
-            good = [x["em_t"] and x["em_a_equal"] for x in (before, after)]
+            right = f"em_a_{run.cfg.scored_by}"
+            before, after = (evaluation.score(x, fold=run.cfg.fold) for x in (sample_before, sides[method][key]))
+            good = [x["em_t"] and x[right] for x in (before, after)]
             if good == [False, True] and before["em_t"]:
                 kind = "found, then used"
             elif not good[1]:
@@ -191,7 +215,9 @@ def before_and_after(run: Run, n: int = 6) -> Rows:
             else:
                 continue
             if len(kinds[kind]) < n // 2:
-                told = {v: story.told(sides[v][key], labels[v].get(key)) for v in sides}
+                told = {
+                    v: story.told(sides[v][key], labels[v].get(key), run.cfg.scored_by, run.cfg.fold) for v in sides
+                }
                 pair = {"id": key, "question": sample_before["question"], "golds": sample_before["answers"]}
                 kinds[kind].append(pair | {"kind": kind, "set": name, "sides": told})
         return [pair for of in kinds.values() for pair in of][:n]

@@ -5,9 +5,10 @@ completes many prompts over all ranks and leaves a sample file. A completion is 
 run that is killed draws only the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import em
 import lora
 import sample
 from common import hub
-from common.files import Journal, read_jsonl, write_jsonl
+from common.errors import NumericsError
+from common.files import Journal, atomic_write, read_jsonl, write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.template import ChatTemplate, fill, load_prompt
-from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets
+from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets, usable_ids
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Client, parse_endpoint
@@ -31,6 +33,7 @@ from pipeline.config import RET, RunConfig
 
 Question = dict[str, Any]
 Job = tuple[Question, str, int]  # a question, thinking "on" or "off", the number of the draw
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Generate = Callable[..., None]  # (prompts, seeds, max_new, how: sample.Sampling, finished(index, completion))
 
 
@@ -46,10 +49,18 @@ class Run:
         self.template.check(self.tokenizer)
         self.user_turn = load_prompt(cfg.prompt)
         self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
+        if cfg.backend == "local" and ranks.device.type == "cuda":
+            self._check_memory(torch.cuda.get_device_properties(ranks.device).total_memory)
         self.key = ""  # of the stage under way: what it depends on (pipeline/reuse.py)
         self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
+
+    def beside(self, source: hub.Source) -> "Run":
+        """The same run with another base model, to ask it something; it shares the stage under way and its journals."""
+        other = Run(self.cfg, source, self.ranks)
+        other.methods, other.key, other.journals = [], self.key, self.journals
+        return other
 
     # ---------- files
 
@@ -82,8 +93,7 @@ class Run:
 
     def base_model(self, device: torch.device | None = None) -> Qwen3:
         """The base model, freshly loaded on `device` (None: this rank's), frozen."""
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.cfg.dtype]
-        return load_model(self.source.folder, dtype, device or self.ranks.device).requires_grad_(False)
+        return load_model(self.source.folder, DTYPES[self.cfg.dtype], device or self.ranks.device).requires_grad_(False)
 
     def adapter_of(self, variant: str) -> str:
         """The method whose adapter a variant uses, "" for the base model."""
@@ -104,7 +114,14 @@ class Run:
         """Who draws, as every sample row says it: this program with its dtype and device, or a server's model."""
         if self.cfg.backend == "openai":
             return f"openai {self.cfg.served_model or self.source.name}"
-        return f"local {self.cfg.dtype} {self.ranks.device.type}"
+        small = " small batches" if self.cfg.small_batches and self.ranks.device.type == "cpu" else ""
+        return f"local {self.cfg.dtype} {self.ranks.device.type}{small}"
+
+    def _check_memory(self, total: int) -> None:
+        """Raise InputError if a GPU of `total` bytes cannot hold the model and its longest completion."""
+        longest = max(self.cfg.draw_max_new, self.cfg.max_new)
+        config = ModelConfig.from_json(self.source.folder / "config.json")
+        sample.check_memory(config, DTYPES[self.cfg.dtype], longest, total, "--max-new or --draw-max-new")
 
     def sampler(self, variant: str) -> Generate:
         """What completes prompts as `variant` does, by this program or by the server of --base-url.
@@ -125,7 +142,8 @@ class Run:
                 lora.merge(model)
 
         def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
-            common = {"stop_ids": self.stop_ids, "batch_size": cfg.sample_batch, "finished": finished}
+            common = {"stop_ids": self.stop_ids, "batch_size": cfg.sample_batch, "small_batches": cfg.small_batches}
+            common |= {"vocab": usable_ids(self.tokenizer), "finished": finished}
             sample.generate(model, prompts, seeds, max_new=max_new, **dataclasses.asdict(how), **common)
 
         return generate
@@ -185,35 +203,55 @@ class Run:
         if lent:
             ranks.log(f"{what}: {len(lent)} of {len(mine)} lent by {self.lent}")
         left = [i for i in range(len(mine)) if i not in done]
-        progress = Progress(ranks, None, what, "tokens")
+        progress = Progress(ranks, len(left), what, "completions", parts="tokens")
 
         def finished(index: int, c: sample.Completion) -> None:
             done[left[index]] = c
             journal.add({"row": left[index], "ids": c.ids, "finish": c.finish})
-            progress(len(c.ids))
+            progress(1, len(c.ids))
 
-        generate([prompt_ids[i] for i in left], [seeds[i] for i in left], max_new, how, finished)
+        try:
+            generate([prompt_ids[i] for i in left], [seeds[i] for i in left], max_new, how, finished)
+        except NumericsError as error:
+            (question, mode, k), method = mine[left[error.row]], self._sampler[0] if self._sampler else ""
+            who = f"{self.source.name}{f' with the adapter {self.adapter(method)}' if method else ''}"
+            where = f"question {question['id']}, thinking {mode}, draw {k}"
+            raise NumericsError(
+                f"{what}: the logits of {who} are not finite at {where}; look for NaN in its weights", error.row
+            ) from None
         speed = progress.close()
         journal.close()
-        rows = []
-        for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
-            c = done[i]
-            text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
-            row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
-            row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
-            by = lent.get(i, {"model": self.source.name, "engine": self.engine})
-            rows.append(row | {"model": by["model"], "engine": by["engine"]})
-        write_shares(ranks, path, rows, len(jobs))
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
+                c = done[i]
+                text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+                row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
+                row |= {"dataset": q["dataset"]} if "dataset" in q else {}
+                row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
+                by = lent.get(i, {"model": self.source.name, "engine": self.engine})
+                yield row | {"model": by["model"], "engine": by["engine"]}
+
+        write_shares(ranks, path, rows(), len(jobs))
         return speed
 
 
-def write_shares(ranks: Ranks, path: Path, rows: list[dict[str, Any]], total: int) -> None:
-    """Every rank's rows as one file in the jobs' order; rank r has rows r, r + world, r + 2 * world, ..."""
+def write_shares(ranks: Ranks, path: Path, rows: Iterable[dict[str, Any]], total: int) -> None:
+    """Every rank's rows as one file in the jobs' order; rank r has rows r, r + world, r + 2 * world, ...
+
+    Lines go from file to file: half a million samples are more than one process should hold.
+    """
     share = path.with_suffix(f".share{ranks.rank}.jsonl")
     write_jsonl(share, rows)
     ranks.wait()
     if ranks.rank == 0:
-        shares = [read_jsonl(path.with_suffix(f".share{r}.jsonl")) for r in range(ranks.world)]
-        write_jsonl(path, (shares[i % ranks.world][i // ranks.world] for i in range(total)))
+        with contextlib.ExitStack() as stack:
+            shares = [
+                stack.enter_context(open(path.with_suffix(f".share{r}.jsonl"), encoding="utf-8", newline="\n"))
+                for r in range(ranks.world)
+            ]
+            with atomic_write(path) as f:
+                for i in range(total):
+                    f.write(shares[i % ranks.world].readline())
     ranks.wait()
     share.unlink()

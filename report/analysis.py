@@ -8,11 +8,13 @@ that the tables and figures (charts.py, report.py) show as they are.
   label_outcomes     Acc of the traces with and without each label, and of the commonest moves
   change             P after alignment minus P before, the ten largest each way (Fig. 4)
   matrix_intervals   bootstrap intervals of every P_ij and w_ij
+  weight_bound       how far a weight can be from the true one, given how far the matrices are (Eq. 14 and 15)
   weight_audit       what the weights do to the training rows: clips, means, share of thought and answer
 
 Left out: anything that needs a model, a judge or a server.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -134,10 +136,11 @@ def _interval(gains: Mapping[tuple[str, int], float], n_boot: int) -> tuple[floa
 # ---------- labels of evaluated samples
 
 
-def to_label(samples: Iterable[Mapping[str, Any]], most: int = 0) -> list[dict[str, Any]]:
+def to_label(samples: Iterable[Mapping[str, Any]], most: int = 0, seed: int = 0) -> list[dict[str, Any]]:
     """Rows for an annotator: {id, question, answers, completion, spans} of draw 0 of every finished thought.
 
-    most: the first so many only; 0 for all. The paper labels 977 questions of NQ-Open.
+    most: so many of them only, a sample of the questions that is the same for every variant where their thoughts are
+    finished; 0 for all. The paper labels 977 questions of NQ-Open.
     """
     rows = []
     for sample in samples:
@@ -146,7 +149,10 @@ def to_label(samples: Iterable[Mapping[str, Any]], most: int = 0) -> list[dict[s
             spans = [list(span) for span in data.split_segments(sample["text"], *parsed.span)]
             row = {name: sample[name] for name in ("id", "question", "answers")}
             rows.append(row | {"completion": sample["text"], "spans": spans})
-    return rows[:most] if most else rows
+    if not most:
+        return rows
+    lot = sorted(zlib.crc32(f"{seed}/{row['id']}".encode()) for row in rows)[:most]
+    return [row for row in rows if zlib.crc32(f"{seed}/{row['id']}".encode()) <= lot[-1]][:most]
 
 
 def labels_of(rows: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> dict[str, Labels]:
@@ -264,7 +270,8 @@ def matrix_intervals(
 
     positive, negative: labels of every chosen and rejected training trace. Traces are drawn with replacement inside
     their class and all three matrices fitted anew; w_ij is the clipped ratio of Eq. 10 for single labels, 1 where the
-    move is forbidden. mean_width: mean of high - low over the allowed cells. It measures what Eq. 15 bounds.
+    move is forbidden. mean_width: mean of high - low over the allowed cells. It measures what Eq. 15 bounds. mean_l1:
+    how far a resample lies from the mean of all, mean over all cells (Eq. 13): E |delta| of Eq. 14 by chance alone.
     """
     allowed = em.mask(len(em.STATES)) > 0
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in ("P", "P_pos", "P_neg", "w_pos", "w_neg")}
@@ -280,8 +287,27 @@ def matrix_intervals(
     for name, matrices in drawn.items():
         low, high = np.quantile(np.array(matrices), [0.025, 0.975], axis=0)
         width = float((high - low)[allowed].mean())
-        out[name] = {"low": low.tolist(), "high": high.tolist(), "mean_width": width}
+        l1 = float(np.abs(np.array(matrices) - np.mean(matrices, axis=0)).mean())
+        out[name] = {"low": low.tolist(), "high": high.tolist(), "mean_width": width, "mean_l1": l1}
     return out
+
+
+def weight_bound(P: np.ndarray, C: np.ndarray, distance: float) -> dict[str, float]:
+    """How wrong a weight may be: |w - w*| <= distance / a * (M - 1), a the move's probability in P (Eq. 14 and 15).
+
+    P, C (17, 17): the global matrix and its soft counts. distance: E |delta|, mean over the cells of how far the matrix
+    lies from the true one. Moves count as often as they were seen: {distance, mean, median, p90, below .1: share of the
+    moves whose bound is under .1, vacuous: share whose bound is wider than the clip's M - m and so says nothing}.
+    """
+    seen = C > 0
+    bound, count = distance / P[seen] * (em.CLIP[1] - 1), C[seen]  # Eq. 15
+    order = np.argsort(bound)
+    bound, share = bound[order], count[order] / count.sum()
+    reached = share.cumsum()
+    out = {"distance": distance, "mean": float(bound @ share)}
+    out |= {name: float(bound[np.searchsorted(reached, q - 1e-12)]) for name, q in (("median", 0.5), ("p90", 0.9))}
+    out["below .1"] = float(share[bound < 0.1].sum())
+    return out | {"vacuous": float(share[bound >= em.CLIP[1] - em.CLIP[0]].sum())}
 
 
 # ---------- weights of the training rows

@@ -47,7 +47,7 @@ def write_card(
 ) -> None:
     """README.md of an adapter folder.
 
-    rows: {"sha256", "chosen", "rejected", "datasets": {name: questions}}. metrics: of the last step, as in
+    rows: {"sha256", "chosen", "rejected", "datasets": {name: rows}}. metrics: of the last step, as in
     metrics.jsonl. scores: set -> Markdown table, {} before the evaluation.
     """
     front = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "kto", "mr-align", method]}
@@ -88,7 +88,7 @@ def _origin(base: Source, rows: dict[str, Any]) -> list[str]:
     lines += [f"- rows: {rows['chosen']} chosen, {rows['rejected']} rejected; SHA-256 of the file `{rows['sha256']}`"]
     for dataset, count in sorted(rows["datasets"].items()):
         licence = LICENCES.get(dataset, "not known here: see where the questions came from")
-        lines.append(f"- questions: {dataset}, {count}; licence: {licence}")
+        lines.append(f"- rows by data set: {dataset}, {count}; licence: {licence}")
     return [*lines, "- the licence of the base model holds for the adapter and for what it is merged into", ""]
 
 

@@ -62,10 +62,13 @@ def step_records(
     return records
 
 
-def told(sample: Mapping[str, Any], labels: Sequence[Sequence[str]] | None) -> dict[str, Any]:
+def told(
+    sample: Mapping[str, Any], labels: Sequence[Sequence[str]] | None, matcher: str = "equal", fold: bool = False
+) -> dict[str, Any]:
     """One completion for the page: {"segments": [{text, labels}], "answer", "verdict", "good"}.
 
     sample: a sample record. labels: of every step where each segment is one, None where it was not labelled.
+    matcher, fold: when the answer is right (`eval.score`).
     """
     parsed = data.parse_sample(sample)
     spans = data.split_segments(sample["text"], *parsed.span) if parsed.span else []
@@ -74,13 +77,14 @@ def told(sample: Mapping[str, Any], labels: Sequence[Sequence[str]] | None) -> d
         {"text": sample["text"][a:b].strip(), "labels": list(labels[k]) if fits else []}
         for k, (a, b) in enumerate(spans)
     ]
-    scored = evaluation.score(sample)
+    scored = evaluation.score(sample, fold=fold)
+    right = scored[f"em_a_{matcher}"]
     found = "in the thought" if scored["em_t"] else "not in the thought"
     if scored["truncated"]:
         verdict = "cut short"
     else:
-        verdict = f"{'right' if scored['em_a_equal'] else 'wrong'}, gold {found}"
-    good = scored["em_t"] and scored["em_a_equal"]
+        verdict = f"{'right' if right else 'wrong'}, gold {found}"
+    good = scored["em_t"] and right
     return {"segments": segments, "answer": parsed.answer, "verdict": verdict, "good": good}
 
 

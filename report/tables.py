@@ -10,9 +10,13 @@ anything that is computed (eval.py, analysis.py, judge.py, veriscore.py) or draw
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+import em
 import kto
 from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
 from common.endings import program
@@ -20,6 +24,7 @@ from common.errors import InputError
 from common.files import read_json
 from common.table import markdown
 from eval import FORMS
+from report import analysis
 from report.charts import outcome_rows, percent, strata_rows
 from report.figures import number
 
@@ -116,6 +121,58 @@ def candidate_rows(tally: Mapping[str, Mapping[str, int]]) -> list[dict[str, str
 def notes_on(tally: Mapping[str, Mapping[str, int]]) -> list[str]:
     """What a reader of `candidate_rows` must know of its data sets."""
     return [f"{SOURCES[n].heading}, {SOURCES[n].note}" for n in map(name_of, tally) if n in SOURCES and SOURCES[n].note]
+
+
+LABELS_OF_PAPER = {  # Table 7: labels of the 6,973 training rows
+    "framing": 10629,
+    "backtracking": 5023,
+    "self_verification": 13186,
+    "evaluation": 6433,
+    "decomposition": 1639,
+    "chaining": 1824,
+    "retrieval": 20633,
+    "causal_reasoning": 1702,
+    "analogy": 169,
+    "synthesis": 4930,
+    "comparison": 4646,
+    "categorization": 1471,
+    "case_analysis": 1726,
+    "explanation": 3075,
+    "summarization": 6163,
+}
+DISTANCE_OF_PAPER = 0.01  # E |delta| of Appendix B.5
+
+
+def label_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Table 7: how often each label stands in the training rows, by macro strategy, ours and the paper's share."""
+    counts = Counter(label for row in rows for step in row["labels"] for label in step)
+    ours, theirs = max(1, counts.total()), sum(LABELS_OF_PAPER.values())
+
+    def line(macro: str, name: str, labels: Sequence[str]) -> dict[str, str]:
+        n, paper = sum(counts[label] for label in labels), [LABELS_OF_PAPER.get(label) for label in labels]
+        row = {"macro strategy": macro, "label": name, "count": f"{n:,}", "share": f"{percent(n / ours)} %"}
+        known = None not in paper
+        row["paper's count"] = f"{sum(paper):,}" if known else "–"
+        return row | {"paper's share": f"{percent(sum(paper) / theirs)} %" if known else "–"}
+
+    out = []
+    for macro, labels in em.TAXONOMY.items():
+        out += [line(macro, label.replace("_", " "), [label]) for label in labels]
+        out.append(line(macro, "all of it", list(labels)))
+    return [*out, line("all", "", em.LABELS)]
+
+
+def bound_rows(transitions: Mapping[str, Any], distances: Mapping[str, float]) -> list[dict[str, str]]:
+    """The bound of Eq. 15 on the error of a weight, a row for each distance between matrices (name -> E |delta|)."""
+    P, C = np.array(transitions["P"]), np.array(transitions["C"])
+    rows = []
+    for name, distance in (distances | {"the paper's .01": DISTANCE_OF_PAPER}).items():
+        of = analysis.weight_bound(P, C, distance)
+        row = {"distance of the matrix from the true one": name, "E |delta|": f"{distance:.4f}"}
+        row |= {f"bound, {k}": f"{of[k]:.3f}" for k in ("mean", "median", "p90")}
+        row |= {"moves with a bound under .1": f"{percent(of['below .1'])} %"}
+        rows.append(row | {"moves it says nothing of": f"{percent(of['vacuous'])} %"})
+    return rows
 
 
 # ---------- the page of a run

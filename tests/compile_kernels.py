@@ -21,14 +21,17 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from kernels import add_rmsnorm, qk_norm_rope, swiglu  # noqa: E402
 from kernels import segment_logprob as op  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 V = 151936  # Qwen3
+HEADS = dict(HALF=64, WIDTH=64, HEADS=qk_norm_rope.HEADS, NORM=True)
+ROW = dict(BLOCK=4096)
 CASES = [
-    (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
+    (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
     *[
-        (op._direction_kernel, f"*fp32 *i64 *fp32 *fp32 *{G} i32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE)
+        (op._direction_kernel, f"*fp32 *i64 *fp32 *fp32 *fp32 *{G} i32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE)
         for G in ("bf16", "fp32")
     ],
     (op._segment_sum_kernel, "*fp32 *fp32 *i64 *fp32 *fp32", dict(BLOCK=op.SUM_BLOCK), op.NARROW),
@@ -36,6 +39,13 @@ CASES = [
         (op._row_scale_kernel, f"*{R} *fp32 *i64 *fp32 *fp32 *{R} i32", dict(BLOCK=op.SCALE_BLOCK), op.NARROW)
         for R in ("bf16", "fp32")
     ],
+    # "any" marks a number that need not be a multiple of 16.
+    (swiglu._forward_kernel, "*bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
+    (swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
+    (qk_norm_rope._forward_kernel, "*bf16 " * 8 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
+    (qk_norm_rope._backward_kernel, "*bf16 " * 9 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
+    (add_rmsnorm._forward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 any:fp32", ROW, op.WIDE),
+    (add_rmsnorm._backward_kernel, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32", ROW, op.WIDE),
 ]
 
 
@@ -46,12 +56,13 @@ def tool(name: str, *arguments: str) -> str:
 def compile_one(kernel, types: str, constants: dict[str, int], options: dict, capability: int) -> dict:
     """Compile as the launcher would for 16-byte aligned tensors whose rows are multiples of 16 elements."""
     names = kernel.arg_names
-    signature = dict(zip(names, types.split() + ["constexpr"] * len(constants), strict=True))
+    kinds = types.split()
+    signature = dict(zip(names, [t.removeprefix("any:") for t in kinds] + ["constexpr"] * len(constants), strict=True))
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if not kind.startswith("any:")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +72,7 @@ def compile_one(kernel, types: str, constants: dict[str, int], options: dict, ca
         sass = tool("nvdisasm", "-c", str(cubin))
     loads = [int(width or 32) for width in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128|256))?(?:\.\w+)* ", sass)]
     return {
-        "kernel": kernel.__name__,
+        "kernel": f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}",
         "types": types,
         "target": f"sm_{capability}",
         "registers": int(usage["REG"]),

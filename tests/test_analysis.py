@@ -102,7 +102,39 @@ def test_rows_to_label_are_finished_first_draws():
     assert [row["completion"][a:b] for a, b in row["spans"]] == ["One.\n\n", "Two."]
     record = {"id": "a", "steps": [{"segments": [1], "labels": [R], "confidence": [9.0], "source": "x"}]}
     assert analysis.labels_of([row], [record]) == {"a": [(), (R,)]}
-    assert analysis.to_label([rows[0], rows[0] | {"id": "z"}], most=1) == [row]
+
+
+def test_a_sample_of_thoughts_is_the_same_questions_for_every_variant_and_another_with_another_seed():
+    everyone = [sample("One.", "Paris", name=f"q{k}") for k in range(400)]
+    unfinished = {f"q{k}" for k in range(0, 400, 10)}
+    fewer = [row for row in everyone if row["id"] not in unfinished]
+    one, two, other = (
+        [r["id"] for r in analysis.to_label(rows, 100, seed)]
+        for rows, seed in ((everyone, 0), (fewer, 0), (everyone, 1))
+    )
+    assert len(one) == len(two) == len(other) == 100 and one == sorted(one, key=lambda name: int(name[1:]))
+    assert {*one} - unfinished <= {*two} and {*one} != {*other}
+    assert 150 < np.mean([int(name[1:]) for name in one]) < 250  # from the whole file, not from its beginning
+
+
+def test_the_bound_of_a_weight_by_hand():
+    """Eq. 15 at E |delta| = .01 and M = e: .0172 / a; moves of .5, .1 and .004, seen 6, 3 and once."""
+    P, C = np.zeros((2, 17, 17))
+    for (i, j), p, n in (((1, 2), 0.5, 6), ((1, 3), 0.1, 3), ((2, 4), 0.004, 1)):
+        P[i, j], C[i, j] = p, n
+    P[5, 5] = 0.2  # never seen: not counted
+    got = analysis.weight_bound(P, C, 0.01)
+    low, mid, high = (0.01 * (np.e - 1) / a for a in (0.5, 0.1, 0.004))
+    assert got["mean"] == pytest.approx((6 * low + 3 * mid + high) / 10)
+    assert (got["median"], got["p90"]) == (pytest.approx(low), pytest.approx(mid))
+    assert got["below .1"] == 0.6 and got["vacuous"] == pytest.approx(0.1)  # 4.3 is wider than e - 1/e
+
+
+def test_the_distance_of_resampled_matrices_is_the_binomials():
+    """A move with probability p out of a state left n times: E |p' - p| = sqrt(2 p (1 - p) / (pi n)), in two cells."""
+    traces = [[(F,), (B,) if k % 4 == 0 else (R,), (E,)] for k in range(400)]
+    got = analysis.matrix_intervals(traces, traces[:1], n_boot=200)["P_pos"]["mean_l1"]
+    assert got == pytest.approx(2 * np.sqrt(2 * 0.25 * 0.75 / (np.pi * 400)) / 17**2, rel=0.2)
 
 
 def test_label_outcomes_by_hand():

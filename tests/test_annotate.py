@@ -326,3 +326,17 @@ def test_every_segment_is_in_exactly_one_step(layout, tail):
     assert [k for s in filled for k in s.segments] == list(range(n))
     assert [list(s.segments) for s in filled if s.labels] == [s["segments"] for s in steps]
     assert sum(1 for s in filled if not s.labels) == tail + sum(gap for gap, _ in layout)
+
+
+def test_labels_that_would_make_it_kto_are_refused():
+    def trace(labelled: int, bare: int) -> list[Step]:
+        steps = [Step((k,), ("framing",), (9.0,), "x") for k in range(labelled)]
+        return [*steps, *(Step((labelled + k,), (), (), "none") for k in range(bare))]
+
+    assert annotate.check_coverage([trace(5, 5)], [1.0] * 8 + [1.1, 0.9]) == {"labelled": 0.5, "weights of 1": 0.8}
+    with pytest.raises(InputError, match=r"40.0% of 10 segments carry a label and 0.0% of 1 weights.*plain KTO"):
+        annotate.check_coverage([trace(4, 6)], [1.2])
+    with pytest.raises(InputError, match=r"100.0% of 2 segments carry a label and 90.0% of 10 weights"):
+        annotate.check_coverage([trace(2, 0)], [1.0] * 9 + [1.1])
+    merged = [Step((0, 1, 2), ("framing",), (9.0,), "x"), Step((3,), (), (), "none")]  # three of four segments
+    assert annotate.check_coverage([merged], [1.5])["labelled"] == 0.75

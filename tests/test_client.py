@@ -278,3 +278,52 @@ def test_in_threads_passes_on_results_and_the_first_error():
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda x: 1 // x, [1, 0, 1], 2, stop))
     assert stop.is_set()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST.",
+        "a.localhost",
+        "127.1",
+        "127.0.0.1.",
+        "0x7f.1",
+        "0x7f000001",
+        "2130706433",
+        "0177.0.0.1",
+    ]
+    + ["0.0.0.0", "[::1]", "[::]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]"],
+)
+def test_this_machine_however_it_is_written(host):
+    assert parse_endpoint(f"m@http://{host}:8000/v1#KEY").key_env == "KEY"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost.example.org", "127.0.0.1.example.org", "128.1", "10.0.0.1", "0x80.1", "[::2]", "[::ffff:10.0.0.1]"]
+    + ["notlocalhost", "127.0.0.1\\@example.org", "[::1"],
+)
+def test_a_key_is_not_sent_unencrypted_to_another_machine(host):
+    with pytest.raises(InputError):
+        parse_endpoint(f"m@http://{host}:8000/v1#KEY")
+
+
+@pytest.mark.parametrize(
+    "echoed",
+    [
+        "sk-a/b+7",
+        "sk-a\\/b+7",
+        "\\u0073k-a\\u002Fb+7",
+        "sk-a\\\\u002fb+7",
+        "sk-a%2Fb%2b7",
+        "\\u0073\\u006b\\u002d\\u0061/b+7",
+    ],
+)
+def test_a_key_is_cut_out_however_it_is_escaped(echoed):
+    assert client._without("sk-a/b+7", f'{{"error": "key {echoed}!"}}') == '{"error": "key [key]!"}'
+
+
+def test_a_reply_of_backslashes_is_searched_in_linear_time():
+    text = "\\" * 200_000  # a search that starts over at each of them would take minutes
+    assert client._without("sk-a/b+7", text + "\n" + r"sk-a\/b+7") == text + "\n[key]"

@@ -190,3 +190,53 @@ def test_the_command_line_converts_and_names_what_is_missing(ours, chat, tmp_pat
     write_jsonl(other, rows)
     assert formats.main(["to-llamafactory", str(other), str(tmp_path), "--model", str(tmp_path / "model")]) == 3
     assert "row 1: prompt 'no template\\n' is not one user turn" in capsys.readouterr().err
+
+
+SAID, ANSWERED = [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}]
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        ({"tools": [{"name": "f"}]}, "'tools'"),
+        ({"images": ["a.png"]}, "'images'"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs'"),
+        ({"completion": [ANSWERED[0] | {"reasoning_content": "a thought"}]}, "'reasoning_content'"),
+        ({"completion": [ANSWERED[0] | {"thinking": "a thought"}]}, "'thinking'"),
+        ({"completion": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "'tool_calls'"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "empty prompt"),
+        ({"completion": "So."}, "both be texts or both be messages"),
+        ({"id": True}, "field 'id'"),
+    ],
+)
+def test_what_would_be_lost_is_refused(chat, tmp_path, row, message):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": SAID, "completion": ANSWERED, "label": True} | row])
+    with pytest.raises(InputError, match=message):
+        formats.from_trl(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chat)
+
+
+def test_repeated_ids_are_refused_and_null_ones_are_none(chat, tmp_path):
+    row = {"prompt": SAID, "completion": ANSWERED, "label": True}
+    write_jsonl(tmp_path / "a.jsonl", [row | {"id": None}, row])
+    formats.from_trl(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chat)
+    assert [r["id"] for r in read_jsonl(tmp_path / "b.jsonl")] == ["row1", "row2"]
+    write_jsonl(tmp_path / "a.jsonl", [row | {"id": 7}, row | {"id": "7"}])
+    with pytest.raises(InputError, match="row 2: id '7' is that of row 1 too"):
+        formats.from_trl(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chat)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [None, {"hf_hub_url": "o/n"}, {"columns": None}, {"columns": {"messages": None, "kto_tag": "label"}}]
+    + [{"tags": []}, {"tags": {"role_tag": 1}}, {"columns": {"kto_tag": "label", "images": "images"}}],
+)
+def test_odd_entries_of_dataset_info_end_in_one_line(chat, tmp_path, entry):
+    good = {"file_name": "d.json", "formatting": "sharegpt", "columns": {"messages": "m", "kto_tag": "label"}}
+    if entry and "hf_hub_url" in entry:
+        del good["file_name"]
+    if entry == {"tags": []}:
+        entry = {"tags": ["role"]}
+    write_json(tmp_path / "dataset_info.json", {"mralign": entry and good | entry})
+    write_json(tmp_path / "d.json", [])
+    with pytest.raises(InputError, match="dataset_info.json: mralign"):
+        formats.from_llamafactory(tmp_path, tmp_path / "t.jsonl", chat)

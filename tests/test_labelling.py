@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from fake_server import FakeServer, labeller
 
 import mralign
+from common.errors import InputError
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from common.ranks import Ranks
+from common.settings import cli
+from llm import labelling
+from pipeline import evaluation
 from pipeline.config import RunConfig
-from tools import discover, labelling
+from pipeline.run import Run
+from tools import discover
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "sk-canary-7f3a9b2c"
@@ -160,8 +167,8 @@ def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, 
     failed(run(*line), 3, "checksum")
     manifest["sha256"] = sha256_file(given / "annotations.jsonl")
     write_json(given / "annotations.manifest.json", manifest)
-    write_jsonl(theirs / "candidates.jsonl", candidates(11))
-    failed(run(*line), 3, "other candidates")
+    write_jsonl(theirs / "candidates.jsonl", [*candidates(11), candidates(12)[-1] | {"id": "new"}])
+    failed(run(*line), 3, "candidate 'new' is not in it")
 
 
 def test_a_wrong_key_ends_in_seconds(annotate, server, out):
@@ -176,6 +183,36 @@ def test_one_model_alone(annotate, server, out):
     assert done.returncode == 0 and "agreement" not in done.stdout, done.stderr
     steps = [s for r in read_jsonl(out / "annotations.jsonl") for s in r["steps"]]
     assert {s["source"] for s in steps} == {"single"} and len(server.requests) == 12
+
+
+def test_evaluated_thoughts_are_labelled_by_the_committee_and_paid_for_once(server, tmp_path, monkeypatch):
+    """Of NQ-Open alone, four a variant; every label is one that the servers gave; a second run asks nobody."""
+    monkeypatch.setenv("ANNOTATOR_KEY", f"{CANARY}-ANNOTATOR_KEY")
+    words = command(server, tmp_path, "--label-eval", 4, "--method", "kto")[2:]
+    words += ["--eval-sets", "nq=a.jsonl,sciq=b.jsonl"]
+    run = object.__new__(Run)
+    run.cfg, run.out, run.ranks = cli(RunConfig, words, "")[0], tmp_path, Ranks(0, 1, torch.device("cpu"))
+    run.methods, run.eval_sets = ["kto"], run.cfg.eval_paths
+    for variant in ("thinkon", "kto"):
+        rows = [
+            {"id": row["id"], "mode": "on", "draw": 0, "question": row["question"], "answers": row["answers"]}
+            | {"text": row["completion"], "finish": "stop", "prompt": "", "ids": []}
+            for row in candidates(10)
+        ]
+        write_jsonl(run.samples("nq", variant), rows)
+    told = evaluation.label_thoughts(run)
+    assert told["thoughts"] == 8 and told["new_calls"] >= 8  # both variants thought the same: asked once for both
+    asked = len(server.requests)
+    for variant in ("thinkon", "kto"):
+        records = read_jsonl(run.file("nq", variant, "labels"))
+        assert len(records) == 4 and all(r["id"].startswith("q") for r in records)
+        labels = evaluation.read_labels(run, "nq", variant)
+        assert labels.keys() == {r["id"] for r in records} and any(step for of in labels.values() for step in of)
+        sources = {step["source"] for r in records for step in r["steps"]}
+        assert sources <= {"agree", "merge", "judge", "rejected"}
+    assert not run.file("sciq", "thinkon", "labels").exists()
+    assert evaluation.label_thoughts(run)["new_calls"] == 0 and len(server.requests) == asked
+    no_keys("", "", tmp_path)
 
 
 def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, server, out):
@@ -197,13 +234,12 @@ def test_the_budget_is_kept_and_the_run_goes_on_with_a_larger_one(annotate, serv
         (["--annotator-a", "gpt-4o@http://10.0.0.1/v1#K"], ["unencrypted"]),
         (["--adjudicator", ""], ["--adjudicator is not set"]),
         (["--annotator-a", ""], ["--annotator-a MODEL"]),
-        (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "cues, committee"]),
+        (["--annotator", "gpt-4o"], ["--annotator is 'gpt-4o'", "self, committee, cues"]),
         (["--annotator-a", "gpt-9@https://x.org/v1#ANNOTATOR_KEY", "--budget-usd", "1"], ["no price for gpt-9"]),
-        (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["UNSET_KEY is not set"]),
+        (["--annotator-a", "m@https://x.org/v1#UNSET_KEY", "annotate"], ["export UNSET_KEY, or do without"]),
         (["--annotate-concurrency", "0"], ["--annotate-concurrency is 0"]),
         (["--budget-usd", "-1"], ["--budget-usd is -1.0"]),
         (["--budget-usd", "nan"], ["--budget-usd is nan"]),
-        (["--out", "absent", "--dry-run"], ["candidates.jsonl", "no such file"]),
     ],
 )
 def test_bad_flags(annotate, server, flags, words):
@@ -304,3 +340,28 @@ def test_replies_that_another_run_paid_for_are_copied_once(tmp_path):
     own.write_text("lent, and more of its own")
     labelling.lend_replies(a, b)
     assert own.read_text() == "lent, and more of its own"
+
+
+def candidate(name: str, thought: str = "a\n\nb") -> dict:
+    return {"id": name, "question": f"{name}?", "answers": ["x"], "completion": thought, "spans": [[0, 3], [3, 4]]}
+
+
+def test_a_file_of_more_candidates_serves_some_of_them_and_a_changed_thought_is_refused(tmp_path):
+    """As the rows of one data set of two take over the labels of both."""
+    rows = [candidate(name) for name in ("nq1", "sciq1", "nq2")]
+    steps = [{"segments": [0], "labels": ["framing"], "confidence": [9.0], "source": "single"}]
+    records = [{"id": row["id"], "steps": steps} for row in rows]
+    labelling.write_annotations(rows, records, {"annotator": "committee"}, tmp_path)
+    cfg = labelling.LabelSettings(annotator=str(tmp_path / "annotations.jsonl"))
+    labelling.label([rows[0], rows[2]], cfg, tmp_path / "nq", 0, lambda n: None)
+    assert [r["id"] for r in read_jsonl(tmp_path / "nq" / "annotations.jsonl")] == ["nq1", "nq2"]
+    for row, words in ((candidate("nq1", "c\n\nb"), "made from another thought"), (candidate("new"), "not in it")):
+        with pytest.raises(InputError, match=f"candidate '{row['id']}' is {words}"):
+            labelling.label([row], cfg, tmp_path / "other", 0, lambda n: None)
+
+
+def test_nobody_labels_unless_told_who():
+    with pytest.raises(InputError, match="--annotator is not set.*self.*committee.*cues are for the miniature"):
+        labelling.check(labelling.LabelSettings())
+    with pytest.raises(InputError, match="--annotator-model is the second model of --annotator self"):
+        labelling.check(labelling.LabelSettings(annotator="cues", annotator_model="x"))

@@ -1,5 +1,6 @@
 """lora.py against peft: the same logits from the same files, in both directions, and exact switching."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -58,16 +59,110 @@ def fill(parameters: list[nn.Parameter]) -> None:
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_peft_computes_the_same_from_our_files(tmp_path: Path, dtype: torch.dtype) -> None:
-    """On one and the same base the logits are PEFT's bit for bit, also where fp32 adapters meet bf16 weights."""
-    m = peer(dtype)
+def test_peft_computes_the_same_from_our_files(tmp_path: Path) -> None:
+    """On one and the same base the logits are PEFT's bit for bit."""
+    m = peer()
     fill(lora.add(m, r=4, alpha=12, seed=1))
     lora.save(m, tmp_path, "some/base")
-    theirs = peft.PeftModel.from_pretrained(peer(dtype), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(peer(), tmp_path).eval()
     got, expected = logits(m), logits(theirs)
     assert torch.equal(got, expected)
-    assert (expected - logits(peer(dtype))).abs().max() > 0.1  # the adapter is no ornament
+    assert (expected - logits(peer())).abs().max() > 0.1  # the adapter is no ornament
+
+
+SHAPES = {  # tokens, in, out of each layer that reads the input
+    "q k v": (70, 48, (64, 32, 32)),
+    "gate up": (33, 48, (56, 56)),
+    "o": (20, 64, (48,)),
+    "few tokens": (3, 160, (96, 80)),
+    "long": (400, 96, (24,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_is_no_further_from_fp64_than_peft_under_autocast(shape: str, dtype: torch.dtype) -> None:
+    """Outputs and the gradients of x, A and B; the same rounded weights, input and output gradient for all three."""
+    N, inner, outs = SHAPES[shape]
+    generator = torch.Generator().manual_seed(5)
+    m = nn.Module()
+    names = [f"part{i}_proj" for i in range(len(outs))]
+    for name, out in zip(names, outs, strict=True):
+        m.add_module(name, nn.Linear(inner, out, dtype=dtype))
+        m.get_submodule(name).weight.data = torch.randn(out, inner, generator=generator).to(dtype) * inner**-0.5
+    theirs = peft.get_peft_model(copy.deepcopy(m), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    masters = lora.add(m, 4, 8, targets=tuple(names))
+    fill(masters)
+    exact = copy.deepcopy(m).double()
+    peers_masters = []
+    for name in names:
+        layer, of_peft = m.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        for side in "AB":
+            p = getattr(of_peft, f"lora_{side}")["default"].weight
+            p.data = getattr(layer, f"lora_{side}").detach().float().clone()
+            peers_masters.append(p)
+    x = torch.randn(N, inner, generator=generator).to(dtype)
+    g = torch.randn(N, sum(outs), generator=generator).to(dtype)
+
+    def answers(run, x, masters) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        y = run(x)
+        gradients = torch.autograd.grad(y, [x, *masters], g.to(y.dtype))
+        return [y.detach().double(), *(gradient.double() for gradient in gradients)]
+
+    def apart(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([model.get_submodule(name)(x) for name in names], 1)
+
+    def in_peft(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype):
+            return apart(theirs.base_model.model, x)
+
+    layers = [m.get_submodule(name) for name in names]
+    whole = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    exact_masters = [p for p in exact.parameters() if p.requires_grad]
+    expected = answers(lambda x: apart(exact, x), x.double(), exact_masters)
+    bound = answers(in_peft, x, peers_masters)
+    for got in (
+        answers(lambda x: lora.joint(x, layers, *whole), x, masters),
+        answers(lambda x: apart(m, x), x, masters),
+    ):
+        errors = [
+            (float((ours - true).norm() / true.norm()), float((peft_ - true).norm() / true.norm()))
+            for ours, peft_, true in zip(got, bound, expected, strict=True)
+        ]
+        assert all(ours <= 1.05 * peft_ for ours, peft_ in errors), errors
+    assert all(p.dtype == torch.float32 for p in masters)
+
+
+def test_input_is_kept_once_and_never_in_fp32() -> None:
+    """Three layers, one input: the backward pass holds x, the three A x and weights, all bf16."""
+    m = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        m.add_module(name, nn.Linear(48, 32, bias=False, dtype=torch.bfloat16))
+    lora.add(m, 4, 8, targets=("q_proj", "k_proj", "v_proj"))
+    layers = [m.q_proj, m.k_proj, m.v_proj]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora.joint(torch.randn(100, 48).bfloat16(), layers, torch.cat([layer.weight for layer in layers]), None)
+    of_tokens = [tuple(t.shape) for t in kept if t.shape and t.shape[0] == 100]
+    assert sorted(of_tokens) == [(100, 12), (100, 48)] and all(t.dtype == torch.bfloat16 for t in kept if len(t) == 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_new_adapters_and_switched_off_ones_are_the_base_bit_for_bit_when_stacked(dtype: torch.dtype) -> None:
+    """B = 0 adds exact zeros to the base product: the first log-ratio of training is exactly 0."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(96, n, dtype=dtype) for n in (64, 32, 32)]
+    whole = torch.cat([m.weight.detach() for m in layers]), torch.cat([m.bias.detach() for m in layers])
+    x = torch.randn(50, 96).to(dtype)
+    base = lora.joint(x, layers, *whole)
+    m = nn.ModuleDict({f"{i}_proj": layer for i, layer in enumerate(layers)})
+    parameters = lora.add(m, 4, 8, targets=tuple(m))
+    assert torch.equal(lora.joint(x, list(m.values()), *whole), base)
+    fill(parameters)
+    assert not torch.equal(lora.joint(x, list(m.values()), *whole), base)
+    with lora.disabled(m):
+        assert torch.equal(lora.joint(x, list(m.values()), *whole), base)
 
 
 @pytest.mark.parametrize("kind", peers.KINDS)

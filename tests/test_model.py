@@ -60,7 +60,7 @@ def test_logits_equal_transformers(tmp_path: Path, kind: str, tied: bool, shape:
     assert (m.logits(m(ids, cu_seqlens)) - expected).abs().max() <= 1e-5
 
     cache = qwen.KVCache(m.config, 6, 80, torch.float32, "cpu")
-    assert 6 * cache.bytes(m.config, 80, torch.float32, "cpu") == cache.k.nbytes + cache.v.nbytes
+    assert 6 * cache.bytes(m.config, 80, torch.float32, "cpu") == sum(layer.nbytes for layer in cache.k + cache.v)
     hidden = m(ids, cu_seqlens, cache, torch.tensor([2, 0, 1, 3]))
     assert (m.logits(hidden) - expected).abs().max() <= 1e-5
     rows = [rows[1], rows[2], rows[0], rows[3]]  # by slot
@@ -159,15 +159,38 @@ def test_prefill_leaves_other_slots_alone(folder: Path) -> None:
     a, b = tokens(7, 5)
     cache = qwen.KVCache(m.config, 3, 16, torch.float32, "cpu")
     m(*packed([a]), cache, torch.tensor([0]))
-    kept = cache.k[:, 0].clone()
+    kept = [layer[0].clone() for layer in cache.k]
     m(*packed([b]), cache, torch.tensor([2]))
-    assert torch.equal(cache.k[:, 0], kept) and cache.lens.tolist() == [7, 0, 5]
+    assert all(torch.equal(layer[0], before) for layer, before in zip(cache.k, kept, strict=True))
+    assert cache.lens.tolist() == [7, 0, 5]
     cache.copy([2], [1])
     out = decode(m, torch.tensor([9, 9, 9]), cache)
     assert torch.equal(out[1], out[2]) and cache.lens.tolist() == [8, 6, 6]
     cache.clear([1])
     with pytest.raises(AssertionError, match="must be empty"):
         m(*packed([a]), cache, torch.tensor([0]))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_shape_goes_on_as_before(folder: Path) -> None:
+    """Longer, with more slots, shorter again with fewer: every step as from the full forward pass, the same bits."""
+    m = qwen.load(folder)
+    rows = tokens(60, 7, 33)
+    cache, still = (qwen.KVCache(m.config, 3, size, torch.float32, "cpu") for size in (64, 256))
+    for each in (cache, still):
+        m(*packed(rows), each, torch.arange(3))
+    for step, shape in enumerate([(3, 64), (3, 256), (5, 128), (3, 65), (4, 65)]):
+        cache.reshape(*shape, kept=3)
+        assert (cache.slots, cache.length) == (shape[0], -(-shape[1] // cache.block) * cache.block)
+        assert cache.lens.tolist() == [60 + step, 7 + step, 33 + step] + [0] * (shape[0] - 3)
+        (new,) = tokens(3, seed=step)
+        rows = [torch.cat((row, token[None])) for row, token in zip(rows, new, strict=True)]
+        hidden = decode(m, new, cache)
+        assert torch.equal(hidden, decode(m, new, still))
+        alone = torch.stack([m(*packed([row]))[-1] for row in rows])
+        assert (hidden - alone).abs().max() <= 1e-5
+    with pytest.raises(AssertionError):
+        cache.reshape(3, 64, kept=3)  # the longest row has more
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +214,30 @@ def test_stacked_weights_are_the_parameters(tmp_path: Path, kind: str) -> None:
         assert torch.equal(tensor, before[name]) and (tensor.grad is None) == (name == "lm_head.weight")
     qwen.save(m, tmp_path / "again")
     assert torch.equal(qwen.load(tmp_path / "again")(ids, cu_seqlens), expected)
+
+
+def test_bf16_policy_is_its_reference_bit_for_bit_before_training_and_the_same_stacked(tmp_path: Path) -> None:
+    """B = 0: adapters on and off give the same bits. Trained: gradients as from separate products."""
+    peer("qwen3").save_pretrained(tmp_path)
+    ids, cu_seqlens = packed(tokens(40, 17))
+    m = qwen.load(tmp_path, torch.bfloat16)
+    parameters = lora.add(m, r=4, alpha=8.0)
+    m.stack()
+    assert all(layer.self_attn.stacked and layer.mlp.stacked for layer in m.model.layers)
+    with lora.disabled(m):
+        reference = m(ids, cu_seqlens)
+    assert torch.equal(m(ids, cu_seqlens), reference)
+    generator = torch.Generator().manual_seed(2)
+    for p in parameters:
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    gradients = []
+    for stacked in (True, False):
+        if not stacked:
+            for layer in m.model.layers:
+                layer.self_attn.stacked = layer.mlp.stacked = None
+        gradients.append(torch.autograd.grad(m(ids, cu_seqlens).float().square().sum(), parameters))
+    for one, other in zip(*gradients, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() <= 0.03 * other.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

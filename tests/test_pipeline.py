@@ -22,7 +22,9 @@ import em
 import mralign
 from common.errors import InputError
 from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.settings import cli
 from common.tokens import load_stop_ids, load_tokenizer
+from pipeline.config import RunConfig, check
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]
@@ -324,6 +326,53 @@ def test_bad_flags(extra, words):
     refused(command_line(*extra), *words)
 
 
+def test_training_needs_train_jsonl_alone(run, tmp_path):
+    """Rows and a model: no questions, no evaluation sets. The card counts the rows of each data set."""
+    out = tmp_path / "rows alone"
+    out.mkdir()
+    shutil.copy(run / "train.jsonl", out)
+    nothing = ["--questions", "", "--eval-sets", "", "--out", out, "--method", "sft", "--epochs", 1]
+    done = command_line(*nothing, "train")
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(run / "train.jsonl")
+    card = (out / "sft" / "README.md").read_text()
+    assert f"rows by data set: mini, {len(rows)}; licence" in card
+    refused(command_line(*nothing, "sample"), "--questions is not set")
+    refused(command_line(*nothing, "scores"), "--questions is not set")
+    refused(command_line(*nothing, "eval"), "--eval-sets is not set")
+
+
+PAID = ["--annotator", "committee", "--annotator-a", "gpt-4o@https://a.example/v1#KEY_OF_A"]
+PAID += ["--annotator-b", "b@https://b.example/v1#KEY_OF_B", "--adjudicator", "c@https://a.example/v1#KEY_OF_A"]
+PAID += ["--judge", "gpt-4o@https://a.example/v1#KEY_OF_J", "--search", "serper#KEY_OF_S", "--also", "refine,kto+ret"]
+
+
+def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(run, monkeypatch, tmp_path):
+    for name in "ABJS":
+        monkeypatch.delenv(f"KEY_OF_{name}", raising=False)
+    out = ["--out", tmp_path / "new", "--method", "kto"]
+    local = "--annotator-a MODEL@http://127.0.0.1:8000/v1 --annotator-b '' --adjudicator ''"
+    line = f"export KEY_OF_A KEY_OF_B KEY_OF_J KEY_OF_S, or do without: {local} --judge '' --search '' --also 'refine'"
+    refused(command_line(*out, *PAID), line)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("KEY_OF_A", "canary")
+    monkeypatch.setenv("KEY_OF_B", "canary")
+    refused(command_line(*out, *PAID), "export KEY_OF_J KEY_OF_S, or do without: --judge '' --search '' --also")
+    refused(command_line(*out, *PAID, "search"), "export KEY_OF_S, or do without: --search ''")
+    monkeypatch.delenv("KEY_OF_A")
+    refused(command_line(*out, *PAID, "annotate"), "export KEY_OF_A, or do without: --annotator-a MODEL@")
+    check(settings(*PAID, "--method", "kto"), ["sample", "candidates", "train"])  # none of them asks a server
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    (cached / "search.jsonl").touch()  # what was searched before may be all there is to search
+    check(settings("--out", cached, *PAID, "--method", "kto"), ["search"])
+
+
+def settings(*flags: object) -> RunConfig:
+    """What the command line makes of configs/mini.json and flags."""
+    return cli(RunConfig, ["--config", str(ROOT / "configs/mini.json"), *map(str, flags)], "")[0]
+
+
 def test_bad_files_are_named_with_their_line(run, slices, tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"id": "a", "question": "q?", "answers": ["x"]}\n{"id": "b", "quest')
@@ -341,7 +390,7 @@ def test_bad_files_are_named_with_their_line(run, slices, tmp_path):
     text = (copy / "annotations.jsonl").read_text()
     (copy / "annotations.jsonl").write_text(text.replace('"retrieval"', '"retreival"', 1))
     refused(command_line("--out", copy, "fit"), "annotations.jsonl", "retreival", "retrieval")
-    refused(command_line("--out", copy, "--min-segments", 14, "candidates"), "candidates", "no ", "limits")
+    refused(command_line("--out", copy, "--min-segments", 14, "candidates"), "no chosen row", "fewer than 14 segments")
 
 
 def test_a_checkpoint_with_a_tensor_missing_is_refused(slices, tmp_path):

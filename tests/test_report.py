@@ -446,6 +446,9 @@ def test_told_is_what_was_written_and_how_it_scored() -> None:
     assert [s["labels"] for s in told(text, [(F,)])["segments"]] == [[], []]  # labels of another segmentation
     got = told("<think>Is it Paris?</think><answer>Rome</answer>")
     assert (got["verdict"], got["good"]) == ("wrong, gold in the thought", False)
+    sentence = {"id": "q", "mode": "on", "draw": 0, "question": "?", "answers": ["Zo\u00eb"], "finish": "stop"}
+    sentence |= {"ids": [], "prompt": "", "text": "<think>Zoe?</think><answer>She is Zoe.</answer>"}
+    assert not story.told(sentence, None)["good"] and story.told(sentence, None, "words", fold=True)["good"]
     got = told("<think>Is it Paris?", finish="length")
     assert (got["verdict"], got["answer"], got["good"]) == ("cut short", "", False)
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from scipy.stats import chisquare
 
 import model as qwen
 import sample
-from common.errors import InputError
+from common import hub
+from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
+from common.ranks import Progress, Ranks
+from pipeline.config import RunConfig
+from pipeline.run import Run
 from sample import Completion, Sampling, generate, pick, uniform
 
 VOCAB = 300  # above SHORTLIST, so that the shortcut can fail to settle a row
@@ -252,17 +257,18 @@ def test_rows_of_like_length_stay_together(tiny: qwen.Qwen3) -> None:
     group = qwen.GROUP["cpu"]
     n = 3 * group - 5
     batch = sample._Batch(tiny, [[1] * 9] * n, [0] * n, [400] * n, set(), n)
+    batch._reshape(batch.most)
     for round_ in range(4):
         lens = torch.tensor(rng.sample(range(10, 300), n))
         batch.active = n
         batch.row[:n], batch.cache.lens[:n] = torch.arange(n), lens
-        batch.cache.k[0, :n, 0, 0, 0] = lens.float()
+        batch.cache.k[0][:n, 0, 0, 0] = lens.float()
         alive = torch.tensor(sorted(rng.sample(range(n), n - 7 * round_)))
         batch._arrange(alive)
         left = len(alive)
         assert sorted(batch.row[:left].tolist()) == alive.tolist()
         assert batch.cache.lens[:left].tolist() == lens[batch.row[:left]].tolist()
-        assert batch.cache.k[0, :left, 0, 0, 0].tolist() == lens[batch.row[:left]].tolist()
+        assert batch.cache.k[0][:left, 0, 0, 0].tolist() == lens[batch.row[:left]].tolist()
         assert batch.cache.lens[left:n].sum() == 0
         groups = [part.sort(descending=True).values for part in batch.cache.lens[:left].split(group)]
         assert torch.equal(torch.cat(groups), lens[alive].sort(descending=True).values)
@@ -354,3 +360,191 @@ def test_refused_input(tiny: qwen.Qwen3, prompt: list[int], settings: dict[str, 
 def test_the_whole_context_can_be_used(tiny: qwen.Qwen3) -> None:
     out = generate(tiny, [[1] * 500], [0], max_new=12, stop_ids=set())
     assert len(out[0].ids) == 12
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_shape_takes_what_fits() -> None:
+    """Against every (slots, blocks) there is: room for all rows with twice the blocks, else the most slots that fit."""
+    for room in range(1, 60):
+        for rows in (1, 3, 7):
+            for most in (1, 2, 5, 9):
+                for blocks in range(1, most + 1):
+                    if blocks > room:
+                        continue
+                    slots, length = sample.shape(room, 1, rows, blocks, most)
+                    assert slots * length <= room and blocks <= length <= most and 1 <= slots <= rows
+                    if rows * min(2 * blocks, most) <= room:
+                        assert (slots, length) == (rows, min(2 * blocks, most))
+                    else:
+                        assert length == blocks and slots == max(n for n in range(1, rows + 1) if n * blocks <= room)
+
+
+def test_admitted_takes_the_longest_prefix_that_fits() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        active = [rng.randint(1, 4) for _ in range(rng.randint(0, 4))]
+        waiting = [rng.randint(1, 6) for _ in range(rng.randint(0, 6))]
+        room, most = rng.randint(sum(active) * 2 + 1, 40), len(active) + rng.randint(0, 6)
+        n, blocks = sample.admitted(room, 1, active, waiting, most)
+        fits = [0]
+        for k in range(1, len(waiting) + 1):
+            rows = active + waiting[:k]
+            if len(rows) <= most and len(rows) * max(rows) <= room:
+                fits.append(k)
+        assert n == fits[-1]
+        assert blocks == max([*active, *waiting[:n]], default=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}], ids=str)
+def test_little_memory_gives_the_same_text(
+    tiny: qwen.Qwen3, settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for 14 rows of one block, 2 of the longest: rows go back and come again, and the cache stays in its room."""
+    n, rng = 24, random.Random(4)
+    prompts, seeds, limits = make_prompts(n), list(range(n)), [rng.choice((9, 60, 130, 300)) for _ in range(n)]
+    common = dict(max_new=limits, stop_ids={5, 6}, batch_size=20, **settings)
+    expected = generate(tiny, prompts, seeds, **common)
+    block = qwen.KVCache.bytes(CONFIG, 1, torch.float32, "cpu")
+    batches: list[sample._Batch] = []
+    sizes, again = [], []
+    init, reshape, least = sample._Batch.__init__, sample._Batch._reshape, sample.least
+    monkeypatch.setattr(sample._Batch, "__init__", lambda self, *args: batches.append(self) or init(self, *args))
+    monkeypatch.setattr(sample, "least", lambda *args: again.append(least(*args)) or again[-1])
+
+    def watched(self: sample._Batch, blocks: int) -> None:
+        reshape(self, blocks)
+        sizes.append((self.rows, self.cache.length // self.block))
+
+    monkeypatch.setattr(sample._Batch, "_reshape", watched)
+    monkeypatch.setattr(sample, "CPU_ROOM", 14 * block + 1)
+    steps: list[int] = []
+    assert generate(tiny, prompts, seeds, progress=steps.append, **common) == expected
+    assert all(rows * blocks <= 14 for rows, blocks in sizes)
+    assert max(blocks for _, blocks in sizes) > 2 and min(rows for rows, _ in sizes) < 7
+    assert sum(map(len, again)) >= 3, "rows should have gone back to the waiting ones"
+    shrunk = [a for a, b in zip(sizes, sizes[1:], strict=False) if b[0] > a[0]]
+    assert shrunk, "when the long rows have ended, there is room for more rows again"
+    assert sum(steps) == sum(len(c.ids) for c in expected)  # no token is sampled twice
+    assert not batches[0].begun and not batches[0].waiting
+    monkeypatch.setattr(sample, "CPU_ROOM", 6 * block)  # one row of the longest at a time
+    some = common | {"max_new": [300, *limits[1:5]]}
+    alone = generate(tiny, prompts[:5], seeds[:5], **some)
+    assert alone[1:] == expected[1:5]
+
+
+def test_a_row_that_never_fits_is_refused_at_the_start(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 + 200 tokens are 4 blocks of 64."""
+    block = qwen.KVCache.bytes(CONFIG, 1, torch.float32, "cpu")
+    run = dict(max_new=200, stop_ids=set())
+    monkeypatch.setattr(sample, "CPU_ROOM", 4 * block)
+    assert len(generate(tiny, [[1] * 10], [0], **run)[0].ids) == 200
+    monkeypatch.setattr(sample, "CPU_ROOM", 4 * block - 1)
+    with pytest.raises(InputError, match=r"one row of 210 tokens needs .* lower --max-new or --draw-max-new"):
+        generate(tiny, [[1] * 10], [0], **run)
+
+
+def test_memory_of_qwen3_8b() -> None:
+    """8,190,735,360 parameters of 2 bytes; a token's keys and values: 36 layers, 2, 8 heads of 128, 2 bytes."""
+    config = ModelConfig.from_json(Path(__file__).parents[1] / "configs/shapes/Qwen3-8B.json")
+    cache = 16 * 8192 * 36 * 2 * 8 * 128 * 2
+    got = sample.memory(config, torch.bfloat16, 16, 8192)
+    assert got == pytest.approx(2 * 8_190_735_360 + cache / 0.8, abs=1)
+    one = sample.memory(config, torch.bfloat16, 1, 8192)
+    sample.check_memory(config, torch.bfloat16, 8192, 24 * 10**9, "--max-new")
+    with pytest.raises(InputError, match=r"16.7 GiB for the model and one row of 8,192 tokens.* lower --max-new"):
+        sample.check_memory(config, torch.bfloat16, 8192, one - 1, "--max-new")
+
+
+# -- fewer rows than the CPU's kernels want, ids without a token, numbers that are none --------------------------------
+
+
+def test_small_batches_compute_only_what_there_is(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of each step: 16 at least without it. The greedy text is still the model's, as the padded steps give it."""
+    seen: list[int] = []
+    decode = qwen.Qwen3.decode
+    monkeypatch.setattr(
+        qwen.Qwen3, "decode", lambda self, ids, *rest: seen.append(len(ids)) or decode(self, ids, *rest)
+    )
+    run = dict(max_new=[3, 5, 5], stop_ids=set(), temperature=0)
+    padded = generate(tiny, make_prompts(3), [0] * 3, **run)
+    assert seen == [16] * 5
+    seen.clear()
+    assert generate(tiny, make_prompts(3), [0] * 3, small_batches=True, **run) == padded
+    assert seen == [3, 3, 3, 2, 2]
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(tiny: qwen.Qwen3) -> None:
+    """A head with 40 more rows, each likelier than all others: the text of the model without them."""
+    wide = qwen.Qwen3(ModelConfig(VOCAB + 40, *list(vars(CONFIG).values())[1:])).eval()
+    state = tiny.state_dict()
+    table = state["model.embed_tokens.weight"]
+    extra = 3 * table[:40]
+    wide.load_state_dict(state | {"model.embed_tokens.weight": torch.cat((table, extra))})
+    prompts, seeds = make_prompts(20), list(range(20))
+    for how in ({"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
+        run = dict(max_new=25, stop_ids={7}, **how)
+        free = generate(wide, prompts, seeds, **run)
+        assert any(i >= VOCAB for c in free for i in c.ids)
+        narrow = generate(tiny, prompts, seeds, **run)
+        assert generate(wide, prompts, seeds, vocab=VOCAB, **run) == narrow
+        assert generate(tiny, prompts, seeds, vocab=VOCAB, **run) == narrow
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {}, {"temperature": 1.0, "top_k": 0}], ids=str)
+def test_logits_that_are_not_finite_end_the_sampling(tiny: qwen.Qwen3, how: dict[str, float]) -> None:
+    """NaN in the last norm: the first prompt. An infinite embedding of one token: the prompt that holds it."""
+    broken = qwen.Qwen3(CONFIG).eval()
+    broken.load_state_dict(tiny.state_dict() | {"model.norm.weight": tiny.model.norm.weight * torch.nan})
+    with pytest.raises(NumericsError, match="prompt 0: the logits are not finite") as caught:
+        generate(broken, [[1, 2], [3]], [0, 1], max_new=4, stop_ids=set(), **how)
+    assert caught.value.row == 0
+    state = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    untied = qwen.Qwen3(ModelConfig(*list(vars(CONFIG).values())[:9], False, 512, 1)).eval()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.embed_tokens.weight"][3, 0] = torch.inf
+    untied.load_state_dict(state)
+    with pytest.raises(NumericsError, match="prompt 1") as caught:
+        generate(untied, [[1, 2], [3], [4]], [0, 1, 2], max_new=1, stop_ids=set(), **how)
+    assert caught.value.row == 1
+
+
+def test_progress_says_what_is_done_and_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by hand: 2 of 8 completions in 30 s leave 90 s; 600 tokens in 30 s are 20 a second."""
+    now = [0.0]
+    monkeypatch.setattr("common.ranks.time.perf_counter", lambda: now[0])
+    progress = Progress(Ranks(0, 1, torch.device("cpu")), 8, "draws", "completions", parts="tokens")
+    progress(1, 400)
+    now[0] = 30.0
+    progress(1, 200)
+    expected = "draws: 2/8 completions, 600 tokens, 20 a second, 25% done, about 0:01:30 left\n"
+    assert capsys.readouterr().err == expected
+    assert progress.close() == 20
+
+
+def test_a_run_samples_its_tokenizers_ids_and_names_the_question_of_bad_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    folder = root / "mini" / "model"
+    settings = dict(model=str(folder), prompt=str(root / "prompts" / "factual.txt"), out=str(tmp_path), dtype="float32")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    run = Run(RunConfig(**settings, small_batches=True), hub.locate(str(folder), ""), ranks)
+    assert run.engine == "local float32 cpu small batches"
+    assert Run(RunConfig(**settings), run.source, ranks).engine == "local float32 cpu"
+    jobs = [({"id": name, "question": name, "answers": ["x"]}, "on", 0) for name in ("q1", "q2")]
+    given: dict[str, object] = {}
+    whole = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args, **more: given.update(more) or whole(*args, **more))
+    model = run.base_model()
+    model.model.norm.weight.data[0] = torch.nan
+    monkeypatch.setattr(run, "base_model", lambda: model)
+    with pytest.raises(NumericsError, match=f"draws: the logits of {re.escape(run.source.name)} are .* question q1"):
+        run.draw(run.sampler("thinkon"), jobs, tmp_path / "samples.jsonl", "draws", 5, Sampling())
+    vocabulary = run.tokenizer.get_vocab(with_added_tokens=True)
+    assert given["vocab"] == 1 + max(vocabulary.values()) and given["small_batches"] is True
+    with pytest.raises(InputError, match="lower --max-new or --draw-max-new"):
+        run._check_memory(1 << 20)

@@ -258,6 +258,31 @@ def test_mean_spread_difference_and_strata_by_hand(tmp_path, monkeypatch, capsys
     assert dots == sorted(100 * g for p in parts for g in p["draws"])
 
 
+def test_the_figures_obey_the_matcher_and_the_folded_form(tmp_path, monkeypatch, capsys):
+    """Answers in a sentence, gold with an accent the answers lack: nothing is equal, all are right in whole words."""
+    said = {"R": "It is Zoe gold.", "W": "It is lead."}
+    samples = {}
+    for name, of in {"a-seed0": ("thinkon", "mralign"), "b-c-seed0": ("thinkon", "kto")}.items():
+        samples[name] = {}
+        for setting, codes in zip(of, ("RR RW WW RR", "RR RR WW RR"), strict=True):
+            samples[name][setting] = [
+                row
+                | {"answers": ["Zo\u00eb"], "text": f"<think>\n{said[c[0]]}\n</think>\n\n<answer>{said[c[1]]}</answer>"}
+                for row, c in zip(rows(codes), codes.split(), strict=True)
+            ]
+    path = place(tmp_path, monkeypatch, samples, {}, [0])
+    assert sweep.main([str(path)]) == 0
+    assert read_json(tmp_path / "runs" / "sweep.json")["runs"]["a"]["sets"]["nq"]["acc"]["mean"] == 0.0
+    assert sweep.main([str(path), "--score-matcher", "words", "--fold"]) == 0
+    result = read_json(tmp_path / "runs" / "sweep.json")
+    assert result["matcher"] == "words, folded"
+    a = result["runs"]["a"]["sets"]["nq"]
+    assert (result["thinkon"]["nq"]["acc"]["mean"], a["acc"]["mean"]) == (0.5, 0.75)
+    assert {k: p["n"] for k, p in a["strata"].items()} == {"both correct": 2, "both wrong": 1, "inconsistent": 1}
+    assert a["strata"]["inconsistent"]["gain"] == 1.0
+    assert "answers: words, folded" in (tmp_path / "runs" / "sweep.md").read_text()
+
+
 def test_one_seed_has_no_spread(tmp_path, monkeypatch, capsys):
     path = place(tmp_path, monkeypatch, SAMPLES, {}, [0])
     assert sweep.main([str(path)]) == 0

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 import eval as evaluation
@@ -100,7 +101,7 @@ def test_ours_stands_beside_the_papers(results, capsys):
     head = [c.strip() for c in lines[0].strip("|").split("|")]
     rows = {
         c[0]: dict(zip(head, c, strict=True))
-        for c in ([x.strip() for x in s.strip("|").split("|")] for s in lines[2:11])
+        for c in ([x.strip() for x in s.strip("|").split("|")] for s in lines[2 : 2 + len(tables.SETTINGS)])
     }
     assert list(rows) == list(tables.SETTINGS.values())
     base = rows["ThinkOn"]
@@ -191,3 +192,27 @@ def test_quadrants_and_differences():
     }
     (got,) = tables.difference_rows({"kto - thinkon": d})
     assert got["Acc"] == "+1.2 [−1.0, +3.5]" and got["Acc, McNemar p"] == "0.031" and "Mis, McNemar p" not in got
+
+
+def test_table_7_counts_labels_by_macro_strategy():
+    """The paper's column adds up to its 83,249, of which 35,271 are meta-cognitive regulation."""
+    rows = [{"labels": [["framing"], ["retrieval", "evaluation"], []]}, {"labels": [["retrieval"]]}]
+    table = tables.label_rows(rows)
+    at = {(row["macro strategy"], row["label"]): row for row in table}
+    assert len(at) == len(table) == 15 + 4 + 1
+    whole = at["all", ""]
+    assert (whole["count"], whole["paper's count"], whole["share"]) == ("4", "83,249", "100.0 %")
+    regulation = at["meta-cognitive regulation", "all of it"]
+    assert (regulation["count"], regulation["share"], regulation["paper's count"]) == ("2", "50.0 %", "35,271")
+    retrieval = at["knowledge operations", "retrieval"]
+    assert (retrieval["count"], retrieval["paper's count"], retrieval["paper's share"]) == ("2", "20,633", "24.8 %")
+    assert tables.label_rows([])[-1]["count"] == "0"
+
+
+def test_the_bound_stands_for_every_distance_and_for_the_papers():
+    P = np.zeros((17, 17))
+    P[1, 2], P[1, 3] = 0.8, 0.2
+    rows = tables.bound_rows({"P": P.tolist(), "C": (10 * P).tolist()}, {"a vs b": 0.002})
+    assert [row["E |delta|"] for row in rows] == ["0.0020", "0.0100"]
+    assert rows[1]["bound, median"] == f"{0.01 / 0.8 * 1.71828:.3f}" and rows[1]["bound, p90"] == "0.086"
+    assert rows[0]["moves with a bound under .1"] == "100.0 %"

@@ -336,7 +336,8 @@ def test_compiled_layers_give_the_same_gradients(base, group):
     gradients = []
     for settings in ({}, {"compile": True}, {"compile": True, "gradient_checkpointing": True}):
         s = train.TrainSettings(lora_r=2, lora_alpha=4.0, micro_batch=4, **settings)
-        trainer = train.Trainer(qwen.load(base).requires_grad_(False), as_rows(make_rows(8)), "kto", s, group, "torch")
+        model = qwen.load(base).requires_grad_(False)
+        trainer = train.Trainer(model, as_rows(make_rows(8)), "kto", s, group, "torch")
         reference = trainer.reference_sums()
         with torch.no_grad():
             for p in trainer.parameters:
@@ -346,6 +347,13 @@ def test_compiled_layers_give_the_same_gradients(base, group):
     for eager, *compiled in zip(*gradients, strict=True):
         for grad in compiled:
             assert (grad - eager).norm() <= 1e-5 * eager.norm()
+
+
+def test_compile_is_refused_where_adapters_compute_in_half_precision(base, group):
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=True)
+    model = qwen.load(base, torch.bfloat16).requires_grad_(False)
+    with pytest.raises(InputError, match="--compile needs a float32 model"):
+        train.Trainer(model, as_rows(make_rows(4)), "kto", s, group, "torch")
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):

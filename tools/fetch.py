@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.benchmarks import SOURCES, File, Rows, Split
+from common.benchmarks import SOURCES, File, Rows, Split, in_file
 from common.endings import program
 from common.errors import InputError
 from common.files import atomic_write, read_bytes, read_json, read_jsonl, sha256_file, write_json, write_jsonl
@@ -160,15 +160,14 @@ def missing(config: str) -> list[tuple[Path, list[str], str]]:
     A file is called SET-SPLIT.jsonl, or SET+SET-SPLIT.jsonl for several in one. Raises InputError at another name.
     """
     values = read_json(config)
-    named = [values.get("questions", ""), values.get("problems", "")]
-    named += [part.partition("=")[2] for part in values.get("eval_sets", "").split(",")]
+    files = [values.get("questions", ""), values.get("problems", "")]
+    files += [part.partition("=")[2] for part in values.get("eval_sets", "").split(",")]
     found = []
-    for path in (Path(name) for name in named if name and not Path(name).exists()):
-        sets, _, split = path.stem.rpartition("-")
-        names = sets.split("+")
-        if path.suffix != ".jsonl" or not all(name in SOURCES and split in SOURCES[name].splits for name in names):
+    for path in (Path(name) for name in files if name and not Path(name).exists()):
+        named = in_file(path)
+        if named is None:
             raise InputError(f"{config}: {path} is not there and not called SET-SPLIT.jsonl after a set listed here")
-        found.append((path, names, split))
+        found.append((path, *named))
     return found
 
 

@@ -59,7 +59,15 @@ class Chat:
     def row(self, name: str, prompt: str, completion: str, label: bool, spans: list[list[int]] | None = None) -> Row:
         """One train.jsonl row with w = 1. spans: of its steps; None: the segments of its thought."""
         end = self.template.special.get("eos_token", "")
-        completion = completion.removesuffix(end)
+        if end and completion.rstrip("\n").endswith(end):  # as templates close a turn: the end token and a line end
+            completion = completion.rstrip("\n").removesuffix(end)
+        if not prompt.strip() or not completion:
+            raise InputError(f"an empty {'completion' if prompt.strip() else 'prompt'}; drop the row")
+        for what, text in (("prompt", prompt), ("completion", completion)):
+            if self.tokenizer.normalizer and self.tokenizer.normalizer.normalize_str(text) != text:
+                raise InputError(f"the {what} is not in the tokenizer's normal form (NFC); normalise the file first")
+        if end and end in completion:
+            raise InputError(f"the end token {end} stands inside the completion; one exchange a row is supported")
         if spans is None:
             thought = data.parse(completion).span if TAGS[1] in completion else None
             spans = [list(s) for s in data.split_segments(completion, *thought)] if thought else []
@@ -85,6 +93,31 @@ def _text(value: Any, what: str, role: str, render: Callable[[list[Row]], str] |
     return render(value[0]["content"]) if render else value[0]["content"]
 
 
+# What changes the ids that TRL trains on and is not done here: of a row, and of a message.
+ROW_FIELDS = ("tools", "images", "image", "videos", "audios", "chat_template_kwargs", "chosen", "rejected")
+TURN_FIELDS = ("reasoning_content", "thinking", "reasoning", "tool_calls", "function_call", "tool_call_id", "images")
+
+
+def _check_fields(row: Any) -> None:
+    """Refuse what would be lost without a word. Raises InputError naming the field."""
+    if not isinstance(row, dict):
+        raise InputError("is not an object")
+    turns = [t for v in row.values() if isinstance(v, list) for t in v if isinstance(t, dict)]
+    used = [f for f in ROW_FIELDS if row.get(f)] + [f for f in TURN_FIELDS if any(t.get(f) for t in turns)]
+    if used:
+        raise InputError(f"field {used[0]!r} changes what is trained on and is not supported; render the row yourself")
+
+
+def _name(row: Row, n: int) -> str:
+    """The id of a row, row1 and so on without one. Raises InputError at an id that is neither a text nor a number."""
+    name = row.get("id")
+    if name is None:
+        return f"row{n}"
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise InputError(f"field 'id' must be a text or a whole number, not {name!r}")
+    return str(name)
+
+
 def _label(value: Any, what: str) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"field {what!r} must be true or false, not {value!r}")
@@ -93,10 +126,15 @@ def _label(value: Any, what: str) -> bool:
 
 def _imported(path: Path, rows: Iterable[Row], convert: Callable[[int, Row], Row]) -> list[Row]:
     """`convert` on every row. Raises InputError "file: row n: reason" where it does, or when there is no row."""
-    out = []
+    out: list[Row] = []
+    seen: dict[str, int] = {}
     for n, row in enumerate(rows, 1):
         try:
+            _check_fields(row)
             out.append(convert(n, row))
+            name = out[-1]["id"]
+            if seen.setdefault(name, n) != n:
+                raise InputError(f"id {name!r} is that of row {seen[name]} too; give each row its own or none")
         except InputError as error:
             raise InputError(f"{path}: row {n}: {error}") from None
     if not out:
@@ -114,9 +152,24 @@ def from_trl(source: Path, target: Path, chat: Chat) -> int:
     """Rows of TRL's unpaired preference format: texts, or one message each, which the chat template renders."""
 
     def convert(n: int, r: Row) -> Row:
-        prompt = _text(r["prompt"], "prompt", "user", lambda text: chat.template.prompt(text, True))
+        asked = _text(r["prompt"], "prompt", "user")
         completion = _text(r["completion"], "completion", "assistant")
-        return chat.row(str(r.get("id", f"row{n}")), prompt, completion, _label(r["label"], "label"))
+        if isinstance(r["prompt"], str) != isinstance(r["completion"], str):
+            raise InputError("fields 'prompt' and 'completion' must both be texts or both be messages")
+        prompt = r["prompt"]
+        if not isinstance(prompt, str):  # as TRL: the completion is what the template puts after the prompt
+            if not asked.strip():
+                raise InputError("an empty prompt; drop the row")
+            said = [{"role": "user", "content": asked}]
+            completion = completion.removesuffix(chat.template.special.get("eos_token", ""))  # it writes its own
+            prompt = chat.template.render(said, add_generation_prompt=True)
+            whole = chat.template.render([*said, {"role": "assistant", "content": completion}])
+            if not whole.startswith(prompt):
+                raise InputError(
+                    "the chat template does not repeat the prompt before the answer; render the row yourself"
+                )
+            completion = whole[len(prompt) :]
+        return chat.row(_name(r, n), prompt, completion, _label(r["label"], "label"))
 
     rows = read_jsonl(source, ("prompt", "completion", "label"))
     return write_jsonl(target, _imported(source, rows, convert))
@@ -141,23 +194,38 @@ def to_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mralign
 def from_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mralign") -> int:
     """The ShareGPT file that entry `name` of the folder's dataset_info.json describes, one exchange a row."""
     entries = read_json(source / "dataset_info.json")
+    if not isinstance(entries, dict):
+        raise InputError(f"{source}/dataset_info.json: is not an object of entries")
     if name not in entries:
         raise InputError(f"{source}/dataset_info.json: no entry {name!r}; --name one of {', '.join(entries)}")
     entry = entries[name]
-    if entry.get("formatting") != "sharegpt" or "kto_tag" not in entry.get("columns", {}):
-        raise InputError(f"{source}/dataset_info.json: {name} is not in the sharegpt format with a kto_tag column")
-    columns, tags = LF_COLUMNS | entry["columns"], LF_TAGS | entry.get("tags", {})
+    where = f"{source}/dataset_info.json: {name}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+        raise InputError(f"{where} has no file_name; only files of this folder are read, download the data set first")
+    given, named = entry.get("columns"), entry.get("tags") or {}
+    if entry.get("formatting") != "sharegpt" or not isinstance(given, dict) or not given.get("kto_tag"):
+        raise InputError(f"{where} is not in the sharegpt format with a kto_tag column")
+    if odd := sorted({*given} & {"system", "tools", "images", "videos", "audios", "ranking", "chosen", "rejected"}):
+        raise InputError(f"{where}: column {odd[0]!r} is not supported; name messages and kto_tag only")
+    columns = LF_COLUMNS | given
+    tags = LF_TAGS | named if isinstance(named, dict) else {}
+    if not tags or not all(isinstance(v, str) for v in (*columns.values(), *tags.values())):
+        raise InputError(f"{where}: columns and tags must be texts")
 
     def convert(n: int, r: Row) -> Row:
         if not isinstance(r, dict) or not {columns["messages"], columns["kto_tag"]} <= r.keys():
             raise InputError(f"fields {columns['messages']!r} and {columns['kto_tag']!r} must be there")
         turns = r[columns["messages"]]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise InputError(f"field {columns['messages']!r} must be a list of turns")
         roles = [turn.get(tags["role_tag"]) for turn in turns]
         if roles != [tags["user_tag"], tags["assistant_tag"]]:
             raise InputError(f"turns are {roles}; supported: one of the user and one of the assistant")
-        question, completion = (turn[tags["content_tag"]] for turn in turns)
+        question, completion = (turn.get(tags["content_tag"]) for turn in turns)
+        if not (isinstance(question, str) and question.strip() and isinstance(completion, str)):
+            raise InputError(f"field {tags['content_tag']!r} of each turn must be a text, the question not empty")
         label = _label(r[columns["kto_tag"]], columns["kto_tag"])
-        return chat.row(str(r.get("id", f"row{n}")), chat.template.prompt(question, True), completion, label)
+        return chat.row(_name(r, n), chat.template.prompt(question, True), completion, label)
 
     path = source / entry["file_name"]
     return write_jsonl(target, _imported(path, read_json(path), convert))
@@ -201,7 +269,7 @@ def from_factalign(source: Path, target: Path, chat: Chat) -> int:
                 raise InputError(f"sentence {sentence[:60]!r} is not in the completion after the one before it")
             position = start + len(sentence)
             spans.append([start, position])
-        row = chat.row(str(r.get("id", f"row{n}")), prompt, completion, _label(r["label"], "label"), spans)
+        row = chat.row(_name(r, n), prompt, completion, _label(r["label"], "label"), spans)
         return row | {"sentence_label": labels}
 
     fields = ("prompt", "completion", "label", "completion_sentences", "sentence_label")

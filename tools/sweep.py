@@ -40,7 +40,7 @@ from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.ranks import Ranks
-from common.settings import from_json
+from common.settings import cli, from_json
 from common.table import markdown
 from pipeline.config import RunConfig
 from pipeline.reuse import only_writer
@@ -259,34 +259,43 @@ def unfinished(ends: Mapping[str, int], children: Sequence[Child]) -> int:
 # ---------- the figures
 
 
-def scored(sweep: Sweep, name: str, setting: str, eval_set: str, seed: int) -> list[dict[str, Any]]:
+def scored(sweep: Sweep, name: str, setting: str, eval_set: str, seed: int, fold: bool) -> list[dict[str, Any]]:
     """Scored samples of one setting of a run and seed; `draw` becomes (seed, draw), so that seeds can be pooled."""
     rows = read_jsonl(folder(sweep, name, seed) / "eval" / eval_set / f"{setting}.jsonl")
-    return [evaluation.score(row) | {"draw": (seed, row["draw"])} for row in rows]
+    return [evaluation.score(row, fold=fold) | {"draw": (seed, row["draw"])} for row in rows]
 
 
-def over_seeds(each: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def over_seeds(each: Mapping[int, Sequence[Mapping[str, Any]]], matcher: str) -> dict[str, Any]:
     """{"acc": {mean, sd, all}, "mis": ...} of seed -> scored rows; all: the share of every seed, sd with n - 1."""
-    return evaluation.over_draws([row | {"draw": seed} for seed, rows in each.items() for row in rows])
+    return evaluation.over_draws([row | {"draw": seed} for seed, rows in each.items() for row in rows], matcher)
 
 
 def strata(
-    base: Mapping[int, Sequence[Mapping[str, Any]]], other: Mapping[int, Sequence[Mapping[str, Any]]]
+    base: Mapping[int, Sequence[Mapping[str, Any]]], other: Mapping[int, Sequence[Mapping[str, Any]]], matcher: str
 ) -> dict[str, dict[str, Any]]:
     """`analysis.strata` of seed -> scored rows, seeds pooled; "draws" holds the gain of every seed (Fig. 5)."""
-    pooled = analysis.strata(sum(base.values(), []), sum(other.values(), []))
-    each = [analysis.strata(base[seed], other[seed], n_boot=1) for seed in other]
+    pooled = analysis.strata(sum(base.values(), []), sum(other.values(), []), matcher)
+    each = [analysis.strata(base[seed], other[seed], matcher, n_boot=1) for seed in other]
     return {name: part | {"draws": [one[name]["gain"] for one in each]} for name, part in pooled.items()}
 
 
-def summary(sweep: Sweep, done: Done) -> dict[str, Any]:
-    """{"thinkon": set -> over_seeds, "runs": name -> {settings, paper, seeds, sets}} from the files of what is done.
+def settings_of(sweep: Sweep, name: str, flags: Sequence[str]) -> RunConfig:
+    """The settings of a run, as its command line gives them."""
+    words = command(sweep, name, sweep["seeds"][0], 1, flags)
+    return cli(RunConfig, words[1:], "")[0]
+
+
+def summary(sweep: Sweep, done: Done, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """{"matcher", "thinkon": set -> over_seeds, "runs": name -> {settings, paper, seeds, sets}} of what is done.
 
     sets: set -> {acc, mis, difference, strata}; difference: `eval.compare` to the first run over the seeds that both
-    have finished, questions about the same fact drawn together; None for the first run itself.
+    have finished, questions about the same fact drawn together; None for the first run itself. All answers are matched
+    as the first run matches its own.
     """
     first = next(iter(sweep["runs"]))
-    result: dict[str, Any] = {"thinkon": {}, "runs": {}}
+    cfg = settings_of(sweep, first, flags)
+    by = cfg.scored_by
+    result: dict[str, Any] = {"matcher": by + ", folded" * cfg.fold, "thinkon": {}, "runs": {}}
     reference: dict[str, dict[int, list[dict[str, Any]]]] = {}  # set -> seed -> rows of the first run
     for name, of in sweep["runs"].items():
         seeds = [seed for seed in sweep["seeds"] if (name, seed) in done]
@@ -294,24 +303,25 @@ def summary(sweep: Sweep, done: Done) -> dict[str, Any]:
         names = read_json(folder(sweep, name, seeds[0]) / "eval" / "analysis.json")["strata"] if seeds else []
         for eval_set in names:  # those with short answers
             base, own = (
-                {seed: scored(sweep, name, setting, eval_set, seed) for seed in seeds}
+                {seed: scored(sweep, name, setting, eval_set, seed, cfg.fold) for seed in seeds}
                 for setting in ("thinkon", of["settings"]["method"])
             )
             if name == first:
-                result["thinkon"][eval_set], reference[eval_set] = over_seeds(base), own
-            difference = versus(own, reference[eval_set]) if name != first and eval_set in reference else None
-            entry["sets"][eval_set] = over_seeds(own) | {"difference": difference, "strata": strata(base, own)}
+                result["thinkon"][eval_set], reference[eval_set] = over_seeds(base, by), own
+            difference = versus(own, reference[eval_set], by) if name != first and eval_set in reference else None
+            gains = strata(base, own, by)
+            entry["sets"][eval_set] = over_seeds(own, by) | {"difference": difference, "strata": gains}
     return result
 
 
 def versus(
-    own: Mapping[int, list[dict[str, Any]]], first: Mapping[int, list[dict[str, Any]]]
+    own: Mapping[int, list[dict[str, Any]]], first: Mapping[int, list[dict[str, Any]]], matcher: str
 ) -> dict[str, dict[str, float | None]] | None:
     """`eval.compare` of two runs, seed -> scored rows, over the seeds of both; None where they share none."""
     left, right = ([row for seed in own.keys() & first.keys() for row in of[seed]] for of in (own, first))
     if not left:
         return None
-    return evaluation.compare(left, right, cluster={row["id"]: row["id"].partition("#")[0] for row in left})
+    return evaluation.compare(left, right, matcher, {row["id"]: row["id"].partition("#")[0] for row in left})
 
 
 # ---------- tables
@@ -359,7 +369,8 @@ def strata_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def all_tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """heading -> rows of a table."""
-    out = {"Acc and Mis, percent, mean ± standard deviation over seeds": result_rows(result)}
+    by = "" if result["matcher"] == "equal" else f" (answers: {result['matcher']})"
+    out = {f"Acc and Mis{by}, percent, mean ± standard deviation over seeds": result_rows(result)}
     for eval_set, of in strata_of(result).items():
         out[f"Gain over the base model by stratum on {eval_set}, points (Fig. 5)"] = charts.strata_rows(of, "seeds")
     return out
@@ -424,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(code in STOPPED for code in ends.values()):
         done = {key for key, child in children.items() if not ends[child.name]}
         head = {"file": given.sweep, "receipt": receipt(sweep, done, words), "note": sweep["note"]}
-        result = head | {"settings": sweep["settings"]} | summary(sweep, done)
+        result = head | {"settings": sweep["settings"]} | summary(sweep, done, flags)
         write(sweep, result)
         print(f"{text(result)}\n{sweep['out']}/sweep.html, sweep.md, sweep.json")
     return unfinished(ends, list(children.values()))

@@ -1,0 +1,185 @@
+"""The dry run: counts against the paper's and the benchmarks' own numbers, predictions against sums worked by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import mralign
+import sample
+from common.benchmarks import SOURCES
+from common.errors import InputError
+from common.files import read_json, write_jsonl
+from common.settings import cli
+from llm import labelling
+from model import KVCache
+from pipeline import dry_run, plan
+from pipeline.config import RunConfig, check
+from tools import fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONES = ("qwen3-8b", "qwen3-4b", "qwen3-14b", "r1-distill-qwen-7b", "nemotron-nano-4b")
+PAPER = ["--config", str(ROOT / "configs" / "qwen3-8b.json")]
+
+
+def settings(*flags: object) -> RunConfig:
+    return cli(RunConfig, [*PAPER, *map(str, flags)], "")[0]
+
+
+def lines_of(text: str) -> dict[str, list[str]]:
+    """phase -> cells of the table."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells[2:]}
+
+
+@pytest.fixture
+def nothing(tmp_path, monkeypatch, capsys):
+    """The command line in an empty folder, without keys: what it prints, and that it leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "DEEPSEEK_API_KEY", "SERPER_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def go(*flags: object) -> str:
+        capsys.readouterr()
+        assert mralign.main([*PAPER, "--dry-run", *map(str, flags)]) == 0
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().out
+
+    return go
+
+
+def test_the_papers_run_is_counted_before_anything_was_fetched(nothing):
+    """87,925 + 11,679 questions, 3 draws in 2 modes; 3,610 + 1,000 + 4,326 + 817 + 250 = 10,003 in the five sets."""
+    out = nothing()
+    rows = lines_of(out)
+    assert rows["draws, thinking on"][0] == rows["draws, thinking off"][0] == "298,812 completions"  # 3 x 99,604
+    eight = ("thinkoff", "thinkon", "refine", "sft", "kto", "mralign", "thinkon+ret", "mralign+ret")  # of Table 2
+    assert {name: rows[f"eval {name}"][0] for name in eight} == {
+        name: "20,006 completions" if name == "refine" else "10,003 completions" for name in eight
+    }
+    assert rows["labels of candidates, a: gpt-4o"][0] == "6,973 calls"  # Table 1
+    assert rows["labels of evaluated thoughts, b: deepseek-chat"][0] == "3,908 calls"  # 977 of ThinkOn and 3 methods
+    assert rows["search: questions"][0] == "10,003 searches" and rows["search: questions"][4] == "10.00"
+    assert rows["judge: truthfulqa"][0] == "6,863 calls"  # 817 x 8 variants, a twentieth twice
+    assert rows["train sft"][0] == "4,830 rows" and rows["train mralign"][0] == "6,973 rows"
+    assert "committee: a gpt-4o@https://api.openai.com/v1, b deepseek-chat@" in out and "judge gpt-5@" in out
+    assert "assumed: tokens of a prompt 120, thought 725, answer 60" in out and "prices of 2025-10-01" in out
+    usd = [float(row[4]) for name, row in rows.items() if name != "all" and row[4] != "–"]
+    assert float(rows["all"][4]) == pytest.approx(sum(usd), abs=0.1)
+    hours = [float(row[3]) for name, row in rows.items() if name != "all" and row[3] != "–"]
+    assert float(rows["all"][3]) == pytest.approx(sum(hours), abs=0.1)
+
+
+def test_what_needs_no_server_costs_nothing(nothing):
+    out = nothing("--annotator", "cues", "--judge", "", "--search", "", "--also", "refine", "--questions", "")
+    assert "annotator       cues (mini/cues.json): no calls, no cost" in out
+    rows = lines_of(out)
+    assert not [name for name in rows if name.startswith(("labels", "judge", "search", "draws"))]
+    assert rows["all"][4] == "0.00"
+
+
+def test_a_file_that_is_there_is_counted(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"id": str(k), "question": "q?", "answers": ["a"], "dataset": "sciq" if k else "own"} for k in range(5)]
+    write_jsonl(path, rows)
+    of = dry_run.questions_of(str(path))
+    assert (of.n, of.datasets, of.there) == (5, {"own": 1, "sciq": 4}, True)
+    assert dry_run.candidates_of(of) == 760 + 358  # SciQ's of Table 1; one question more keeps less than half a row
+    both = dry_run.questions_of("nowhere/nq_open+sciq-train.jsonl")
+    assert both.n == 87_925 + 11_679 and dry_run.candidates_of(both) == 6973 and not both.there
+    other = dry_run.Set(90_847, {"own": 90_847}, "short", True)
+    assert dry_run.candidates_of(other) == 6973  # as many questions as the paper's, as many rows
+    with pytest.raises(InputError, match="not called SET-SPLIT.jsonl"):
+        dry_run.questions_of("nowhere/own.jsonl")
+
+
+def test_lengths_are_those_of_the_draws_once_there_are_some(tmp_path):
+    assert dry_run.drawn_lengths(tmp_path) == {"on": (120, 785), "off": (120, 60)}
+    drawn = [("on", 10, 100), ("on", 30, 200), ("off", 7, 9)]
+    rows = [{"mode": m, "prompt_ids": [0] * p, "ids": [0] * c} for m, p, c in drawn]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    assert dry_run.drawn_lengths(tmp_path) == {"on": (20, 150), "off": (7, 9)}
+
+
+def test_cache_rows_and_time_of_sampling_by_hand():
+    """Qwen3-8B: 36 layers x 8 heads x 128 x (K and V) x 2 bytes a token; 16.38 GB of weights on an A800 of 40 GB."""
+    config, _ = plan.shape_of("Qwen/Qwen3-8B")
+    how = dry_run.Decoding(config, 8_190_735_360, 2, "a800-40")
+    assert how.cache_per_token == 36 * 8 * 128 * 2 * 2
+    block = KVCache.bytes(config, 8192, torch.bfloat16, "cpu")
+    assert how.cache_per_token * 8192 == block  # what the sampler itself reserves
+    free = 0.92 * 40e9 - 2 * 8_190_735_360
+    assert how.rows(8312) == int(sample.CACHE_SHARE * free / (147_456 * 8312)) == 13
+    assert dry_run.Decoding(config, 8_190_735_360, 2, "rtx4090").rows(8312) > 0
+    assert dry_run.Decoding(config, 16_000_000_000, 2, "rtx4090").rows(100) == 0  # the weights alone do not fit
+    # one row, no prompt to speak of: each token reads all weights once at 60 % of 1,555 GB/s
+    assert how.seconds(1, 0, 100, 1) == pytest.approx(100 * 16.38147e9 / (1555e9 * 0.6), rel=1e-3)
+    # very many rows: two operations a parameter and token at 35 % of 312 TFLOP/s, the prompt's too
+    config = plan.shape_of("Qwen/Qwen3-8B")[0]
+    many = dry_run.Decoding(config, 8_190_735_360, 2, "h200").seconds(1, 1000, 1, 100_000)
+    assert many == pytest.approx(1001 * 2 * 8.190735e9 / (989e12 * 0.35), rel=0.1)
+    assert dry_run.BANDWIDTH.keys() == plan.GPUS.keys()
+
+
+def test_what_does_not_fit_is_said(nothing):
+    assert "evaluation DO NOT FIT on a rtx4090" in nothing("--model", "Qwen/Qwen3-14B", "--gpu", "rtx4090")
+    assert "DO NOT FIT" not in nothing("--gpu", "h100")
+
+
+def test_labels_cost_what_the_committee_would_be_asked(tmp_path):
+    """Of the candidates themselves once they are there: four bytes a token, 55 tokens a segment, the listed price."""
+    cfg = settings("--out", tmp_path, "--label-eval", 0)
+    rows = dry_run.made_up()
+    write_jsonl(tmp_path / "candidates.jsonl", rows)
+    a, b, judge = dry_run.label_needs(cfg, None)
+    assert (a.units, b.units, judge.units) == (48, 48, 48)
+    assert a.written == 55 * sum(len(row["spans"]) for row in rows) == 55 * 4 * sum(range(4, 16))
+    prices = read_json(ROOT / "prices.json")["models"]
+    assert a.usd == pytest.approx((a.read * prices["gpt-4o"]["input"] + a.written * prices["gpt-4o"]["output"]) / 1e6)
+    assert b.usd == pytest.approx((b.read * 0.28 + b.written * 0.42) / 1e6)
+    assert "calls.jsonl" not in [p.name for p in tmp_path.rglob("*")]
+    thoughts = [sum(len(row["completion"][a:b]) for a, b in row["spans"]) // 4 for row in rows]
+    assert min(thoughts) > 440 and max(thoughts) < 1010 and 700 < sum(thoughts) / 48 < 750
+
+
+def test_a_judged_long_answer_asks_for_its_claims_and_their_evidence():
+    cfg = settings("--eval-sets", "longfact=nowhere/longfact-test.jsonl", "--also", "", "--method", "kto")
+    sets = {"longfact": dry_run.questions_of("nowhere/longfact-test.jsonl")}
+    probe, claims, support = dry_run.judge_needs(cfg, sets)
+    assert (probe.units, claims.units, support.units) == (20, 250 * 3 * 20, 250 * 3 * 16)  # three variants
+    (searched,) = dry_run.search_needs(cfg, sets)
+    assert searched.units == 250 * 3 * 16 and searched.usd == pytest.approx(12.0)  # a dollar a thousand
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbones_config_holds_the_whole_of_table_2(name, tmp_path, monkeypatch):
+    """Its eight settings on its five sets, with files that tools.fetch knows; refused in one line without keys."""
+    cfg = cli(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.json")], "")[0]
+    table2 = ("thinkoff", "thinkon", "refine", "sft", "kto", "mralign", "thinkon+ret", "mralign+ret")
+    assert sorted(cfg.variants) == sorted(table2)
+    assert [path for path in cfg.eval_paths.values()] == [
+        f"data/{s}-test.jsonl" for s in ("nq_open", "sciq", "simpleqa", "truthfulqa", "longfact")
+    ]
+    assert set(SOURCES["nq_open"].paper.split()) >= set(table2)
+    monkeypatch.chdir(tmp_path)
+    wanted = {path.name for path, _, _ in fetch.missing(str(ROOT / "configs" / f"{name}.json"))}
+    assert wanted == {Path(p).name for p in (cfg.questions, *cfg.eval_paths.values())}
+    assert (cfg.judge.partition("@")[0], cfg.search, cfg.label_eval) == ("gpt-4o", "serper", 977)  # A.2, 4.1, 4.4
+    committee = [e.model for e in labelling.endpoints(cfg).values()]
+    assert committee == ["gpt-4o", "deepseek-chat", "gpt-5"] and cfg.labelled_sets == ["nq"]
+    (tmp_path / "prompts").symlink_to(ROOT / "prompts")
+    with pytest.raises(InputError, match="nq_open.sciq-train.jsonl: no such file.*tools.fetch --for CONFIG"):
+        check(cfg)
+    (tmp_path / "data").mkdir()
+    for path in (cfg.questions, *cfg.eval_paths.values()):
+        Path(path).write_text(json.dumps({"id": "1", "question": "q?", "answers": ["a"]}) + "\n")
+    for variable in ("OPENAI_API_KEY", "DEEPSEEK_API_KEY", "SERPER_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(InputError, match="export OPENAI_API_KEY DEEPSEEK_API_KEY SERPER_KEY, or do without: "):
+        check(cfg)
+    with pytest.raises(InputError, match="--search '' --also 'refine'"):
+        check(cfg, ["search"])
+    free = ["--judge", "", "--search", "", "--also", "refine", "--annotator-b", "", "--adjudicator", ""]
+    free += ["--annotator-a", "Qwen/Qwen3-8B@http://127.0.0.1:8000/v1"]
+    check(cli(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.json"), *free], "")[0])  # what the message says

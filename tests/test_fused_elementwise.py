@@ -1,0 +1,147 @@
+"""kernels/swiglu.py, qk_norm_rope.py and add_rmsnorm.py against their formulas in fp64, forward and backward.
+
+As in test_segment_logprob.py, the Triton text runs where there is CUDA, else in a process under Triton's interpreter.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.add_rmsnorm import add_rmsnorm
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.swiglu import swiglu
+
+HERE = Path(__file__).resolve()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PATHS = [("torch", "cpu")]
+if torch.cuda.is_available():
+    PATHS += [("torch", "cuda"), ("triton", "cuda")]
+elif INTERPRETED:
+    PATHS += [("triton", "cpu")]
+every_path = pytest.mark.parametrize("impl, device", PATHS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def bound(impl: str, dtype: torch.dtype) -> float:
+    """Relative error in the norm: Triton rounds once, torch after each of up to five operations."""
+    if dtype == torch.float32:
+        return 1e-6
+    return 8e-3 if INTERPRETED or impl == "torch" else 2.5e-3  # the interpreter cuts bf16 off instead of rounding
+
+
+def draw(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def compare(run, exact, inputs: list[Tensor], limit: float) -> None:
+    """Results of `run`, and its gradients for random ones of the results, are those of `exact` in fp64."""
+    answers = []
+    for way, dtype in ((run, inputs[0].dtype), (exact, torch.float64)):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = way(*given)
+        out = out if isinstance(out, tuple) else (out,)
+        g = [draw(*y.shape, dtype=inputs[0].dtype, device="cpu", seed=9 + i).to(y) for i, y in enumerate(out)]
+        answers.append([*(y.detach() for y in out), *torch.autograd.grad(out, given, g)])
+    for got, true in zip(*answers, strict=True):
+        assert got.dtype == inputs[0].dtype and got.shape == true.shape
+        error = float((got.double() - true).norm() / true.norm())
+        assert error < limit, (error, limit)
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("N, F", [(1, 5), (7, 96), (3, 1500)])
+def test_swiglu(N, F, dtype, impl, device):
+    def exact(x: Tensor) -> Tensor:
+        gate, up = x[:, :F], x[:, F:]
+        return gate / (1 + (-gate).exp()) * up
+
+    x = 3 * draw(N, 2 * F, dtype=dtype, device=device)
+    compare(lambda x: swiglu(x, impl), exact, [x], bound(impl, dtype))
+
+
+@every_path
+def test_swiglu_of_large_numbers_is_finite(impl, device):
+    """exp(-gate) overflows at gate = -100: the result is 0 there and gate * up at the other end."""
+    x = torch.tensor([[-100.0, 100.0, 0.0, 2.0, 2.0, 2.0]], device=device).requires_grad_()
+    y = swiglu(x, impl)
+    y.sum().backward()
+    assert y.tolist() == [[pytest.approx(0, abs=1e-30), 200.0, 0.0]] and x.grad.isfinite().all()
+    assert x.grad[0].tolist() == pytest.approx([0, 2, 1, 0, 100, 0], abs=1e-6)  # at 0 the slope of silu is 1/2
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("N, H, G, D", [(1, 1, 1, 4), (9, 4, 2, 16), (3, 7, 1, 24), (2, 32, 8, 128)])
+def test_qk_norm_rope(N, H, G, D, normed, dtype, impl, device):
+    turn = torch.arange(N)[:, None] * 0.7 + torch.arange(D // 2) * 0.3
+    cos, sin = (
+        torch.cat((a, b), 1)[:, None].to(device, dtype) for a, b in ((turn.cos(),) * 2, (-turn.sin(), turn.sin()))
+    )
+    w = [1 + 0.2 * draw(D, dtype=dtype, device=device, seed=i) for i in (1, 2)] if normed else None
+
+    def exact(x: Tensor) -> tuple[Tensor, ...]:
+        """Head by head as complex numbers x1 + i x2, turned by c + i s."""
+        qk = x[:, : H + G]
+        if normed:
+            scale = torch.stack([w[0].double()] * H + [w[1].double()] * G)
+            qk = qk / (qk.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+        c, s = cos[..., : D // 2].double(), sin[..., D // 2 :].double()
+        z = torch.complex(qk[..., : D // 2], qk[..., D // 2 :]) * torch.complex(c, s)
+        y = torch.cat((z.real, z.imag), -1)
+        return y[:, :H], y[:, H:], x[:, H + G :]
+
+    x = draw(N, H + 2 * G, D, dtype=dtype, device=device)
+    compare(lambda x: qk_norm_rope(x, w, 1e-6, cos, sin, G, impl), exact, [x], bound(impl, dtype))
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("N, E", [(1, 6), (9, 64), (4, 1000)])
+def test_add_rmsnorm(N, E, dtype, impl, device):
+    w = 1 + 0.3 * draw(E, dtype=dtype, device=device, seed=3)
+
+    def exact(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + u
+        return h, h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w.double()
+
+    inputs = [draw(N, E, dtype=dtype, device=device, seed=i) for i in (4, 5)]
+    # The norm of bf16 rows is that of the rounded sum, so two roundings lie between y and fp64's.
+    compare(lambda x, u: add_rmsnorm(x, u, w, 1e-6, impl), exact, inputs, 2 * bound(impl, dtype))
+
+
+@every_path
+def test_no_rows(impl, device):
+    assert swiglu(torch.zeros(0, 8, device=device), impl).shape == (0, 4)
+    empty = torch.zeros(0, 1, 4, device=device)
+    q, k, v = qk_norm_rope(torch.zeros(0, 4, 4, device=device), None, 1e-6, empty, empty, 1, impl)
+    assert (q.shape, k.shape, v.shape) == ((0, 2, 4), (0, 1, 4), (0, 1, 4))
+    zeros = torch.zeros(0, 8, device=device)
+    assert [t.shape for t in add_rmsnorm(zeros, zeros, torch.ones(8, device=device), 1e-6, impl)] == [(0, 8), (0, 8)]
+
+
+def test_hand_worked():
+    """silu(ln 3) = 3/4 ln 3. (3, 4) + (0, 0) has mean square 12.5. A quarter turn takes (1, 0) to (0, 1)."""
+    assert float(swiglu(torch.tensor([[math.log(3), 8.0]]))) == pytest.approx(6 * math.log(3))
+    h, y = add_rmsnorm(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor([1.0, 2.0]), 0.0)
+    assert h.tolist() == [[3, 4]] and y[0].tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5])
+    cos, sin = torch.zeros(1, 1, 2), torch.tensor([[[-1.0, 1.0]]])
+    q, k, v = qk_norm_rope(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [5.0, 6.0]]]), None, 0.0, cos, sin, 1)
+    assert q.tolist() == [[[0, 1]]] and k.tolist() == [[[-1, 0]]] and v.tolist() == [[[5, 6]]]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the Triton text runs in this very process")
+def test_triton_text_under_the_interpreter():
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE), "-k", "triton-cpu"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]

@@ -1,0 +1,123 @@
+"""Labels by the aligned model itself: prompts, one re-ask, the rules with a second model, the bound on bad replies."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from common.errors import InputError
+from common.files import read_json, read_jsonl
+from common.hub import locate
+from common.ranks import process_group
+from pipeline import labels
+from pipeline.config import RunConfig
+from pipeline.run import Run
+from sample import Completion
+
+ROOT = Path(__file__).resolve().parents[1]
+THOUGHT = "It asks for a city.\n\nI recall Rome.\n\nThat fits."
+SPANS = [[0, 21], [21, 37], [37, 47]]
+ROWS = [
+    {"id": f"q{k}", "question": f"city {k}?", "answers": ["Rome"], "completion": THOUGHT, "spans": SPANS}
+    for k in range(4)
+]
+
+
+def reply(*labels_of_segments: tuple[str, ...], confidence: float = 9.0) -> str:
+    steps = [
+        {
+            "step_number": k + 1,
+            "thinking_step": [k],
+            "meta_reasoning_strategies": list(own),
+            "strategy_confidence_rating": [{"strategy": s, "confidence_rating": confidence} for s in own],
+        }
+        for k, own in enumerate(labels_of_segments)
+    ]
+    return json.dumps({"index_base": 0, "steps": steps, "final_confidence_rating": 5.0})
+
+
+GOOD = reply(("framing",), ("retrieval",), ("evaluation",))
+
+
+@pytest.fixture(scope="module")
+def group():
+    with process_group() as ranks:
+        yield ranks
+
+
+def scripted(run: Run, answer) -> None:
+    """The run's sampler says answer(text of the prompt) instead of sampling."""
+    tokenizer = run.tokenizer
+
+    def generate(prompts, seeds, max_new, how, finished) -> None:
+        assert how.temperature == 0
+        for index, ids in enumerate(prompts):
+            text = answer(tokenizer.decode(ids, skip_special_tokens=False))
+            stop = sorted(run.stop_ids)[0]
+            finished(index, Completion([*tokenizer.encode(text, add_special_tokens=False).ids, stop], "stop"))
+
+    run.sampler = lambda variant: generate
+
+
+def a_run(out: Path, group, **settings) -> Run:
+    cfg = RunConfig(
+        model=str(ROOT / "mini/model"), out=str(out), prompt=str(ROOT / "prompts/plain.txt"), annotator="self",
+        dtype="float32", **settings,
+    )  # fmt: skip
+    return Run(cfg, locate(cfg.model), group)
+
+
+def number(prompt: str) -> int:
+    return int(re.search(r"city (\d)\?", prompt)[1])
+
+
+def test_a_reply_of_no_use_is_asked_for_once_more(tmp_path, group):
+    run, asked = a_run(tmp_path, group), []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return "Sure! Here you go" if number(prompt) == 2 and "Your last reply" not in prompt else GOOD
+
+    scripted(run, answer)
+    tally = labels.label(run, ROWS, run.out)
+    assert len(asked) == 5 and sum("Your last reply was:\nSure!" in prompt for prompt in asked) == 1
+    assert all("</think>" in prompt for prompt in asked)  # thinking off: the template closes the thought
+    assert tally["a: usable"] == 3 and tally["a: usable when asked again"] == 1 and "a: not usable" not in tally
+    for record in read_jsonl(tmp_path / "annotations.jsonl"):
+        assert [s["labels"] for s in record["steps"]] == [["framing"], ["retrieval"], ["evaluation"]]
+    assert read_json(tmp_path / "annotations.manifest.json")["made"]["annotator"] == "self"
+
+
+def test_a_model_that_cannot_do_it_ends_the_run(tmp_path, group):
+    run = a_run(tmp_path, group)
+    scripted(run, lambda prompt: GOOD if number(prompt) == 0 else "no idea")
+    with pytest.raises(InputError, match="annotator a: 3 of 4 replies are of no use even when asked again"):
+        labels.label(run, ROWS, run.out)
+
+
+def test_two_models_and_the_rules(tmp_path, group, monkeypatch):
+    """By hand: the same set; one label shared and one added above 7; nothing shared, so the first model decides."""
+    run = a_run(tmp_path, group, annotator_model=str(ROOT / "mini/model-world1"))
+    second = reply(("framing",), ("retrieval", "comparison"), ("summarization",), confidence=6.0)
+
+    def first_model(prompt: str) -> str:
+        if '"undecided"' not in prompt:
+            return reply(("framing",), ("retrieval", "causal_reasoning"), ("evaluation",), confidence=8.0)
+        return json.dumps(json.loads(reply(("explanation",))) | {"steps": [
+            json.loads(reply(("explanation",)))["steps"][0] | {"thinking_step": [k]} for k in (0, 2)[1:]
+        ]})  # fmt: skip
+
+    scripted(run, first_model)
+    other = a_run(tmp_path, group)
+    scripted(other, lambda prompt: second)
+    monkeypatch.setattr(Run, "beside", lambda self, source: other)
+    tally = labels.label(run, ROWS, run.out)
+    assert tally["b: usable"] == 4 and tally["judge: usable"] == 4
+    for record in read_jsonl(tmp_path / "annotations.jsonl"):
+        got = [(s["labels"], s["confidence"], s["source"]) for s in record["steps"]]
+        assert got[0] == (["framing"], [8.0], "agree")
+        assert got[1] == (["retrieval", "causal_reasoning"], [8.0, 8.0], "merge")
+        assert got[2] == (["explanation"], [9.0], "judge")
+    agreement = read_json(tmp_path / "annotation" / "agreement.json")
+    assert agreement
