@@ -45,7 +45,7 @@ from common import checkpoint, training
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
-from common.settings import opt
+from common.settings import check, opt
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
 
@@ -57,26 +57,36 @@ NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
 class TrainSettings:
     """What a training run depends on besides its rows and its base model."""
 
-    lr: float = opt(5e-6, "peak learning rate of every loss but sft (Table 13)", "training")
-    sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)")
-    epochs: int = opt(3, "passes over the rows (Table 13)")
-    batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)")
-    micro_batch: int = opt(2, "rows in one forward pass of one rank; changes memory and speed, not the result")
-    warmup: float = opt(0.1, "share of the steps in which the learning rate rises; then it falls as a cosine")
-    beta: float = opt(0.1, "inverse temperature, Eq. 3 and 12")
-    lambda_c: float = opt(1.0, "weight of chosen rows, Eq. 3 and 12")
-    lambda_r: float = opt(1.5, "weight of rejected rows, Eq. 3 and 12 (lambda_d in Table 4)")
-    kl_rows: float = opt(1.0, "share of a step's rows whose mismatched pair enters z0, Eq. 2")
-    z0_ema: float = opt(0.0, "share of the old z0 in a moving average over steps, Eq. 2; 0: each step on its own")
-    max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
-    lora_r: int = opt(32, "LoRA rank (section 4.1)")
-    lora_alpha: float = opt(64.0, "LoRA scale is alpha / r")
+    lr: float = opt(5e-6, "peak learning rate of every loss but sft (Table 13)", "training", above=0)
+    sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)", above=0)
+    epochs: int = opt(3, "passes over the rows (Table 13)", low=1)
+    batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)", low=1)
+    micro_batch: int = opt(2, "rows in one forward pass of one rank; changes memory and speed, not the result", low=1)
+    warmup: float = opt(
+        0.1, "share of the steps in which the learning rate rises; then it falls as a cosine", low=0, high=1
+    )
+    beta: float = opt(0.1, "inverse temperature, Eq. 3 and 12", above=0)
+    lambda_c: float = opt(1.0, "weight of chosen rows, Eq. 3 and 12", low=0)
+    lambda_r: float = opt(1.5, "weight of rejected rows, Eq. 3 and 12 (lambda_d in Table 4)", low=0)
+    kl_rows: float = opt(1.0, "share of a step's rows whose mismatched pair enters z0, Eq. 2", above=0, high=1)
+    z0_ema: float = opt(
+        0.0, "share of the old z0 in a moving average over steps, Eq. 2; 0: each step on its own", low=0, high=0.999
+    )
+    max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm", above=0)
+    lora_r: int = opt(32, "LoRA rank (section 4.1)", low=1)
+    lora_alpha: float = opt(64.0, "LoRA scale is alpha / r", above=0)
     seed: int = opt(0, "seed of the LoRA initialisation, the row order, the mismatched pairs and every sample")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = opt(False, "torch.compile the layers around attention: for long runs on a GPU")
     shard: bool = opt(False, "spread the frozen layers over the ranks (FSDP2): for models that do not fit one GPU")
-    save_every: int = opt(20, "optimiser steps between checkpoints")
-    kernel: str = opt("", "segment log-probability op: torch or triton; none: triton where there is a GPU")
+    save_every: int = opt(20, "optimiser steps between checkpoints", low=1)
+    kernel: str = opt(
+        "",
+        "segment log-probability op: torch or triton; none: triton where there is a GPU",
+        choices=("torch", "triton"),
+    )
+
+    __post_init__ = check
 
 
 def step_rows(n: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
@@ -169,8 +179,6 @@ class Trainer:
     ) -> None:
         self.s, self.ranks, self.impl, self.rows = s, ranks, impl, rows
         self.loss = kto.LOSSES[method]
-        if not 0 < s.kl_rows <= 1:
-            raise InputError(f"kl_rows is {s.kl_rows}; give a share above 0 and at most 1")
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
         if not s.shard:  # FSDP gathers each weight by itself
@@ -349,7 +357,7 @@ class Trainer:
             self.ranks.log(f"warning: step {number + 1}: {what}; the model falls apart, use a lower learning rate")
 
 
-def check(rows: list[data.Row], method: str, s: TrainSettings, config: ModelConfig, ranks: Ranks) -> None:
+def check_run(rows: list[data.Row], method: str, s: TrainSettings, config: ModelConfig, ranks: Ranks) -> None:
     """Before the first step: refuse rows and rates that cannot train (InputError), warn of rows of one class."""
     if not rows:
         raise InputError("no training rows left; loosen the candidate filters or draw for more questions")
@@ -394,7 +402,7 @@ def train(
     Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
     the last finished step has been saved.
     """
-    check(rows, method, s, model.config, ranks)
+    check_run(rows, method, s, model.config, ranks)
     trainer = Trainer(model, rows, method, s, ranks, impl)
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
     run = training.Training(

@@ -1,11 +1,13 @@
 """Trains a tiny random model, for test_train.py: alone, under torchrun, or as a server that forks ready processes.
 
 usage: train_worker.py OUT METHOD ROWS.json SETTINGS.json MODEL_DIR [--resume] [--die STEP [RANK]] [--stop-by NAME STEP]
+                       [--double] [--method METHOD]
        train_worker.py --held MODEL_DIR
        train_worker.py --serve
 
 --die: killed before that step; of several ranks only RANK, and only until the first restart. --stop-by: the process
-sends itself this signal in the middle of that step. Exit codes are those of mralign.py.
+sends itself this signal in the middle of that step. --double: in float64. --method: instead of METHOD.
+Exit codes are those of mralign.py.
 --held: shards the model and says how many numbers its layers had, how many this rank holds, and what the head is.
 --serve: reads a line {"argv", "world", "log"}, prints the process ids, reads a line, prints the exit codes, -N for
 signal N. Its processes have imported everything already, which is most of what a short run takes.
@@ -84,10 +86,16 @@ def main(argv: list[str]) -> int:
         for r in json.loads(Path(rows).read_text())
     ]
     torch.set_num_threads(1)
+    dtype = torch.float32
+    if "--double" in options:
+        dtype = torch.float64
+        torch.set_default_dtype(dtype)  # of adapters and sums
+    if "--method" in options:
+        method = options[options.index("--method") + 1]
     try:
         with process_group(timeout_minutes=10) as ranks, ranks.stop.listen():
             train.train(
-                model.load(base).requires_grad_(False),
+                model.load(base, dtype).requires_grad_(False),
                 loaded,
                 method,
                 train.TrainSettings(**json.loads(Path(settings).read_text())),
