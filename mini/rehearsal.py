@@ -222,7 +222,7 @@ def launch(words: Sequence[str], log: Path) -> dict[str, float]:
     Its output goes to `log`, its stage lines to stderr too. Raises InputError when it fails.
     """
     env = os.environ | {"SERPER_KEY": "none", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with open(log, "w", encoding="utf-8") as f:
+    with open(log, "w", buffering=1, encoding="utf-8") as f:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
