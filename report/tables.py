@@ -1,7 +1,7 @@
 """Results as tables: ours beside the paper's, for the page of a run and for the README.
 
-  python tables.py runs/qwen3-8b/results.json            Markdown: Table 2 for this backbone, ours beside the paper's
-  python tables.py --backbone Qwen3-8B [RESULTS ...]     the same for a named backbone; several files fill one table
+  python -m report.tables runs/qwen3-8b/results.json  Markdown: Table 2 for this backbone, ours beside the paper's
+  python -m report.tables --backbone Qwen3-8B [RESULTS ...]  the same for a named backbone; several files fill one
 
 Ours come with their interval, k/N, command, commit and hardware; what no run has measured says "not run". Left out:
 anything that is computed (eval.py, analysis.py, judge.py, veriscore.py) or drawn (charts.py, report.py).

@@ -1,4 +1,4 @@
-"""What each part costs beside what one would run instead: `make bench`, or `python bench.py [section ...]`.
+"""What each part costs beside what one would run instead: `make bench`, or `python -m tools.bench [section ...]`.
 
   op      the segment log-probability op against full logits, torch, Liger and TRL
   step    one KTO optimiser step against TRL's KTOTrainer with PEFT: same weights, rows, pairs and precision
@@ -504,7 +504,7 @@ TASKS = {"op": op_task, "step": step_task}
 
 
 def readme(result: dict[str, Any], full_step: dict[str, Any]) -> str:
-    """The README's tables from the JSON of a default run and of `bench.py step --full`."""
+    """The README's tables from the JSON of a default run and of `python -m tools.bench step --full`."""
     env = result["environment"]
     op_size, step_size = "M = 1,024, E = 256, V = 151,936, fp32", "hidden 512, 8 layers, V = 151,936, 8 rows of 150-400"
     rows = [row for row in result["op"] if row["pass"] == "forward + backward" and "seconds" in row]

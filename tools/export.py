@@ -1,8 +1,8 @@
 """What leaves a run: an adapter with its card, a merged checkpoint, the commands that serve it, the check of a server.
 
-  python export.py commands ADAPTER                      how vLLM and SGLang serve it
-  python export.py merge ADAPTER OUT                     a full Hugging Face folder, compared with the unmerged model
-  python export.py serve-check ADAPTER MODEL@BASE_URL    log-probabilities of a running server against ours
+  python -m tools.export commands ADAPTER        how vLLM and SGLang serve it
+  python -m tools.export merge ADAPTER OUT       a full Hugging Face folder, compared with the unmerged model
+  python -m tools.export serve-check ADAPTER MODEL@BASE_URL    log-probabilities of a running server against ours
 
 ADAPTER is the folder a run leaves under its --out; the base model is the one its adapter_config.json names, at the
 commit it names. `merge` and `serve-check` first let the model with the adapter continue a few prompts greedily, then

@@ -1,11 +1,11 @@
 """train.jsonl from and to the files of other trainers: TRL, LLaMA-Factory, FactAlign.
 
-  python formats.py to-trl train.jsonl trl.jsonl                       prompt, completion, label and no more
-  python formats.py from-trl trl.jsonl train.jsonl --model DIR         rendered texts, or lists of messages
-  python formats.py to-llamafactory train.jsonl FOLDER --model DIR     FOLDER/mralign.json, FOLDER/dataset_info.json
-  python formats.py from-llamafactory FOLDER train.jsonl --model DIR   --name: the entry of dataset_info.json
-  python formats.py to-factalign train.jsonl fkto.jsonl --model DIR    sentence_label: does the step help its class
-  python formats.py from-factalign fkto.jsonl train.jsonl --model DIR
+  python -m tools.formats to-trl train.jsonl trl.jsonl                       prompt, completion, label and no more
+  python -m tools.formats from-trl trl.jsonl train.jsonl --model DIR         rendered texts, or lists of messages
+  python -m tools.formats to-llamafactory train.jsonl FOLDER --model DIR  FOLDER/mralign.json, dataset_info.json
+  python -m tools.formats from-llamafactory FOLDER train.jsonl --model DIR   --name: the entry of dataset_info.json
+  python -m tools.formats to-factalign train.jsonl fkto.jsonl --model DIR  sentence_label: does a step help its class
+  python -m tools.formats from-factalign fkto.jsonl train.jsonl --model DIR
 
 TRL needs no conversion: it trains plain KTO on train.jsonl as it is, to-trl only makes it smaller. --model: folder of
 the checkpoint whose tokenizer and chat template belong to the rows. What comes from elsewhere has no step labels and
