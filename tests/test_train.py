@@ -241,7 +241,7 @@ def test_the_trainer_is_the_plain_loop(base, group, double, method, micro_batch)
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("method", ["sft", "mralign"])
+@pytest.mark.parametrize("method", ["sft", "mralign", "apo_zero_unpaired"])
 def test_two_ranks_are_the_plain_loop(tmp_path, base, launch, double, method):
     want, _ = plain_steps(base, method)
     extra, s = ["--double", "--method", method], STEPS | {"micro_batch": 2}
