@@ -161,6 +161,7 @@ def test_search_can_be_asked_of_another_address(tmp_path):
     assert engine.name != retrieve.engine("serper", tmp_path / "cache.jsonl").name  # results are kept apart
 
 
+@pytest.mark.long
 def test_the_small_rehearsal_from_end_to_end(tmp_path, monkeypatch):
     """Two processes, all stages, all tables; of Tables 3 and 4 one row."""
     scale = 0.003
