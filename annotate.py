@@ -185,6 +185,7 @@ class CueAnnotator:
         opening = len(segment) - len(segment.lstrip())
         found: dict[str, float] = {}
         for match in self._pattern.finditer(segment):
+            assert match.lastindex is not None  # every alternative is a group
             label = self._labels[match.lastindex - 1]
             found.setdefault(label, OPENING_CONFIDENCE if match.start() == opening else INNER_CONFIDENCE)
             if len(found) == 2:

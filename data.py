@@ -398,8 +398,8 @@ def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[st
         draws[s["draw"]] = s
     for name, modes in groups.items():
         for mode, draws in modes.items():
-            if missing := [k for k in range(n_draws) if k not in draws]:
-                place = f"draw {missing[0]} of {name!r}, thinking {mode}"
+            if lost := [k for k in range(n_draws) if k not in draws]:
+                place = f"draw {lost[0]} of {name!r}, thinking {mode}"
                 raise InputError(f"samples: {place}, is missing; finish sampling or ask for fewer draws than {n_draws}")
     return {n: {m: [draws[k] for k in range(n_draws)] for m, draws in modes.items()} for n, modes in groups.items()}
 
@@ -549,7 +549,9 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[int], Tensor]]) -> Batch:
     The token at position p is predicted by the hidden state at p - 1, so a prompt needs at least one token.
     """
     assert rows, "no rows to pack"
-    ids, predict, targets, lengths = [], [], [], []
+    ids: list[int] = []
+    targets: list[int] = []
+    predict, lengths = [], []
     for prompt_ids, completion_ids, w in rows:
         assert len(prompt_ids), "a row has an empty prompt"
         assert len(completion_ids), "a row has an empty completion"

@@ -220,7 +220,7 @@ def paired_bootstrap(
     ids = _common_ids(a, b)
     if cluster is not None and (lost := [i for i in ids if i not in cluster]):
         raise InputError(f"evaluation: {lost[0]!r} belongs to no cluster; give every question one")
-    keys = ids if cluster is None else [cluster[i] for i in ids]
+    keys: list[Hashable] = list(ids) if cluster is None else [cluster[i] for i in ids]
     place = {key: k for k, key in enumerate(dict.fromkeys(keys))}
     where = [place[key] for key in keys]
     sums = np.bincount(where, weights=[a[i] - b[i] for i in ids])  # (clusters,)
@@ -298,8 +298,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, m in results.items():
         mis = [_interval(m["mis"]), f"{m['mis']['k']}/{m['n']}"] if m["mis"] else ["-", "-"]
-        fields = ("em_answer_exact", "em_answer_contains", "em_answer_words", "em_thought_contains", "em_thought_word")
-        fields += ("sentences", *FORMS[:-1])
+        fields = ["em_answer_exact", "em_answer_contains", "em_answer_words", "em_thought_contains", "em_thought_word"]
+        fields += ["sentences", *FORMS[:-1]]
         shares = [f"{100 * m[f]['share']:.1f}" if m[f] else "-" for f in fields]
         tokens = "-" if m["think_tokens_median"] is None else f"{m['think_tokens_median']:.0f}"
         cells = [name, _interval(m["acc"]), f"{m['acc']['k']}/{m['n']}", *mis, *shares, tokens]
@@ -337,8 +337,8 @@ def lm_eval_rows(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for number, sample in enumerate(samples):
         scored = score(sample)
-        row = {"doc_id": number, "doc": {"id": sample["id"], "question": sample["question"]}}
-        row["doc"]["answer"] = sample["answers"]
+        doc = {"id": sample["id"], "question": sample["question"], "answer": sample["answers"]}
+        row: dict[str, Any] = {"doc_id": number, "doc": doc}
         row |= {"target": sample["answers"], "arguments": [[sample.get("prompt", sample["question"]), {}]]}
         row |= {"resps": [[sample["text"]]], "filtered_resps": [scored["answer"]], "filter": "none"}
         row |= {"metrics": ["exact_match"], "exact_match": float(scored["em_a_equal"])}
@@ -372,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(scored) == 2:
         cluster = {row["id"]: row["id"].partition("#")[0] for row in rows[given.samples[0]]}
         clustered = len(set(cluster.values())) < len(cluster)
-        pair = compare(*scored.values(), given.matcher, cluster if clustered else None)
+        a, b = scored.values()
+        pair: Mapping[str, Mapping[str, Any]] = compare(a, b, given.matcher, cluster if clustered else None)
         for metric, d in pair.items():
             p = "" if d["p"] is None else f", McNemar p {d['p']:.3g}"
             print(f"{metric}: {100 * d['difference']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}] points{p}")

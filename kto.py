@@ -42,7 +42,7 @@ def implicit_reward(weighted: Tensor, ref_weighted: Tensor) -> Tensor:
 
 
 def z0_estimate(
-    kl_sum: Tensor, kl_count: Tensor, ema_state: Tensor | float = 0.0, ema: float = 0.0
+    kl_sum: Tensor, kl_count: Tensor | int, ema_state: Tensor | float = 0.0, ema: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(z0, new ema_state), both 0-dim: the baseline of one optimiser step (Eq. 2).
 
@@ -130,9 +130,14 @@ def metrics(stats: Tensor) -> dict[str, float]:
 class Strength(Protocol):
     """The settings a loss may read."""
 
-    beta: float
-    lambda_c: float
-    lambda_r: float
+    @property
+    def beta(self) -> float: ...
+
+    @property
+    def lambda_c(self) -> float: ...
+
+    @property
+    def lambda_r(self) -> float: ...
 
 
 @dataclass(frozen=True)

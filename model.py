@@ -22,9 +22,9 @@ import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from kernels.add_rmsnorm import add_rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
 
+varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -187,13 +188,15 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     # split and not slices: the gradient of a slice is a tensor of all N tokens, once a row; that of split is one `cat`.
     split = (x.transpose(0, 1).unsqueeze(0).split(rows.lengths, dim=2) for x in (q, k, v))  # B times (1, heads, T, D)
     out = []
-    for row in zip(*split, strict=True):
-        out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=fewer_keys)[0].transpose(0, 1))
+    for q_row, k_row, v_row in zip(*split, strict=True):
+        attended = F.scaled_dot_product_attention(q_row, k_row, v_row, is_causal=True, enable_gqa=fewer_keys)
+        out.append(attended[0].transpose(0, 1))
     return torch.cat(out)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """The same by one flash attention kernel over all rows."""
+    assert varlen_attn is not None
     options: dict[str, Any] = {"window_size": (-1, 0)}  # nothing to the right: causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
@@ -216,7 +219,7 @@ def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor
 Stack = tuple[Tensor, Tensor | None]  # weight and bias of several linear layers as one
 
 
-def _stack(linears: list[nn.Module]) -> Stack | None:
+def _stack(linears: list[nn.Linear]) -> Stack | None:
     """Several linear layers as one; their weights become views of it.
 
     None where some have an adapter and others none, or where adapters compute in fp32: those add up in PEFT's order.
@@ -254,7 +257,7 @@ class Attention(nn.Module):
         else:
             qkv = lora.joint(x, [self.q_proj, self.k_proj, self.v_proj], *self.stacked)
         qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
-        scales = None if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        scales = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q, k, v = qk_norm_rope(qkv, scales, self.eps, rows.cos, rows.sin, G)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
@@ -293,6 +296,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         norm = self.post_attention_layernorm
+        assert norm.eps is not None
         x, normed = add_rmsnorm(x, self.self_attn(self.input_layernorm(x), rows), norm.weight, norm.eps)
         return x + self.mlp(normed)
 
@@ -357,6 +361,7 @@ class Qwen3(nn.Module):
         if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
         if cache is not None:
+            assert slots is not None, "a cache needs the slots of the rows"
             assert (cache.lens[slots] == 0).all(), f"slots must be empty, their lengths are {cache.lens[slots]}"
             assert longest <= cache.length, (longest, cache.length)
             rows.cache, rows.positions = cache, positions
@@ -400,7 +405,7 @@ class Qwen3(nn.Module):
         They may be changed in place (merged adapters), never replaced. Where `_stack` says None all stays as it is.
         """
         with torch.inference_mode(False), torch.no_grad():  # the views must be usable in training later
-            for layer in self.model.layers:
+            for layer in cast(Iterable[Layer], self.model.layers):
                 attn, mlp = layer.self_attn, layer.mlp
                 attn.stacked = _stack([attn.q_proj, attn.k_proj, attn.v_proj])
                 mlp.stacked = _stack([mlp.gate_proj, mlp.up_proj])
@@ -408,7 +413,8 @@ class Qwen3(nn.Module):
     @contextlib.contextmanager
     def stacked(self) -> Iterator[None]:
         """Inside, the weights are stacked; outside, as they were before."""
-        blocks = [block for layer in self.model.layers for block in (layer.self_attn, layer.mlp)]
+        layers = cast(Iterable[Layer], self.model.layers)
+        blocks: list[Attention | MLP] = [block for layer in layers for block in (layer.self_attn, layer.mlp)]
         before = [block.stacked for block in blocks]
         if not any(before):
             self.stack()

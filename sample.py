@@ -329,7 +329,7 @@ class _Batch:
                 f"one row of {longest:,} tokens needs {need:.1f} GiB of cache, {room:.1f} are free for it; "
                 "lower --max-new or --draw-max-new, or use a server (--backend openai)"
             )
-        self.cache: KVCache | None = None  # comes with the first rows
+        self._cache: KVCache | None = None  # comes with the first rows
         slots = max(size, ROWS)
         # Per slot: which prompt, its limit, tokens sampled so far, the token to feed next.
         self.row, self.limit, self.count, self.token = torch.zeros(4, slots, dtype=torch.int64)
@@ -340,6 +340,12 @@ class _Batch:
         self.inputs = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
 
     # ---------- slots and memory
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the active rows; there is none before the first rows."""
+        assert self._cache is not None
+        return self._cache
 
     def _blocks(self, positions: int) -> int:
         return -(-positions // self.block)
@@ -354,13 +360,13 @@ class _Batch:
         if not self.waiting or self.active == self.size:
             return
         next_ones = [self._needs(i) for i in self.waiting[: -(self.size - self.active) - 1 : -1]]
-        held = [self._blocks(length + 1) for length in self.cache.lens[: self.active].tolist()] if self.cache else []
+        held = [self._blocks(length + 1) for length in self.cache.lens[: self.active].tolist()] if self._cache else []
         n, blocks = admitted(self.room, self.block_bytes, held, next_ones, self.size)
         grow = True
-        if self.cache:
-            slots, length = self.rows, self._blocks(self.cache.length)
-            now = len(list(itertools.takewhile(lambda need: need <= length, next_ones[: slots - self.active])))
-            grow = n > now and (blocks > length or self.active + n >= WORTHWHILE * slots)
+        if self._cache:
+            most, length = self.rows, self._blocks(self.cache.length)
+            now = len(list(itertools.takewhile(lambda need: need <= length, next_ones[: most - self.active])))
+            grow = n > now and (blocks > length or self.active + n >= WORTHWHILE * most)
             n = n if grow else now
         if self.active and n < min(len(self.waiting), max(1, (self.active + n) // 16)):
             return
@@ -407,9 +413,9 @@ class _Batch:
         # A CPU always computes ROWS rows, and one slot more pads short batches of prompts.
         slots = max(self.rows, ROWS) + 1 if self.padded else self.rows
         length = blocks * self.block
-        if self.cache is None:
+        if self._cache is None:
             weight = self.model.head
-            self.cache = KVCache(self.model.config, slots, length, weight.dtype, weight.device)
+            self._cache = KVCache(self.model.config, slots, length, weight.dtype, weight.device)
             return
         if self.graphs:  # they know the old cache's place
             self.graphs.clear()

@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ def plain_loop(
         packed = data.pack([(x.prompt_ids, y.completion_ids, y.w) for x, y in pairs])
         return sequence_sums(model, model.head, packed, impl)
 
-    steps, state = step_rows(len(rows), s.batch_size, s.epochs, s.seed), 0.0
+    steps = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
+    state: Tensor | float = 0.0
     for number, batch in enumerate(steps):
         others = [partner[i] for i in batch]
         with torch.no_grad():
@@ -285,7 +286,7 @@ class Trainer:
         for k, (rows, real) in enumerate(parts):
             self.begin(rows, self.lengths)
             at_once = s.shard or k == len(parts) - 1
-            with contextlib.nullcontext() if at_once else self.policy.no_sync():
+            with contextlib.nullcontext() if at_once else cast(DistributedDataParallel, self.policy).no_sync():
                 weighted, plain = sequence_sums(self.policy, self.model.head, self.batch(rows), self.impl)
                 ref = (reference["weighted"][rows], reference["plain"][rows])
                 sums = kto.Sums(weighted, plain, *ref, self.chosen[rows], z0, n, tokens)
@@ -297,23 +298,25 @@ class Trainer:
                 # Gradients are averaged over ranks, so times world: the result is that of sum(loss) / n.
                 (loss[:real].sum() * (self.ranks.world / n)).backward()
             columns = (loss, weighted - ref[0], plain - ref[1], plain, self.chosen[rows])
-            stats += kto.reward_stats(*(x[:real].detach() for x in columns), s.beta)
+            losses, r, r_raw, logps, chosen = (x[:real].detach() for x in columns)
+            stats += kto.reward_stats(losses, r, r_raw, logps, chosen, s.beta)
         if s.shard:
             self.average_gradients()
         return stats
 
     def average_gradients(self) -> None:
         """What DDP does by itself: the adapters' gradients become their mean over ranks."""
-        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.parameters])) / self.ranks.world
-        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            p.grad.copy_(part.view_as(p))
+        grads = [cast(Tensor, p.grad) for p in self.parameters]
+        flat = self.ranks.sum(torch.cat([grad.flatten() for grad in grads])) / self.ranks.world
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
 
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
         s = self.s
         z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), None)
         metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
-        if self.loss.z0:
+        if kl is not None:
             metrics |= {"kl": kl, "z0": float(z0)}
         if not self.loss.reference:
             metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
@@ -337,6 +340,7 @@ class Trainer:
 
         It catches a shifted mask, a wrong reference, a prompt that changed. Raises NumericsError.
         """
+        assert self.loss.first is not None
         chosen = sum(self.rows[i].chosen for i in indices) / len(indices)
         expected = self.loss.first(chosen, 1 - chosen, self.s)
         fp32 = next(self.model.parameters()).dtype == torch.float32

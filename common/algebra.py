@@ -125,8 +125,8 @@ class Parser:
         return token
 
     def sum(self) -> Quotient:
-        n, d = {}, ONE
-        first = True
+        n: Sum = {}
+        d, first = ONE, True
         while first or self.peek() in ("+", "-"):
             sign = self.take() if self.peek() in ("+", "-") else "+"
             m, e = self.product()

@@ -47,7 +47,7 @@ def save(
     aside = folder / f".{final.name}.tmp"
     for left in folder.glob(".checkpoint-*.tmp"):  # what a killed run was writing or removing
         shutil.rmtree(left)
-    moments = {}
+    moments: dict[str, torch.Tensor] = {}
     for name, p in parameters.items():
         # Empty before the first update.
         moments |= {f"{name}.{k}": v for k, v in optimizer.state[p].items()}
@@ -147,7 +147,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's tensors back into the parameters and the optimizer, bit for bit."""
     saved, moments = load_file(path / ADAPTER), load_file(path / MOMENTS)
     assert saved.keys() == parameters.keys(), (saved.keys() ^ parameters.keys(), path)
@@ -158,6 +158,6 @@ def restore(path: Path, parameters: dict[str, torch.Tensor], optimizer: torch.op
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in fields.items()}
 
 
-def identity_of(values: dict[str, Any]) -> dict[str, Any]:
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` as they will look after a trip through JSON, so that a saved identity compares equal."""
     return json.loads(json.dumps(values))

@@ -63,7 +63,7 @@ def settle(error: BaseException | None, out: Path | None) -> int:
     """
     rank = int(os.environ.get("RANK", 0))
     code, reason = (0, "") if error is None else ending(error)
-    if code == 1:
+    if error is not None and code == 1:
         raise error
     if code == 141:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes

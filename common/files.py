@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -39,7 +39,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = dict(encoding="utf-8", newline="\n") if mode == "w" else {}
+    text: dict[str, Any] = dict(encoding="utf-8", newline="\n") if mode == "w" else {}
     try:
         with open(temporary, mode, **text) as f:
             yield f
@@ -205,7 +205,7 @@ def read_jsonl(
     check: raises InputError("reason; remedy") about a row it refuses; the place is put in front here.
     Raises InputError "file:line: reason; remedy" at the first bad line, and when the file is missing.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     raw = utf8(read_bytes(path), path)
     for number, line in enumerate(raw.split(b"\n" if b"\n" in raw else b"\r"), 1):
         if not line.strip():
@@ -234,7 +234,7 @@ def read_jsonl(
     return rows
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object a line, atomically. Returns the number of rows."""
     count = 0
     with atomic_write(path) as f:

@@ -54,7 +54,8 @@ def _download(model: str, revision: str) -> Path:
     command = " ".join(["hf download", model, *([f"--revision {revision}"] if revision else [])])
     command += "".join(f" --include '{pattern}'" for pattern in FILES)
     try:
-        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=FILES, ignore_patterns="*/*"))
+        found = snapshot_download(model, revision=revision or None, allow_patterns=list(FILES), ignore_patterns="*/*")
+        folder = Path(found)
     except errors.GatedRepoError:
         raise InputError(
             f"{what}: the model is gated; accept its terms on its Hub page and export HF_TOKEN with a token of that "

@@ -189,7 +189,8 @@ def _is_positive(value: Any) -> bool:
 
 def _head_dim(path: str | Path, raw: dict[str, Any]) -> int:
     """hidden_size over num_attention_heads, for a config without head_dim."""
-    size, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    size: Any = raw.get("hidden_size")
+    heads: Any = raw.get("num_attention_heads")
     if not _is_size(size) or not _is_size(heads) or size % heads:
         raise InputError(
             f"{path}: head_dim is missing and hidden_size {size!r} over num_attention_heads {heads!r} is no size; "

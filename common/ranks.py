@@ -116,7 +116,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.cuda.set_device(device)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    store = dist.HashStore()
+    store: dist.Store = dist.HashStore()
     if launched:  # a restarted group must not meet the addresses of the one before it, which the store still holds
         store = dist.PrefixStore(f"attempt{restarts}", next(dist.rendezvous("env://"))[0])
     dist.init_process_group(

@@ -9,12 +9,15 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import InputError
 from common.files import find, read_json
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def opt(
@@ -83,7 +86,8 @@ def from_json(cls: type[T], path: str) -> dict[str, Any]:
             raise InputError(f"{path}: unknown setting {name!r}; the names are those of --help with _ for -")
         if needed := refusal(fields[name], value):
             raise InputError(f"{path}: {name} is {value!r}, must be {needed}")
-        values[name] = type(fields[name].default)(value)
+        kind: Any = type(fields[name].default)
+        values[name] = kind(value)
     return values
 
 
@@ -106,13 +110,15 @@ def cli(
     parser.add_argument("--config", default="", metavar="FILE", help="JSON file of settings; flags override it")
     if extra:
         extra(parser)
-    target = parser
+    target: Any = parser  # or the group of its flags
     for f in dataclasses.fields(cls):
         if f.metadata["group"]:
             target = parser.add_argument_group(f.metadata["group"])
         kind, choices = type(f.default), f.metadata["choices"]
         shown = kind.__name__ if choices is None else "{" + ",".join(map(str, choices)) + "}"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": shown}
+        how: dict[str, Any] = {"type": kind, "metavar": shown}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         default = "none" if f.default == "" else f.default
         text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
         target.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)

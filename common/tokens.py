@@ -70,7 +70,7 @@ def _check_model(path: Path, tokenizer: Tokenizer) -> None:
 
 def _steps(sequence: pre_tokenizers.Sequence) -> list[pre_tokenizers.PreTokenizer]:
     """The parts of a sequence, which has no length of its own."""
-    parts = []
+    parts: list[pre_tokenizers.PreTokenizer] = []
     with contextlib.suppress(IndexError):
         while True:
             parts.append(sequence[len(parts)])

@@ -160,7 +160,8 @@ def shard(model: nn.Module, trained: list[nn.Parameter], ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    layers = model.model.layers
+    layers = model.get_submodule("model.layers")
+    assert isinstance(layers, nn.ModuleList), type(layers)
     whole = set(model.parameters()) - set(layers.parameters()) | set(trained)
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)

@@ -79,7 +79,9 @@ def last_boxed(text: str) -> str | None:
     if box is None:
         return None
     if text[box.end() : box.end() + 1] != "{":
-        return _FORMULA.match(text, box.end())[0].strip()
+        rest = _FORMULA.match(text, box.end())
+        assert rest is not None  # the pattern matches the empty text too
+        return rest[0].strip()
     depth = 0
     for token in _BRACE.finditer(text, box.end()):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
@@ -269,7 +271,8 @@ def _value(text: str, depth: int = 0) -> Value | None:
         return value and Value(value.number, value.text, value.brackets, value.items, found[1].replace(" ", ""))
     if found := _MATRIX.fullmatch(text):
         rows = [_group("r", row.split("&"), depth) for row in found[1].removesuffix("\\\\").split("\\\\")]
-        return None if None in rows else Value(brackets="m", items=tuple(rows))
+        items = tuple(row for row in rows if row is not None)
+        return Value(brackets="m", items=items) if len(items) == len(rows) else None
     if text[0] in "([{" and text[-1] in ")]}" and _balanced(text[1:-1]):
         return _group(text[0] + text[-1], _split(text[1:-1], "[,;]"), depth)
     if text.count("\\pm") == 1:
@@ -393,6 +396,7 @@ class Outside:
                         "math-verify does not start; pip install -r requirements-masa.txt, or uninstall it"
                     )
             try:
+                assert self.process.stdin is not None
                 self.process.stdin.write(json.dumps([given, gold]).encode() + b"\n")
                 line = self._line(self.seconds)
             except BrokenPipeError:
@@ -403,6 +407,7 @@ class Outside:
             return json.loads(line)
 
     def _line(self, seconds: float) -> bytes:
+        assert self.process is not None and self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return self.process.stdout.readline() if ready else b""
 
@@ -412,8 +417,9 @@ class Outside:
             return
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
         self.process = None
 
 

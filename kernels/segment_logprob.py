@@ -201,11 +201,11 @@ def _token_logp(
         x, g = logits[: len(y)], None if G is None else G[: len(y)]
         _logits(hidden[rows], weight, x)
         make_rows(x, y, logp[rows], g)
-        if want_grad:
+        if R is not None and g is not None:
             torch.mm(g, weight, out=R[rows])
     ignored = targets < 0
     logp.masked_fill_(ignored, 0.0)
-    if want_grad:
+    if R is not None:
         R.masked_fill_(ignored[:, None], 0.0)
     return logp, R
 
