@@ -161,7 +161,8 @@ def test_files_of_different_runs(transitions: dict[str, Any]) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures that were about to be written."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "save", lambda figure, path, dpi=0: drawn.append(figure))
+    for module in (figures, story):
+        monkeypatch.setattr(module, "save", lambda figure, path, dpi=0: drawn.append(figure))
     return drawn
 
 
