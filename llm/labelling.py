@@ -101,6 +101,8 @@ SHAPING += ("annotate_temperature", "annotate_max_tokens")  # the settings that 
 
 def inputs(cfg: LabelSettings) -> list[Path]:
     """The files that the labels depend on, besides the candidates."""
+    if not cfg.annotator:
+        return []  # `check` refuses it where labels are wanted
     if cfg.annotator == "cues":
         return [find(cfg.cues)]
     if cfg.annotator in ("committee", "self"):

@@ -564,7 +564,7 @@ def judged(body: dict[str, Any]) -> str:
     text = body["messages"][0]["content"]
     for kind in judge.KINDS:
         if match := _judge_pattern(kind).fullmatch(text):
-            fields = match.groupdict()
+            fields = {name: json.loads(said) for name, said in match.groupdict().items()}
             reply = fields["sentence"].strip() if kind == "claims" else judge.stand_in(kind, fields)
             rng = random.Random(f"judge/{body.get('seed')}/{text}")
             if kind == "support" and rng.random() < 0.02:

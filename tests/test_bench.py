@@ -61,7 +61,7 @@ def test_extra_memory_finds_the_peak_of_a_known_allocation(tmp_path):
         f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, measure
+import torch\nfrom tools import measure
 task = json.loads(sys.argv[2])
 held = torch.ones(50, 2**18)
 def run():
@@ -71,7 +71,7 @@ print(json.dumps(measure.extra_memory(run, torch.device("cpu"))))
 """
     )
     for mib in (40, 80):
-        found = measure.in_fresh_process(str(script), {"mib": mib}, threads=1)
+        found = measure.in_fresh_process([str(script)], {"mib": mib}, threads=1)
         assert found["extra MiB"] == pytest.approx(mib, abs=3)
         assert found["peak MiB"] > mib + 50
 
@@ -80,7 +80,7 @@ def test_a_process_that_fails_is_an_error_with_its_words(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit('no such thing')")
     with pytest.raises(RuntimeError, match="no such thing"):
-        measure.in_fresh_process(str(script), {}, threads=1)
+        measure.in_fresh_process([str(script)], {}, threads=1)
 
 
 def test_a_table_shows_three_digits_and_the_spread():

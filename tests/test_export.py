@@ -296,6 +296,6 @@ def test_card(tmp_path: Path, tiny_tokenizer: Any) -> None:
         "vllm serve Qwen/Qwen3-8B --revision 0123abcd --enable-lora --max-lora-rank 8",
     ):
         assert part in written.text, part
-    written.write_card(path, base, "kto", {}, rows, {}, {})
+    card.write_card(path, base, "kto", {}, rows, {}, {})
     written = ModelCard.load(path / "README.md")
     assert written.data.base_model is None and "Not evaluated yet." in written.text and "a local folder" in written.text

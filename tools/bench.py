@@ -187,7 +187,7 @@ def op_rows(size: dict[str, Any], rounds: int, device: torch.device) -> Table:
                 row |= times[name]
             if name in ready and grad:
                 task = {"task": "op", "size": size, "candidate": name}
-                row |= in_fresh_process("tools.bench", task, torch.get_num_threads()) | same[name]
+                row |= in_fresh_process(["-m", "tools.bench"], task, torch.get_num_threads()) | same[name]
             rows.append(row if name in ready else row | ABSENT)
     return rows
 
@@ -394,7 +394,7 @@ def step_rows(size: StepSize, rounds: int, device: torch.device) -> Table:
     for name, s in steppers.items():
         amortised = {"with the reference": times[name]["seconds"]["median"] + s.reference_seconds / EPOCHS}
         task = {"task": "step", "size": vars(size), "candidate": name, "rounds": 0}
-        memory = in_fresh_process("tools.bench", task, torch.get_num_threads())
+        memory = in_fresh_process(["-m", "tools.bench"], task, torch.get_num_threads())
         rows.append({"candidate": name} | times[name] | amortised | memory | same[name])
     return rows if installed("trl") else [*rows, {"candidate": "TRL"} | ABSENT]
 
@@ -489,7 +489,7 @@ def growth_rows(base: StepSize, axes: dict[str, Sequence[int]], rounds: int) -> 
         for value in values:
             size = vars(base) | ({} if axis == "ranks" else {axis: value})
             task = {"task": "step", "size": size | {"shortest": size["longest"]}, "candidate": "ours", "rounds": rounds}
-            found.append(in_fresh_process("tools.bench", task, 1, value if axis == "ranks" else 1))
+            found.append(in_fresh_process(["-m", "tools.bench"], task, 1, value if axis == "ranks" else 1))
             times = {"times the size": value / values[0], "times the time": found[-1]["seconds"] / found[0]["seconds"]}
             if found[0]["extra MiB"]:
                 times["times the memory"] = found[-1]["extra MiB"] / found[0]["extra MiB"]

@@ -95,15 +95,15 @@ def _process_mib(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def in_fresh_process(module: str, task: dict[str, Any], threads: int, ranks: int = 1) -> dict[str, Any]:
-    """The JSON that `python -m MODULE --task TASK` prints last, run alone or as `ranks` processes under torchrun.
+def in_fresh_process(program: list[str], task: dict[str, Any], threads: int, ranks: int = 1) -> dict[str, Any]:
+    """The JSON that `python PROGRAM --task TASK` prints last, run alone or as `ranks` processes under torchrun.
 
     threads: of each. Without MALLOC_ variables: those of the Makefile make the allocator keep freed memory.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     env["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, *launch, "-m", module, "--task", json.dumps(task)]
+    command = [sys.executable, *launch, *program, "--task", json.dumps(task)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{task} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
