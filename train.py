@@ -86,7 +86,8 @@ class TrainSettings:
         choices=("torch", "triton"),
     )
 
-    __post_init__ = check
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def step_rows(n: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:

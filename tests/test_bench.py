@@ -61,7 +61,8 @@ def test_extra_memory_finds_the_peak_of_a_known_allocation(tmp_path):
         f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch\nfrom tools import measure
+import torch
+from tools import measure
 task = json.loads(sys.argv[2])
 held = torch.ones(50, 2**18)
 def run():
@@ -195,6 +196,7 @@ def test_a_wrong_section_is_a_usage_error(capsys, monkeypatch):
 # ---------- gpu_check
 
 
+@pytest.mark.long
 def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     out = tmp_path / "check.json"

@@ -138,6 +138,7 @@ def test_hand_worked():
     assert q.tolist() == [[[0, 1]]] and k.tolist() == [[[-1, 0]]] and v.tolist() == [[[5, 6]]]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the Triton text runs in this very process")
 def test_triton_text_under_the_interpreter():

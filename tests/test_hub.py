@@ -107,6 +107,7 @@ def test_gated_and_unknown_models(tmp_path: Path) -> None:
         assert message.startswith("InputError: acme/none: no such directory, and the Hub has no such model or hides it")
 
 
+@pytest.mark.long
 def test_a_download_that_breaks_off(tmp_path: Path) -> None:
     """It fails by name, leaves nothing that would pass for the model, and goes on when the server is well again."""
     shard = "model-00001-of-00001.safetensors"

@@ -252,6 +252,7 @@ def test_bad_flags(annotate, server, flags, words):
 FAULTS = ["429", "500", "503", "reset", "not json", "wrong label", "prose", "cut body", "null content", "echo key"]
 
 
+@pytest.mark.long
 def test_soak(tmp_path):
     """Many traces, a fifth of all requests faulty, killed again and again. MRALIGN_SOAK=1000 for the long run."""
     n = int(os.environ.get("MRALIGN_SOAK", 40))

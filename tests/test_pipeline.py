@@ -276,6 +276,7 @@ def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     assert "Before and after" in page and "stand-in" in page and "Fig. 4" in page
 
 
+@pytest.mark.long
 def test_two_processes_give_the_single_process_result(run, slices):
     out = slices["folder"] / "two processes"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mralign.py"]

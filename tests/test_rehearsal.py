@@ -166,7 +166,7 @@ def test_the_small_rehearsal_from_end_to_end(tmp_path, monkeypatch):
     """Two processes, all stages, all tables; of Tables 3 and 4 one row."""
     scale = 0.003
     monkeypatch.setattr(rehearsal, "SWEEP", {n: rehearsal.SWEEP[n] for n in ("full", "Table 3, one label a step")})
-    text = rehearsal.rehearse(tmp_path, scale, {"label_eval": 4})
+    text = rehearsal.rehearse(tmp_path, scale, {"label_eval": 4, "batch_size": 8})  # more than one step
     results = read_json(tmp_path / "run/results.json")
     assert results["receipt"]["processes"] == 2
     tally = results["stages"]["candidates"]["by data set"]

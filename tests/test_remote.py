@@ -124,6 +124,7 @@ def drawn(out: Path, engine: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("style", ["ids", "text"])
 def test_a_server_gives_the_rows_that_our_own_sampler_gives(style, questions, local, tmp_path):
     with completions_server(style) as (url, seen):
@@ -135,6 +136,7 @@ def test_a_server_gives_the_rows_that_our_own_sampler_gives(style, questions, lo
     assert ("16 of 16 completions came without ids" in done.stderr) is (style == "text")
 
 
+@pytest.mark.long
 def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions, local, tmp_path):
     with completions_server("broken") as (url, seen):
         flags = ["--backend", "openai", "--base-url", url, "--served-model", "mini", "--concurrency", "1"]

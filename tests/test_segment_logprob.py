@@ -423,6 +423,7 @@ def test_without_triton():
 # ---- the Triton text without a GPU
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 def test_triton_text_under_the_interpreter():
@@ -436,6 +437,7 @@ def test_triton_text_under_the_interpreter():
     assert "failed" not in summary and "skipped" not in summary and int(summary.split()[0]) >= 25, out
 
 
+@pytest.mark.long
 @needs_triton
 def test_compiles_for_each_gpu_without_spills(tmp_path):
     """sm_80, sm_90, sm_100: no stack, no spills, shared memory in bounds, the big streams loaded 128 bits at a time."""

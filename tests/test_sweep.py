@@ -400,6 +400,7 @@ def gone(path: Path) -> bool:
         return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_is_passed_on_to_the_runs_and_waits_for_them(tmp_path, number, code):
     runner = started(tmp_path, POLITE)
@@ -411,6 +412,7 @@ def test_a_signal_is_passed_on_to_the_runs_and_waits_for_them(tmp_path, number, 
     assert not (tmp_path / "c" / "pid").exists()
 
 
+@pytest.mark.long
 def test_a_second_signal_kills_the_runs_and_what_is_below_them(tmp_path):
     runner = started(tmp_path, DEAF)
     runner.send_signal(signal.SIGINT)

@@ -578,6 +578,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_bit_for_bit
     assert sha(run) == sha(whole(world)) and read(run)[1] == read(whole(world))[1]
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_others_and_torchrun_restarts_them_from_the_checkpoint(tmp_path, base, launch, whole):
     s = RUN
     run, done = launch(tmp_path, base, "run", make_rows(12), 2, extra=["--resume", "--die", 3, 1], **s)
@@ -665,6 +666,7 @@ def newest(run: Path) -> int:
     return max((int(p.name[-6:]) for p in checkpoint.found(run)), default=0)
 
 
+@pytest.mark.long
 def test_kills_at_random_moments_never_cost_the_run(tmp_path, base, launch):
     """A short version of the crash loop: kill -9 a random time after a random number of steps, go on, eight times."""
     s = {"batch_size": 2, "epochs": 6, "save_every": 1, "z0_ema": 0.5}  # 36 steps, a checkpoint each
