@@ -411,9 +411,7 @@ def correlation_rows(out: Path) -> list[dict[str, str]]:
     """`correlation` of the run and of every run of the sweep."""
     folders = {"the run (EM, two labels)": out / "run"}
     file = sweep.load(out / "sweep-file.json")
-    folders |= {
-        name: sweep.folder(file, name, 0) for name in ("Table 3, frequency instead of EM", "Table 3, one label a step")
-    }
+    folders |= {name: sweep.folder(file, name, 0) for name in SWEEP if name.startswith("Table 3")}
     rows = []
     for name, folder in folders.items():
         found = correlation(read_jsonl(folder / "train.jsonl"))
