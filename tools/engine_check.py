@@ -202,6 +202,7 @@ def counts(name: str, ours: int, theirs: int) -> Row:
 
 
 def verdict(good: bool) -> str:
+    """How a row of the table says whether it held."""
     return "yes" if good else "NO"
 
 
@@ -299,6 +300,7 @@ def check_masa(python: Path, base: Path, out: Path) -> list[Row]:
 
 
 def say(text: str) -> None:
+    """One line on stderr, at once."""
     print(text, file=sys.stderr, flush=True)
 
 
