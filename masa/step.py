@@ -25,8 +25,9 @@ import lora
 import model as qwen
 import sample
 from common import verifier
-from common.errors import InputError, MemoryFull, NumericsError
+from common.errors import InputError, NumericsError
 from common.ranks import Progress, Ranks
+from common.training import memory_named, peak_memory
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Endpoint
@@ -405,20 +406,22 @@ class Masa:
         self.experts = []
         return row | {"bc_loss/first": losses[0], "bc_loss/last": losses[-1]}
 
+    def memory_message(self) -> str:
+        """One line: how much memory was in use and what to change."""
+        s, device = self.s, self.ranks.device
+        flag = "" if s.gradient_checkpointing else " or --gradient-checkpointing"
+        remedy = f"use --micro-tokens {max(1, s.micro_tokens // 2)}{flag}, the result stays the same"
+        return f"out of memory on {device}; peak {peak_memory(device)}; {remedy}"
+
     def step(self, number: int) -> dict[str, Any]:
         """One step of Algorithm 1; its row of metrics."""
         started, tally = time.perf_counter(), Tally()
         self.publish(number)
         groups = self.groups = self.collect(number, tally)
         lr = self.lr * min(1.0, (number + 1) / max(1, self.s.warmup_steps))
-        try:
+        with memory_named(self.memory_message):
             norm = self.learn(groups, lr, tally)
             cloned = self.clone_experts(groups, lr)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition(". ")[0]
-            raise MemoryFull(
-                f"{reason}; use --micro-tokens {self.s.micro_tokens // 2}, the result is the same"
-            ) from None
         row = tally.metrics(self.ranks)
         self.sampled += row["sampled"]
         if number == 0 and row["meta/parsed"] == 0:
