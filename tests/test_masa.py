@@ -28,7 +28,7 @@ from masa import own_reward, passk
 from masa.control import cut_at, hint_of, is_gated
 from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally
-from masa.objective import advantages, kl_to_reference, policy_loss, token_logp
+from masa.objective import advantages, kl_to_reference, policy_loss, server_weights, token_logp
 from masa.problems import Prediction, Prompts, load_problems, meta_text, parse_meta
 from masa.rewards import Outcome, lemma, overlong_penalty, reward_difficulty, reward_length, reward_meta, reward_notion
 from masa.run import Run, identity_of
@@ -190,6 +190,14 @@ def test_policy_loss_branch_by_branch():
     assert torch.allclose(logp.grad, torch.where(took, 0.0, -ratio * advantage))
     wild, _ = policy_loss(torch.tensor([900.0]), torch.zeros(1), torch.tensor([-1.0]), 0.2, 0.28, 1e30)
     assert wild.item() == pytest.approx(math.exp(20), rel=1e-5)
+
+
+def test_weights_of_a_servers_samples_by_hand():
+    """Drawn with 1/8, 1/2, 1/4 and an unknown chance, here 1/4, 1/4, 1/64: twice, half, a sixteenth, and 1."""
+    served = torch.tensor([1 / 8, 1 / 2, 1 / 4, math.nan]).log()
+    weights, log_ratio = server_weights(torch.tensor([1 / 4, 1 / 4, 1 / 64, 1 / 3]).log(), served, 1.5)
+    assert weights.tolist() == pytest.approx([1.5, 0.5, 0.0625, 1.0])
+    assert log_ratio.tolist() == pytest.approx([math.log(2), -math.log(2), -math.log(16), 0.0])
 
 
 def test_at_ratio_one_the_gradient_is_reinforce():
@@ -1139,7 +1147,7 @@ def test_a_steps_spread_and_lengths(folder, group):
 def test_every_equation_of_the_page_is_where_it_says():
     text = (ROOT / "docs/masa.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| \[[\w.]+\]\((\.\./[\w/.]+)\) `([^`]+)` \|$", text, re.MULTILINE)
-    assert len(rows) == 13
+    assert len(rows) == 14
     for paper, file, code in rows:
         assert (ROOT / "docs" / file).read_text(encoding="utf-8").count(code) == 1, paper
     assert all(any(f"Eq. {n}" in paper for paper, _, _ in rows) for n in (1, 2, 3, 5))
