@@ -35,7 +35,7 @@ MODEL = ROOT / "mini" / "model"
 @contextlib.contextmanager
 def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth,
-    "shifted" says that every token was half a nat less likely than it is.
+    "shifted" sends end tokens too and says that every token was half a nat less likely than it is.
 
     It also loads and unloads adapters as vLLM does, from folders, and says in words that it has.
     """
@@ -73,7 +73,7 @@ def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, 
                 (c,) = sample.generate(
                     net, [body["prompt"]], [body["seed"]], max_new=body["max_tokens"], stop_ids=stops, **how
                 )
-            shown = c.ids[:-1] if c.finish == "stop" else c.ids
+            shown = c.ids[:-1] if c.finish == "stop" and style != "shifted" else c.ids
             choice = {"index": 0, "finish_reason": c.finish, "stop_reason": None}
             choice["text"] = token_offsets(tokenizer, shown)[0]
             if style != "text":
@@ -236,7 +236,7 @@ def test_a_servers_log_probabilities_weigh_its_samples(tmp_path, monkeypatch):
             row = made.step(0)
             made.evaluate(0, "held", made.problems[:1])
         asked = ["logprobs" in body for body in seen if "prompt" in body]
-        assert asked == ([bool(s.is_cap)] * 16 + [False] * 4)  # not for an evaluation
+        assert asked == ([bool(s.is_cap)] * 8 + [False] * 4)  # not for an evaluation
         return row, torch.cat([g.flatten() for g in made.optimizer.grads[0].values()])
 
     with process_group() as ranks:
@@ -251,7 +251,7 @@ def test_a_servers_log_probabilities_weigh_its_samples(tmp_path, monkeypatch):
         assert row["server/weight"] == 1.5 and row["server/capped"] == 1
         with pytest.raises(ServiceError, match="one log-probability for each of them.*--is-cap 0"):
             gradient("text")
-    # Nine tokens of which none ends the text: every weight is the same, and so is its place before the gradient.
+    # Every token has the same weight, so the gradient has it.
     assert torch.allclose(more, plain * 1.64872, rtol=1e-3, atol=1e-6)
     assert torch.allclose(capped, plain * 1.5, rtol=1e-3, atol=1e-6)
 
