@@ -39,7 +39,7 @@ from common.files import read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
-from pipeline import cards, evaluation, plan, reporting
+from pipeline import cards, evaluation, plan
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
@@ -154,6 +154,13 @@ def train_method(run: Run, method: str) -> dict[str, Any]:
     return metrics
 
 
+def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
+    """Stage report: tables, figures and the page."""
+    from pipeline import reporting  # here, because its figures take a second to import
+
+    return reporting.write_report(run, receipts)
+
+
 # ---------- the stages in order
 
 
@@ -190,7 +197,7 @@ def stages(run: Run) -> list[Stage]:
     measured = [*before, *evaluation.stages(run, model, transitions | rows)]
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
-    shown = functools.partial(reporting.write_report, receipts=receipts)
+    shown = functools.partial(write_report, receipts=receipts)
     last = Stage("report", shown, ("method", "also", "eval_sets"), reads, {"results.json": out / "results.json"})
     return [*measured, last]
 

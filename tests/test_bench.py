@@ -133,6 +133,7 @@ def test_rows_in_trl_order_meet_the_same_wrong_completions(n):
     assert all(partner[order[i]] == order[i - 1] for i in range(n))  # TRL: the completion before, the first the last
 
 
+@pytest.mark.long
 def test_our_steps_have_trls_losses(alone, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed; make bench installs it")
     monkeypatch.setattr(bench, "installed", lambda package: True)

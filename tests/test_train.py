@@ -329,6 +329,7 @@ def test_z0_from_a_share_of_the_rows_is_the_mean_over_the_first_of_them(base, gr
         z0_of(order, kl_rows=0.0)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link from a path with a space in it")
 def test_compiled_layers_give_the_same_gradients(base, group):
