@@ -35,7 +35,7 @@ import train
 from common import benchmarks, hub
 from common.endings import program, status
 from common.errors import InputError
-from common.files import read_jsonl, write_json, write_jsonl
+from common.files import each_row, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
@@ -59,14 +59,14 @@ def draw_samples(run: Run) -> dict[str, Any]:
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = run.draw(run.sampler("thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
-    outcomes = data.count_outcomes(read_jsonl(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
+    outcomes = data.count_outcomes(each_row(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
     return {"tokens_per_second_per_rank": round(speed), "outcomes": outcomes}
 
 
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    samples = read_jsonl(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
+    samples = each_row(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,

@@ -27,6 +27,7 @@ import sample
 from common import verifier
 from common.errors import InputError, MemoryFull, NumericsError
 from common.ranks import Progress, Ranks
+from common.tokens import unused_ids
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Endpoint
@@ -121,7 +122,8 @@ class Masa:
         common: dict[str, Any] = {"stop_ids": self.prompts.stop_ids, "progress": progress}
         self.ranks.check_stop()
         if self.server is None:
-            common |= {"batch_size": self.s.sample_batch, **asdict(how)}
+            never = unused_ids(self.prompts.tokenizer, self.model.config.vocab_size)
+            common |= {"batch_size": self.s.sample_batch, "never": never, **asdict(how)}
             done = sample.generate(self.model, prompts, seeds, max_new=limits, **common)
         else:
             done = self.server.generate(prompts, seeds, limits, sampling=how, end_id=self.prompts.end, **common)

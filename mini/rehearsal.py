@@ -39,7 +39,7 @@ import em
 import model as qwen3
 from common.endings import program
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from common.files import ROOT, atomic_write, each_row, read_json, read_jsonl, write_json, write_jsonl
 from common.model_config import ModelConfig
 from common.table import markdown
 from common.template import load_prompt
@@ -281,7 +281,7 @@ def run_own_sampler(out: Path, questions: Path) -> list[dict[str, Any]]:
     words += ["--questions", str(few), "--out", str(out / "own"), "--draw-max-new", "32", "--draws", "1", "sample"]
     launch(words, out / "own.log")
     rows = read_jsonl(out / "own" / "samples.jsonl")
-    served = {(r["id"], r["mode"]): r["prompt_ids"] for r in read_jsonl(out / "run" / "samples.jsonl")}
+    served = {(r["id"], r["mode"]): r["prompt_ids"] for r in each_row(out / "run" / "samples.jsonl")}
     if odd := [r["id"] for r in rows if r["prompt_ids"] != served[r["id"], r["mode"]]]:
         raise InputError(f"{out / 'own'}: our sampler and the server were given different prompts for {odd[0]}")
     return rows

@@ -18,7 +18,7 @@ from typing import Any
 import data
 from common.benchmarks import SOURCES, in_file
 from common.errors import InputError
-from common.files import ROOT, read_jsonl
+from common.files import ROOT, each_row, read_jsonl
 from common.model_config import ModelConfig
 from common.table import markdown
 from kto import LOSSES
@@ -112,11 +112,11 @@ def drawn_lengths(out: Path) -> dict[str, tuple[float, float]]:
     off = (ASSUMED.prompt, ASSUMED.answer)
     lengths = {"on": (ASSUMED.prompt, ASSUMED.thought + ASSUMED.answer), "off": off}
     if (out / "samples.jsonl").exists():
-        rows = read_jsonl(out / "samples.jsonl", ("mode", "ids", "prompt_ids"))
-        for mode in lengths:
-            each = [(len(r["prompt_ids"]), len(r["ids"])) for r in rows if r["mode"] == mode]
-            if each:
-                lengths[mode] = (sum(p for p, _ in each) / len(each), sum(c for _, c in each) / len(each))
+        sums = {mode: [0, 0, 0] for mode in lengths}  # rows, prompt tokens, completion tokens
+        for row in each_row(out / "samples.jsonl", ("mode", "ids", "prompt_ids")):
+            for k, n in enumerate((1, len(row["prompt_ids"]), len(row["ids"]))):
+                sums[row["mode"]][k] += n
+        lengths |= {mode: (prompt / n, ids / n) for mode, (n, prompt, ids) in sums.items() if n}
     return lengths
 
 
