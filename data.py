@@ -508,7 +508,7 @@ def _train_problem(row: dict[str, Any]) -> str:
 
 
 def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
-    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled".
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", "shuffled" or "mean".
 
     Raises InputError when the loss asks for weights and all of them are 1, as in rows imported from other trainers.
     """
@@ -516,6 +516,8 @@ def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict
         return [row | {"w": [1.0] * len(row["w"])} for row in rows]
     if all(w == 1 for row in rows for w in row["w"]):
         raise InputError("every step weight of these rows is 1, so this would be plain KTO; train --method kto, or fit")
+    if weights == "mean":
+        return mean_weights(rows)
     return shuffle_weights(rows, seed) if weights == "shuffled" else rows
 
 
@@ -530,6 +532,15 @@ def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any
         pools[label] = [x for row in rows if row["label"] is label for x in row["w"]]
         order.shuffle(pools[label])
     return [row | {"w": [pools[row["label"]].pop() for _ in row["w"]]} for row in rows]
+
+
+def mean_weights(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The other placebo: every step has the mean weight of its class, so a class weighs what it did, each step alike."""
+    means = {}
+    for label in {row["label"] for row in rows}:
+        of_class = [x for row in rows if row["label"] is label for x in row["w"]]
+        means[label] = sum(of_class) / max(1, len(of_class))
+    return [row | {"w": [means[row["label"]]] * len(row["w"])} for row in rows]
 
 
 def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Row]:

@@ -1028,6 +1028,14 @@ def test_shuffled_weights_stay_in_their_class():
     assert shuffled == data.shuffle_weights(rows, seed=1) != data.shuffle_weights(rows, seed=2)
 
 
+def test_mean_weights_by_hand():
+    """Chosen steps weigh 1, 2 and 3, rejected ones 4 and 8; a row without a step stays without."""
+    rows = [{"label": True, "w": [1.0, 2.0]}, {"label": False, "w": [4.0, 8.0]}, {"label": True, "w": [3.0]}]
+    rows.append({"label": False, "w": []})
+    want = [[2.0, 2.0], [6.0, 6.0], [2.0], []]
+    assert [row["w"] for row in data.reweighted(rows, "mean", seed=0)] == want
+
+
 def test_packing_by_hand():
     rows = [([10, 11], [12, 13, 14], torch.tensor([1.0, 0.5, 2.0])), ([20], [21], torch.tensor([3.0]))]
     batch = data.pack(rows)
