@@ -20,6 +20,7 @@ weights, models that bring their own code. A config that asks for one of them is
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -41,12 +42,6 @@ from common.weights import read_tensors, weight_files
 from kernels.add_rmsnorm import add_rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
 
 # Attention over the cache reads whole blocks of positions, the unused ones masked: so the CPU kernel sums in the same
 # order however long the longest row of the batch is, and a row's result does not depend on its neighbours; and a CUDA
@@ -179,7 +174,6 @@ def angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-@torch.compiler.disable  # row lengths differ from batch to batch: a compiled one would be compiled again for each
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
     if rows.cu_seqlens is not None:
@@ -194,15 +188,26 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     return torch.cat(out)
 
 
+@functools.cache
+def varlen_attn() -> Callable[..., Any] | None:
+    """torch's flash attention over packed rows; None before torch 2.10. Its import takes seconds, so not above."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """The same by one flash attention kernel over all rows."""
-    assert varlen_attn is not None
+    attend = varlen_attn()
+    assert attend is not None
     options: dict[str, Any] = {"window_size": (-1, 0)}  # nothing to the right: causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if "enable_gqa" in inspect.signature(attend).parameters:
         options["enable_gqa"] = True
     else:  # torch before 2.12
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor]]) -> Tensor:
@@ -249,6 +254,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.stacked: Stack | None = None  # q, k and v as one, see `Qwen3.stacked`
+        self.attend_rows = attend_rows
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         H, G = self.heads
@@ -264,7 +270,7 @@ class Attention(nn.Module):
             cache_k[rows.slots, :, rows.positions] = k
             cache_v[rows.slots, :, rows.positions] = v
         if rows.seen is None:
-            out = attend_rows(q, k, v, rows)
+            out = self.attend_rows(q, k, v, rows)
         else:
             out = attend_cache(q, cache_k, cache_v, rows.seen)
         return self.o_proj(out.flatten(1))
@@ -358,7 +364,7 @@ class Qwen3(nn.Module):
         positions = torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
         positions = positions.to(weight.device)
         rows = Rows(*angles(self.config, positions, weight.dtype), lengths.tolist())
-        if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn() is not None:
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
         if cache is not None:
             assert slots is not None, "a cache needs the slots of the rows"
@@ -397,6 +403,12 @@ class Qwen3(nn.Module):
             else:
                 x = layer(x, rows)
         return self.model.norm(x)
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer, but for the attention to packed rows: their lengths differ from pass to pass."""
+        for layer in cast(Iterable[Layer], self.model.layers):
+            layer.self_attn.attend_rows = torch.compiler.disable(attend_rows)
+            layer.compile(dynamic=True)
 
     def stack(self) -> None:
         """From now on weights that read the same input are multiplied as one: fewer, larger products.

@@ -189,8 +189,7 @@ class Trainer:
         if s.compile:
             if model.head.dtype != torch.float32:
                 raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
-            for layer in model.model.layers:
-                layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
+            model.compile_layers()
         if s.shard:
             training.shard(model, self.parameters, ranks)
         self.policy = model if s.shard else DistributedDataParallel(model)
