@@ -38,6 +38,7 @@ from common.errors import InputError
 from common.files import atomic_write, write_json
 from common.hub import member
 from common.model_config import ModelConfig
+from common.recompute import Remade
 from common.weights import read_tensors, weight_files
 from kernels.add_rmsnorm import add_rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
@@ -143,6 +144,12 @@ class Rows:
     slots: Tensor | None = None  # (N,) cache slot of each token
     positions: Tensor | None = None  # (N,) position of each token in its slot
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
+    remade: Remade | None = None  # where cheap results are made again in the backward pass
+
+    def forget(self, made: Tensor | tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:
+        """`made` is function(*inputs): the backward pass may make it again."""
+        if self.remade is not None:
+            self.remade.forget(made, function, *inputs)
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -264,7 +271,9 @@ class Attention(nn.Module):
             qkv = lora.joint(x, [self.q_proj, self.k_proj, self.v_proj], *self.stacked)
         qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
         scales = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        q, k, v = qk_norm_rope(qkv, scales, self.eps, rows.cos, rows.sin, G)
+        given = qkv, scales, self.eps, rows.cos, rows.sin, G
+        q, k, v = qk_norm_rope(*given)
+        rows.forget((q, k, v), qk_norm_rope, *given)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
@@ -286,10 +295,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.stacked: Stack | None = None  # gate and up as one, see `Qwen3.stacked`
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         if self.stacked is None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(swiglu(lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked)))
+            given: tuple[Tensor, ...] = self.gate_proj(x), self.up_proj(x)
+        else:
+            given = (lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked),)
+        inner = swiglu(*given)
+        rows.forget(inner, swiglu, *given)
+        return self.down_proj(inner)
 
 
 class Layer(nn.Module):
@@ -301,10 +314,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        norm = self.post_attention_layernorm
+        normed, norm = self.input_layernorm(x), self.post_attention_layernorm
+        rows.forget(normed, self.input_layernorm, x)
         assert norm.eps is not None
-        x, normed = add_rmsnorm(x, self.self_attn(self.input_layernorm(x), rows), norm.weight, norm.eps)
-        return x + self.mlp(normed)
+        x, normed = add_rmsnorm(x, self.self_attn(normed, rows), norm.weight, norm.eps)
+        rows.forget(normed, norm, x)
+        return x + self.mlp(normed, rows)
 
 
 class Decoder(nn.Module):
@@ -323,7 +338,8 @@ class Qwen3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute each layer in the backward pass instead of keeping it
+        # What the backward pass makes again instead of keeping: "none", "cheap" (norms, RoPE, SwiGLU), "full" (layers).
+        self.recompute = "none"
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -395,13 +411,15 @@ class Qwen3(nn.Module):
 
     def _layers(self, ids: Tensor, rows: Rows) -> Tensor:
         x = self.model.embed_tokens(ids)
-        remat = self.gradient_checkpointing and torch.is_grad_enabled()
-        assert not (remat and rows.cache is not None), "a cache cannot be filled under gradient checkpointing"
-        for layer in self.model.layers:
-            if remat:
-                x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, rows)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        assert recompute == "none" or rows.cache is None, "a cache is filled by passes that recompute nothing"
+        rows.remade = Remade() if recompute == "cheap" else None
+        with rows.remade or contextlib.nullcontext():
+            for layer in self.model.layers:
+                if recompute == "full":
+                    x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = layer(x, rows)
         return self.model.norm(x)
 
     def compile_layers(self) -> None:

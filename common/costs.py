@@ -104,6 +104,7 @@ def step_flops(c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute:
 
 # ---------- bytes
 
+CHUNK_BYTES = 2**30  # most that the logits of one chunk and their gradient take on a GPU
 RECOMPUTE = ("none", "cheap", "full")  # what the backward pass makes again: nothing, elementwise results, whole layers
 
 
@@ -133,7 +134,6 @@ def memory(
     tokens: int,
     predicted: int,
     recompute: str,
-    chunk_bytes: int,
     fused: bool,
     no_grad_tokens: int = 0,
     shards: int = 1,
@@ -141,7 +141,7 @@ def memory(
     """Bytes on one GPU at the fullest moment of a step, by part.
 
     tokens: of one forward pass with a gradient, `predicted` of them completion. no_grad_tokens: of one without.
-    chunk_bytes: most that a chunk of logits may take. shards: GPUs over which the layers are spread.
+    shards: GPUs over which the layers are spread.
     """
     n, E, F, L = parameters(c, r), c.hidden_size, c.intermediate_size, c.num_hidden_layers
     one_layer = kept_per_token(c, r, size, "none", fused) - kept_per_token(c, r, size, recompute, fused)
@@ -153,5 +153,5 @@ def memory(
         "AdamW's moments": 8 * n["adapters"],
         "activations": (kept_per_token(c, r, size, recompute, fused) * L + one_layer) * tokens,
         "working set of one layer": max(no_grad_tokens, tokens) * 5 * size * F,  # an MLP's products
-        "head chunk and its gradient": min(chunk_bytes, 6 * predicted * c.vocab_size) + 2 * size * predicted * E,
+        "head chunk and its gradient": min(CHUNK_BYTES, 6 * predicted * c.vocab_size) + 2 * size * predicted * E,
     }

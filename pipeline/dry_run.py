@@ -268,10 +268,12 @@ def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> 
         rows = data.load_train(given)
         counted = ([len(row[ids]) for row in rows] for ids in ("prompt_ids", "completion_ids"))
         lengths = plan.Lengths(*counted, [row["label"] for row in rows])
+    size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    level, _ = plan.level_and_tokens(config, s, size, gpu, gpus, lengths)
     for method in cfg.methods:
         kept = [i for i, chosen in enumerate(lengths.chosen) if chosen or LOSSES[method].rows == "all"]
         own = plan.Lengths(*([of[i] for i in kept] for of in (lengths.prompt, lengths.completion, lengths.chosen)))
-        seconds = s.epochs * plan.step_flops(config, s, len(kept), own) / (gpus * costs.GPUS[gpu].tflops * 1e12)
+        seconds = s.epochs * plan.step_flops(config, s, len(kept), own, level) / (gpus * costs.GPUS[gpu].tflops * 1e12)
         tokens = round(s.epochs * sum(own.total))
         needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / costs.UTILISATION / 3600))
     return needs

@@ -14,13 +14,12 @@ from typing import Any
 
 import data
 import train
-from common import costs
+from common import costs, passes
 from common.errors import InputError
 from common.files import ROOT
 from common.model_config import ModelConfig
 from common.tokens import load_tokenizer, token_offsets
 from em import LABELS
-from kernels.segment_logprob import CUDA_CHUNK_BYTES
 from report import analysis
 
 SHAPES = ROOT / "configs" / "shapes"  # config.json of public models, for a dry run offline
@@ -65,30 +64,32 @@ def assumed_lengths() -> Lengths:
     return Lengths([PAPER["prompt"]] * n, completion, chosen)
 
 
-def step_tokens(s: train.TrainSettings, lengths: Lengths) -> tuple[int, int, int]:
-    """(tokens, completion tokens among them, tokens without a gradient) of the longest passes of a step."""
-    longest = sorted(zip(lengths.total, lengths.completion, strict=True), reverse=True)
-    rows = longest[: s.micro_batch]
-    no_grad = longest[: s.micro_batch * train.NO_GRAD_PACK]
-    return sum(t for t, _ in rows), sum(c for _, c in rows), sum(t for t, _ in no_grad)
+def level_and_tokens(
+    config: ModelConfig, s: train.TrainSettings, size: int, gpu: str, world: int, lengths: Lengths
+) -> tuple[str, int]:
+    """What is recomputed on such a GPU and how many tokens a pass holds, as training plans them before it measures."""
+    return passes.planned(s, config, lengths.total, size, costs.ROOM * costs.GPUS[gpu].memory * 1e9, world)
 
 
 def memory(
-    config: ModelConfig, s: train.TrainSettings, size: int, world: int, lengths: Lengths
+    config: ModelConfig, s: train.TrainSettings, size: int, gpu: str, world: int, lengths: Lengths
 ) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU at the fullest moment, by part, for each level of recomputation."""
-    tokens, predicted, no_grad = step_tokens(s, lengths)
-    shards = world if s.shard else 1
-    return {
-        level: costs.memory(config, s.lora_r, size, tokens, predicted, level, CUDA_CHUNK_BYTES, True, no_grad, shards)
-        for level in costs.RECOMPUTE
-    }
+    """For each level of recomputation the tokens of a pass, and bytes at the fullest moment by part."""
+    table = {}
+    for level in costs.RECOMPUTE:
+        _, tokens = level_and_tokens(
+            config, dataclasses.replace(s, recompute=level, compile=False), size, gpu, world, lengths
+        )
+        no_grad = passes.Limit(tokens=tokens).without_gradient().tokens
+        shards = world if s.shard else 1
+        parts = costs.memory(config, s.lora_r, size, tokens, tokens, level, True, no_grad, shards)
+        table[level] = {"tokens": tokens} | parts
+    return table
 
 
-def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths) -> float:
-    """Operations of one optimiser step of `rows` mean rows, recomputation included."""
+def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths, level: str = "none") -> float:
+    """Operations of one optimiser step of `rows` mean rows. level: of recomputation, which is counted too."""
     of = list(zip(lengths.total, lengths.completion, strict=True))
-    level = "full" if s.gradient_checkpointing else "none"
     policy = sum(costs.step_flops(config, s.lora_r, of, [], level).values())
     return rows / len(of) * (policy + s.kl_rows * sum(costs.forward_flops(config, s.lora_r, of).values()))
 
@@ -137,16 +138,18 @@ def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[st
     return lines
 
 
-def memory_lines(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> list[str]:
+def memory_lines(table: dict[str, dict[str, float]], chosen: str, gpu: str, gpus: int) -> list[str]:
     """Memory by part at each level of recomputation, beside what the GPU has."""
-    lines = [f"{f'memory of each of {gpus} {gpu}, GB; recomputed':<45}" + "".join(f"{level:>10}" for level in table)]
-    for part in table["none"]:
-        lines.append(f"  {part:<43}" + "".join(f"{table[level][part] / 1e9:>10.2f}" for level in table))
-    sums = [sum(parts.values()) / 1e9 for parts in table.values()]
-    lines.append(f"  {'sum':<43}" + "".join(f"{x:>10.2f}" for x in sums))
+    lines = [f"{f'memory of each of {gpus} {gpu}, GB, recomputed':<43}" + "".join(f"{level:>10}" for level in table)]
+    lines.append(f"  {'tokens of one pass':<41}" + "".join(f"{parts['tokens']:>10,}" for parts in table.values()))
+    parts = [name for name in table["none"] if name != "tokens"]
+    for part in parts:
+        lines.append(f"  {part:<41}" + "".join(f"{of[part] / 1e9:>10.2f}" for of in table.values()))
+    sums = [sum(of[part] for part in parts) / 1e9 for of in table.values()]
+    lines.append(f"  {'sum':<41}" + "".join(f"{x:>10.2f}" for x in sums))
     memory = costs.GPUS[gpu].memory
     fits = "".join(f"{'fits' if x <= costs.ROOM * memory else 'too much':>10}" for x in sums)
-    return [*lines, f"  {f'of {memory} GB, {1 - costs.ROOM:.0%} left free':<43}{fits}"]
+    return [*lines, f"  {f'of {memory} GB, {1 - costs.ROOM:.0%} left free':<41}{fits}", f"  recomputed is: {chosen}"]
 
 
 def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
@@ -162,7 +165,8 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
             *([len(r[k]) for r in rows] for k in ("prompt_ids", "completion_ids")), [r["label"] for r in rows]
         )
     n = costs.parameters(config, s.lora_r)
-    flops = step_flops(config, s, s.batch_size, lengths)
+    level, _ = level_and_tokens(config, s, size, gpu, gpus, lengths)
+    flops = step_flops(config, s, s.batch_size, lengths, level)
     card = costs.GPUS[gpu]
     seconds = flops / (gpus * card.tflops * 1e12 * costs.UTILISATION)
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))
@@ -171,7 +175,7 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
         f"data       {source}",
         *data_lines(lengths, s, method),
         "",
-        *memory_lines(memory(config, s, size, gpus, lengths), gpu, gpus),
+        *memory_lines(memory(config, s, size, gpu, gpus, lengths), level, gpu, gpus),
         "",
         f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
         f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",
