@@ -568,8 +568,7 @@ def test_resume_refuses_a_changed_run_and_names_the_change(whole):
         checkpoint.latest(whole(1), train.run_identity("mralign", settings, {"rows": "r", "model": "m"}))
 
 
-# Two ranks hung here in one of four runs (cause unknown: forked ranks, or a signal within a sum); one rank until it is.
-@pytest.mark.parametrize("world", [1])
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name,code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_bit_for_bit(
     tmp_path, base, launch, whole, world, name, code
