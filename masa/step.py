@@ -81,7 +81,7 @@ class Masa:
             lora.load(model, s.adapter)
         else:
             lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
-        model.gradient_checkpointing = s.gradient_checkpointing
+        model.recompute = "full" if s.gradient_checkpointing else "none"
         self.names = dict(model.named_parameters()) if s.full else lora.state(model)
         self.optimizer = torch.optim.AdamW(
             self.names.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
