@@ -535,7 +535,7 @@ def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any
 
 
 def mean_weights(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The other placebo: every step has the mean weight of its class, so a class weighs what it did, each step alike."""
+    """The other placebo: every step has the mean weight of its class, so a class weighs as much as it did."""
     means = {}
     for label in {row["label"] for row in rows}:
         of_class = [x for row in rows if row["label"] is label for x in row["w"]]
