@@ -8,6 +8,7 @@ than bf16 and fp32.
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -81,6 +82,7 @@ def assumed_lengths() -> Lengths:
     return Lengths([PAPER["prompt"]] * n, completion, chosen)
 
 
+@functools.cache
 def counts(config: ModelConfig, r: int) -> dict[str, int]:
     """Parameters: "layers", "rest" (embedding, head, final norm) and "adapters" of rank r; built without memory."""
     with torch.device("meta"):
