@@ -369,10 +369,12 @@ def select_candidates(
 
 def _remedy(tally: Mapping[str, int], thoughts: Counter[str]) -> str:
     """What to do about a class without rows: it follows the commonest cause."""
-    if thoughts.total() and 2 * (thoughts["no_thought"] + thoughts["empty"]) > thoughts.total():
-        return "most completions hold no thought: take a model that reasons, or a prompt it follows"
-    if 2 * (thoughts["no_close"] + thoughts["cut"]) > thoughts.total():
-        return "most completions were cut short: raise --draw-max-new"
+    n, without = thoughts.total(), thoughts["no_thought"] + thoughts["empty"]
+    short = thoughts["no_close"] + thoughts["cut"]
+    if n and 2 * without > n:
+        return f"{without} of {n} completions with thinking on hold no thought: take a model that reasons"
+    if 2 * short > n:
+        return f"{short} of {n} completions with thinking on were cut short: raise --draw-max-new"
     causes = {reason: n for reason, n in tally.items() if reason not in ("questions", "chosen", "rejected")}
     main = max(causes, key=lambda reason: causes[reason], default="")
     for words, remedy in (
@@ -508,7 +510,7 @@ def _train_problem(row: dict[str, Any]) -> str:
 
 
 def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
-    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled".
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", "shuffled" or "mean".
 
     Raises InputError when the loss asks for weights and all of them are 1, as in rows imported from other trainers.
     """
@@ -516,6 +518,8 @@ def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict
         return [row | {"w": [1.0] * len(row["w"])} for row in rows]
     if all(w == 1 for row in rows for w in row["w"]):
         raise InputError("every step weight of these rows is 1, so this would be plain KTO; train --method kto, or fit")
+    if weights == "mean":
+        return mean_weights(rows)
     return shuffle_weights(rows, seed) if weights == "shuffled" else rows
 
 
@@ -530,6 +534,15 @@ def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any
         pools[label] = [x for row in rows if row["label"] is label for x in row["w"]]
         order.shuffle(pools[label])
     return [row | {"w": [pools[row["label"]].pop() for _ in row["w"]]} for row in rows]
+
+
+def mean_weights(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The other placebo: every step has the mean weight of its class, so a class weighs as much as it did."""
+    means = {}
+    for label in {row["label"] for row in rows}:
+        of_class = [x for row in rows if row["label"] is label for x in row["w"]]
+        means[label] = sum(of_class) / max(1, len(of_class))
+    return [row | {"w": [means[row["label"]]] * len(row["w"])} for row in rows]
 
 
 def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Row]:

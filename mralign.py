@@ -32,14 +32,14 @@ import kto
 import lora
 import sample
 import train
-from common import benchmarks, hub
+from common import benchmarks, costs, hub
 from common.endings import program, status
 from common.errors import InputError
 from common.files import each_row, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
-from pipeline import cards, evaluation, plan, reporting
+from pipeline import cards, evaluation
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
@@ -154,6 +154,13 @@ def train_method(run: Run, method: str) -> dict[str, Any]:
     return metrics
 
 
+def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
+    """Stage report: tables, figures and the page."""
+    from pipeline import reporting  # here, because its figures take a second to import
+
+    return reporting.write_report(run, receipts)
+
+
 # ---------- the stages in order
 
 
@@ -190,7 +197,7 @@ def stages(run: Run) -> list[Stage]:
     measured = [*before, *evaluation.stages(run, model, transitions | rows)]
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
-    shown = functools.partial(reporting.write_report, receipts=receipts)
+    shown = functools.partial(write_report, receipts=receipts)
     last = Stage("report", shown, ("method", "also", "eval_sets"), reads, {"results.json": out / "results.json"})
     return [*measured, last]
 
@@ -246,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="these stages only; none: all that are due")
         what = "print all that a run would take (tokens, hours, memory, calls, dollars), and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
-        parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
+        parser.add_argument("--gpu", default="a800-40", choices=costs.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
     cfg, rest = cli(RunConfig, argv, __doc__, more)

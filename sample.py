@@ -48,10 +48,14 @@ MASK64 = 2**64 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """ids: the sampled tokens, with the stop id if one was sampled. finish: "stop", or "length" at the limit."""
+    """ids: the sampled tokens, with the stop id if one was sampled. finish: "stop", or "length" at the limit.
+
+    logprobs: of each id under the server that drew it, None where it gave none; None altogether if nobody asked.
+    """
 
     ids: list[int]
     finish: str
+    logprobs: list[float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

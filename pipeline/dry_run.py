@@ -19,6 +19,7 @@ import torch
 
 import data
 import sample
+from common import costs
 from common.benchmarks import SOURCES, in_file
 from common.errors import InputError
 from common.files import ROOT, each_row, read_jsonl
@@ -30,17 +31,7 @@ from llm.client import parse_endpoint
 from pipeline import plan
 from pipeline.config import REFINE, RET, RunConfig
 
-BANDWIDTH = {  # name -> memory bandwidth in GB/s, from the vendors' data sheets (SXM where there are several)
-    "h100": 3350,
-    "h200": 4800,
-    "a100-80": 2039,
-    "a100-40": 1555,
-    "a800-80": 2039,
-    "a800-40": 1555,
-    "l40s": 864,
-    "rtx4090": 1008,
-}
-READING = 0.6  # assumed share of that bandwidth while a token is decoded
+READING = 0.6  # assumed share of the bandwidth while a token is decoded
 PAPER_QUESTIONS = 79_168 + 11_679  # A.1: NQ-Open and SciQ
 
 
@@ -144,7 +135,8 @@ class Decoding:
 
     def rows(self, tokens: float) -> int:
         """Rows of so many tokens whose cache fits beside the weights."""
-        free = 0.92 * plan.GPUS[self.gpu][1] * 1e9 - self.size * self.params  # as plan.memory_lines leaves free
+        room = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_lines leaves free
+        free = room - self.size * self.params
         return max(0, int(sample.CACHE_SHARE * free / (self.cache_per_token * tokens)))
 
     def seconds(self, completions: int, prompt: float, completion: float, batch: int) -> float:
@@ -152,10 +144,10 @@ class Decoding:
 
         A step reads the weights and the rows' caches, or multiplies, whichever takes longer.
         """
-        peak = plan.GPUS[self.gpu][0] * 1e12 * plan.UTILISATION
+        peak = costs.GPUS[self.gpu].tflops * 1e12 * costs.UTILISATION
         held = self.cache_per_token * (prompt + completion / 2)
         step = max(
-            (self.size * self.params + batch * held) / (BANDWIDTH[self.gpu] * 1e9 * READING),
+            (self.size * self.params + batch * held) / (costs.GPUS[self.gpu].bandwidth * 1e9 * READING),
             2 * self.params * batch / peak,
         )
         return completions * (2 * self.params * prompt / peak + completion * step / batch)
@@ -233,7 +225,7 @@ def self_needs(cfg: RunConfig, phase: str, rows: list[dict[str, Any]], times: fl
 def decoding(model: str, cfg: RunConfig, gpu: str) -> Decoding:
     """How a model samples on a GPU, in the run's dtype."""
     config, _ = plan.shape_of(model)
-    params = plan.counts(config, cfg.lora_r)
+    params = costs.parameters(config, cfg.lora_r)
     return Decoding(config, params["layers"] + params["rest"], {"float32": 4, "bfloat16": 2}[cfg.dtype], gpu)
 
 
@@ -306,12 +298,14 @@ def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> 
         rows = data.load_train(given)
         counted = ([len(row[ids]) for row in rows] for ids in ("prompt_ids", "completion_ids"))
         lengths = plan.Lengths(*counted, [row["label"] for row in rows])
+    size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    level, _ = plan.level_and_tokens(config, s, size, gpu, gpus, lengths)
     for method in cfg.methods:
         kept = [i for i, chosen in enumerate(lengths.chosen) if chosen or LOSSES[method].rows == "all"]
         own = plan.Lengths(*([of[i] for i in kept] for of in (lengths.prompt, lengths.completion, lengths.chosen)))
-        seconds = s.epochs * plan.step_flops(config, s, len(kept), own) / (gpus * plan.GPUS[gpu][0] * 1e12)
+        seconds = s.epochs * plan.step_flops(config, s, len(kept), own, level) / (gpus * costs.GPUS[gpu].tflops * 1e12)
         tokens = round(s.epochs * sum(own.total))
-        needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / plan.UTILISATION / 3600))
+        needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / costs.UTILISATION / 3600))
     return needs
 
 
@@ -320,7 +314,7 @@ def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> 
 
 def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
     """Memory while sampling: the weights, and how many rows fit beside them."""
-    lengths, mem = drawn_lengths(Path(cfg.out)), plan.GPUS[how.gpu][1]
+    lengths, mem = drawn_lengths(Path(cfg.out)), costs.GPUS[how.gpu].memory
     weights = how.size * how.params / 1e9
     lines = [
         f"memory while sampling, each of {gpus} {how.gpu}: weights {weights:.2f} GB of {mem}; a row's cache takes "
@@ -407,8 +401,8 @@ def assumption_lines(cfg: RunConfig, gpu: str) -> list[str]:
     )
     return [
         f"assumed: tokens of a {tokens} (claims: their number); {drawn}sentences of a long answer {sentences()}",
-        f"assumed: {READING:.0%} of {BANDWIDTH[gpu]} GB/s while decoding, {plan.UTILISATION:.0%} of "
-        f"{plan.GPUS[gpu][0]} TFLOP/s else; every trace goes to the adjudicator, no reply is asked for twice",
+        f"assumed: {READING:.0%} of {costs.GPUS[gpu].bandwidth} GB/s while decoding, {costs.UTILISATION:.0%} of "
+        f"{costs.GPUS[gpu].tflops} TFLOP/s else; every trace goes to the adjudicator, no reply is asked for twice",
         "left out: longer thoughts than the filter keeps, reasoning tokens of paid models, waiting for servers",
         f"prices of {date} ({cfg.prices}), without discounts: check them; nothing was sent",
     ]

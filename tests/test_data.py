@@ -860,8 +860,8 @@ def test_outcomes_of_both_modes(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("text", "finish", "on", "remedy"),
     [
-        ("Six", "stop", (1, 1, 1), "most completions hold no thought: take a model that reasons"),
-        ("<think>a", "length", (1, 1, 1), "most completions were cut short: raise --draw-max-new"),
+        ("Six", "stop", (1, 1, 1), "9 of 9 completions with thinking on hold no thought: take a model that reasons"),
+        ("<think>a", "length", (1, 1, 1), "9 of 9 completions with thinking on were cut short: raise --draw-max-new"),
         (None, "stop", (0, 0, 0), "no answer is a gold: look at some"),
         (None, "stop", (1, 0, 1), "draw at a lower temperature"),
     ],
@@ -1026,6 +1026,14 @@ def test_shuffled_weights_stay_in_their_class():
         assert old != new and sorted(old) == sorted(new)
     assert [len(r["w"]) for r in rows] == [len(r["w"]) for r in shuffled]
     assert shuffled == data.shuffle_weights(rows, seed=1) != data.shuffle_weights(rows, seed=2)
+
+
+def test_mean_weights_by_hand():
+    """Chosen steps weigh 1, 2 and 3, rejected ones 4 and 8; a row without a step stays without."""
+    rows = [{"label": True, "w": [1.0, 2.0]}, {"label": False, "w": [4.0, 8.0]}, {"label": True, "w": [3.0]}]
+    rows.append({"label": False, "w": []})
+    want = [[2.0, 2.0], [6.0, 6.0], [2.0], []]
+    assert [row["w"] for row in data.reweighted(rows, "mean", seed=0)] == want
 
 
 def test_packing_by_hand():
