@@ -369,10 +369,12 @@ def select_candidates(
 
 def _remedy(tally: Mapping[str, int], thoughts: Counter[str]) -> str:
     """What to do about a class without rows: it follows the commonest cause."""
-    if thoughts.total() and 2 * (thoughts["no_thought"] + thoughts["empty"]) > thoughts.total():
-        return "most completions hold no thought: take a model that reasons, or a prompt it follows"
-    if 2 * (thoughts["no_close"] + thoughts["cut"]) > thoughts.total():
-        return "most completions were cut short: raise --draw-max-new"
+    n, without = thoughts.total(), thoughts["no_thought"] + thoughts["empty"]
+    short = thoughts["no_close"] + thoughts["cut"]
+    if n and 2 * without > n:
+        return f"{without} of {n} completions with thinking on hold no thought: take a model that reasons"
+    if 2 * short > n:
+        return f"{short} of {n} completions with thinking on were cut short: raise --draw-max-new"
     causes = {reason: n for reason, n in tally.items() if reason not in ("questions", "chosen", "rejected")}
     main = max(causes, key=lambda reason: causes[reason], default="")
     for words, remedy in (

@@ -217,6 +217,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
         redo = [part.strip() for part in cfg.redo.split(",") if part.strip()]
         if unknown := [name for name in (*wanted, *redo) if name not in known]:
             raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
+        run.check_room(wanted)
         with only_writer(run.out, ranks):
             if ranks.rank == 0:
                 (run.out / "status.json").unlink(missing_ok=True)

@@ -20,6 +20,7 @@ Left out on purpose: beam search, repetition penalties, log-probabilities of the
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -168,9 +169,14 @@ def memory(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> i
     they may become all at once, and fewer at a time do as well: what must fit is `memory(config, dtype, 1, longest)`.
     Left out: the adapter, and what the driver takes for itself (some hundred MB).
     """
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Qwen3(config).parameters()) * dtype.itemsize
+    weights = _parameters(config) * dtype.itemsize
     return weights + math.ceil(rows * KVCache.bytes(config, length, dtype, "cuda") / CACHE_SHARE)
+
+
+@functools.cache
+def _parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Qwen3(config).parameters())
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, length: int, total: int, flags: str) -> None:

@@ -334,12 +334,11 @@ def estimate(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: in
             answered = prompt = reply = 0
             usd = worst = 0.0
             for trace in panel.traces.values():
-                messages = _guess(prompts, trace) if role == "judge" else prompts.first(trace)
+                messages = _guess(prompts, trace, role)
                 if chat.key(chat.body(messages)) in ledger.replies:
                     answered += 1
                     continue
-                size = sum(len(m["content"].encode()) for m in messages) // 4
-                length = REPLY_TOKENS * len(trace.segments)
+                size, length = _size(messages, trace)
                 prompt, reply = prompt + size, reply + length
                 if chat.price:
                     usd += chat.price.usd(size, length)
@@ -365,8 +364,22 @@ def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed:
     return "\n".join(lines)
 
 
-def _guess(prompts: committee.Prompts, trace: committee.Trace) -> list[dict[str, str]]:
-    """The adjudicator's prompt if every segment is open and each annotator proposes one label for it."""
+def sizes(rows: list[dict[str, Any]], role: str) -> list[tuple[int, int]]:
+    """(prompt, reply) tokens of every thought that `role` is asked about, estimated as in `estimate`."""
+    prompts = committee.Prompts.load(PROMPTS)
+    panel = committee.Committee(None, None, None, prompts)
+    panel.add(rows)
+    return [_size(_guess(prompts, trace, role), trace) for trace in panel.traces.values()]
+
+
+def _size(messages: list[dict[str, str]], trace: committee.Trace) -> tuple[int, int]:
+    return sum(len(m["content"].encode()) for m in messages) // 4, REPLY_TOKENS * len(trace.segments)
+
+
+def _guess(prompts: committee.Prompts, trace: committee.Trace, role: str) -> list[dict[str, str]]:
+    """A role's prompt; the adjudicator's if every segment is open and each annotator proposes one label for it."""
+    if role != "judge":
+        return prompts.first(trace)
     step = [annotate.Step(unit, ("retrieval",), (8.0,), "") for unit in trace.each_segment()]
     guessed = dataclasses.replace(trace, votes={"a": step, "b": step})
     return prompts.second_opinion(guessed, trace.each_segment())

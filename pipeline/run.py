@@ -20,7 +20,7 @@ import em
 import lora
 import sample
 from common import hub
-from common.errors import NumericsError
+from common.errors import InputError, NumericsError
 from common.files import Journal, atomic_write, each_row, write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
@@ -57,6 +57,25 @@ class Run:
         self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
+
+    @functools.cached_property
+    def room(self) -> int:
+        """Positions of the model: tokens of a prompt and its completion together."""
+        return ModelConfig.from_json(self.source.folder / "config.json").max_position_embeddings
+
+    def check_room(self, wanted: Sequence[str]) -> None:
+        """Raise InputError if the shortest prompt leaves no room for the longest completion of a wanted stage.
+
+        wanted: as on the command line, none for all. Said before the first stage: evaluation comes after training.
+        """
+        shortest = len(encode(self.tokenizer, self.prompt(self.turn("?"), "on")))
+        limits = {"sample": ("--draw-max-new", self.cfg.draw_max_new), "eval": ("--max-new", self.cfg.max_new)}
+        for stage, (flag, limit) in limits.items():
+            if (not wanted or stage in wanted) and shortest + limit > self.room:
+                raise InputError(
+                    f"{flag} {limit:,} and a prompt of {shortest} tokens or more exceed the model's {self.room:,} "
+                    f"positions (max_position_embeddings); lower {flag} to less than {self.room - shortest:,}"
+                )
 
     def beside(self, source: hub.Source) -> "Run":
         """The same run with another base model, to ask it something; it shares the stage under way and its journals."""
@@ -144,7 +163,7 @@ class Run:
                 lora.merge(model)
         never = unused_ids(self.tokenizer, model.config.vocab_size)
 
-        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+        def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             common = {"stop_ids": self.stop_ids, "batch_size": cfg.sample_batch, "small_batches": cfg.small_batches}
             common |= {"never": never, "finished": finished}
             sample.generate(model, prompts, seeds, max_new=max_new, **dataclasses.asdict(how), **common)
@@ -159,7 +178,7 @@ class Run:
         eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
         end_id = eos if isinstance(eos, int) else eos[0]
 
-        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+        def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             to_ids = functools.partial(encode, self.tokenizer)
             stops = {"stop_ids": self.stop_ids, "end_id": end_id}
             again = remote.generate(
@@ -179,10 +198,12 @@ class Run:
         max_new: int,
         how: sample.Sampling,
         turn: Callable[[Question, int], str] | None = None,
+        shorten: bool = False,
     ) -> float:
         """Sample every job and write one row each to `path`, in their order. Returns tokens a second of this rank.
 
-        turn: (question, draw) -> what the user says; None: the question in its template.
+        turn: (question, draw) -> what the user says; None: the question in its template. shorten: a completion may be
+        shorter than max_new where the model has no more positions; else that is an InputError.
         The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
         """
         ranks, cfg = self.ranks, self.cfg
@@ -218,8 +239,9 @@ class Run:
             take(row)
             progress(1, len(c.ids))
 
+        limits = [min(max_new, self.room - len(prompts[i][1])) if shorten else max_new for i in left]
         try:
-            generate([prompts[i][1] for i in left], [seeds[i] for i in left], max_new, how, finished)
+            generate([prompts[i][1] for i in left], [seeds[i] for i in left], limits, how, finished)
         except NumericsError as error:
             (question, mode, k), method = mine[left[error.row]], self._sampler[0] if self._sampler else ""
             who = f"{self.source.name}{f' with the adapter {self.adapter(method)}' if method else ''}"

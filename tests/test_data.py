@@ -860,8 +860,8 @@ def test_outcomes_of_both_modes(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("text", "finish", "on", "remedy"),
     [
-        ("Six", "stop", (1, 1, 1), "most completions hold no thought: take a model that reasons"),
-        ("<think>a", "length", (1, 1, 1), "most completions were cut short: raise --draw-max-new"),
+        ("Six", "stop", (1, 1, 1), "9 of 9 completions with thinking on hold no thought: take a model that reasons"),
+        ("<think>a", "length", (1, 1, 1), "9 of 9 completions with thinking on were cut short: raise --draw-max-new"),
         (None, "stop", (0, 0, 0), "no answer is a gold: look at some"),
         (None, "stop", (1, 0, 1), "draw at a lower temperature"),
     ],
