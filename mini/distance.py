@@ -15,9 +15,9 @@ Beside kto, mralign and shuffled there is `mean`: KTO in which every step has th
 "more weight on rejected rows" from "weight on the right transitions". sft runs at its own best rate. The null world has
 two rates. The choices here were made on development questions or before any result: nothing was tuned on the test ones.
 
-`python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Blocks come seed by seed and
-cells rate by rate, so that a run that is cut short leaves a smaller design: a block counts with the rates that all four
-methods have finished, once there are two.
+`python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Two rates come
+first in all blocks, seed by seed, then the other two, so that a run that is cut short leaves a smaller design: a block
+counts with the rates that all four methods have finished, once there are two.
 """
 
 import argparse
@@ -103,6 +103,12 @@ class Block:
         """The record of a cell."""
         return self.out / "cells" / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
 
+    def left(self, most: int) -> list[tuple[str, float]]:
+        """The cells of the first `most` rates that are not there yet; sft comes with all rates."""
+        known = {0.0, *self.rates[:most]}
+        due = [cell for cell in self.cells if cell[1] in known and (cell[0] != "sft" or most >= len(self.rates))]
+        return [cell for cell in due if not self.file(*cell).exists()]
+
     def done(self) -> list[tuple[str, float]]:
         """The cells that can be compared: of the rates that all methods have finished; none unless there are two."""
         there = [cell for cell in self.cells if self.file(*cell).exists()]
@@ -130,16 +136,14 @@ def settings(block: Block) -> RunConfig:
     return replace(cfg, model=model, seed=block.seed, out=str(block.out), resume=True, **own, **lent)
 
 
-def run_block(block: Block) -> None:
-    """Draws, labels and weights by the pipeline, then every cell that is not there yet."""
+def run_block(block: Block, most: int) -> None:
+    """Draws, labels and weights by the pipeline, then the cells of the first `most` rates that are not there yet."""
     cfg = settings(block)
     source = hub.locate(cfg.model, "")
     mralign.run_stages(cfg, source, ["sample", "candidates", "annotate", "fit"])
     with process_group() as ranks, ranks.stop.listen():
-        for method, rate in block.cells:
+        for method, rate in block.left(most):
             path = block.file(method, rate)
-            if path.exists():
-                continue
             started = time.perf_counter()
             of = replace(cfg, lr=rate) if rate else cfg
             record = measure(Run(of, source, ranks), method, path.with_suffix(""))
@@ -453,16 +457,19 @@ def report() -> str:
     return text
 
 
-def child(block: Block) -> Child:
-    """The process of a block."""
-    words = ["-m", "mini.distance", "--block", f"{block.world}/{block.seed}"]
+def child(block: Block, most: int) -> Child:
+    """The process of a block's first `most` rates."""
+    words = ["-m", "mini.distance", "--block", f"{block.world}/{block.seed}", "--most", str(most)]
     return Child(block.out.name, block.out, lambda: words)
 
 
 def run(jobs: int) -> int:
-    """Every block that has cells left. Returns an exit code."""
-    children = [child(block) for block in blocks() if set(block.done()) != set(block.cells)]
-    return unfinished(run_all(children, jobs, OUT), children)
+    """Every cell that is not there: two rates in all blocks, then the others. Returns an exit code."""
+    for most in (2, len(RATES)):
+        children = [child(block, most) for block in blocks() if block.left(most)]
+        if code := unfinished(run_all(children, jobs, OUT), children):
+            return code
+    return 0
 
 
 @program
@@ -471,11 +478,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
     parser.add_argument("--block", metavar="WORLD/SEED", help="run one block only, in this process")
+    parser.add_argument("--most", type=int, default=len(RATES), help="of this block: only so many rates [4]")
     parser.add_argument("--report", action="store_true", help="only write table and figure of the cells that are there")
     given = parser.parse_args(argv)
     if given.block:
         world, _, seed = given.block.partition("/")
-        run_block(Block(world, int(seed)))
+        run_block(Block(world, int(seed)), given.most)
         return 0
     if not given.report and (code := run(given.jobs)):
         return code

@@ -124,8 +124,10 @@ def test_a_block_counts_with_the_rates_that_all_methods_have_finished(tmp_path, 
     block = distance.Block("world 0", 1)
     assert len(block.cells) == 18 and len({block.file(*cell) for cell in block.cells}) == 18
     assert sum(len(b.cells) for b in distance.blocks() if b.world != "null") == 6 * (16 + 2)
+    assert block.left(2) == block.cells[:9] and set(block.left(4)) == set(block.cells)
     for cell in block.cells[:8]:
         write_json(block.file(*cell), {})
+    assert block.left(2) == [block.cells[8]]
     assert block.done() == []  # one whole rate and three methods of the next
     write_json(block.file(*block.cells[8]), {})
     assert block.done() == block.cells[:9] and {rate for _, rate in block.done()} == {0.0, *distance.RATES[:2]}
