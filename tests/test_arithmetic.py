@@ -68,9 +68,7 @@ def test_carries_and_borrows_are_named_where_they_are_and_nowhere_in_wrong_work(
 def test_tiers_are_right_always_sometimes_and_never():
     rng = random.Random(3)
     assert all(right(kind, problem, rng) for kind, problem in drawn(60, "trivial"))
-    assert (
-        sum(right(kind, problem, rng) for kind, problem in drawn(60, "hopeless")) <= 1
-    )  # by luck
+    assert sum(right(kind, problem, rng) for kind, problem in drawn(60, "hopeless")) <= 1  # by luck
     shares = Counter(kind.name for kind, problem in drawn(400, "open") if right(kind, problem, rng))
     for kind in arithmetic.KINDS:
         if kind.tier == "open":

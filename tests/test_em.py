@@ -15,6 +15,7 @@ from common.errors import InputError
 
 TINY = ("<start>", "a", "b", "<stop>")
 FIVE = ("<start>", "F", "R", "E", "<stop>")
+K = len(em.STATES)
 cases = settings(max_examples=100, derandomize=True, deadline=None)
 
 
@@ -329,7 +330,7 @@ def test_one_label_keeps_the_most_confident():
 # ---------------------------------------------------------------------------------------------- weights
 
 
-def random_matrix(seed, n_states=len(em.STATES)):
+def random_matrix(seed, n_states=K):
     P = np.zeros((n_states, n_states))
     P[:-1, 1:] = np.random.default_rng(seed).dirichlet(np.full(n_states - 1, 0.3), size=n_states - 1) + 1e-9
     P[-1, -1] = 1
