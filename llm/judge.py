@@ -24,7 +24,7 @@ from typing import Any
 
 import data
 import eval as evaluation
-from common.errors import InputError, Refused, Unanswered
+from common.errors import Refused, Unanswered
 from common.files import ROOT, sha256_file
 from common.settings import opt
 from common.template import fill, load_prompt
@@ -77,9 +77,9 @@ class JudgeSettings(ServiceSettings):
     judge: str = opt(
         "", "MODEL@BASE_URL#KEY_VARIABLE, or stand-in (rules, for trials); none: exact match only", "judge (4.1, A.2)"
     )
-    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning")
-    verify_results: int = opt(5, "search results shown for each claim (VeriScore)")
-    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set")
+    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning", low=1)
+    verify_results: int = opt(5, "search results shown for each claim (VeriScore)", low=1)
+    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set", low=0)
 
 
 # ---------- replies
@@ -215,9 +215,6 @@ def check(cfg: JudgeSettings) -> None:
     """Refuse settings that cannot work. Raises InputError."""
     if cfg.judge and cfg.judge != "stand-in":
         cfg.price_list({"judge": parse_endpoint(cfg.judge)})
-    for name in ("judge_max_tokens", "verify_results"):
-        if getattr(cfg, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
 
 
 # ---------- answers

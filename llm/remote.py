@@ -9,7 +9,7 @@ Left out: starting a server. A finished adapter is asked for by the name under w
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 def generate(
     client: Client,
     encode: Callable[[str], list[int]],
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     seeds: list[int],
     *,
     max_new: int | list[int],
@@ -49,7 +49,7 @@ def generate(
     assert len(prompts) == len(seeds) == len(limits), (len(prompts), len(seeds), len(limits))
     jobs = list(enumerate(zip(prompts, seeds, limits, strict=True)))
 
-    def work(job: tuple[int, tuple[list[int], int, int]]) -> tuple[Completion, bool]:
+    def work(job: tuple[int, tuple[Sequence[int], int, int]]) -> tuple[Completion, bool]:
         _, (prompt, seed, limit) = job
         body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling, logprobs)
         reply = client.post(PATH, body, tokens=len(prompt) + limit)
@@ -64,7 +64,7 @@ def generate(
 
 def request(
     model: str,
-    prompt: list[int],
+    prompt: Sequence[int],
     seed: int,
     max_new: int,
     stop_ids: set[int],
@@ -74,7 +74,7 @@ def request(
     """The body of one request. Fields beyond OpenAI's own (top_k and what follows) are vLLM's and SGLang's."""
     body = {
         "model": model,
-        "prompt": prompt,
+        "prompt": list(prompt),
         "max_tokens": max_new,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

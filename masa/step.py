@@ -28,6 +28,7 @@ import sample
 from common import verifier
 from common.errors import InputError, NumericsError
 from common.ranks import Progress, Ranks
+from common.tokens import unused_ids
 from common.training import memory_named, peak_memory
 from kernels.segment_logprob import default_impl
 from llm import remote
@@ -82,7 +83,7 @@ class Masa:
             lora.load(model, s.adapter)
         else:
             lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
-        model.gradient_checkpointing = s.gradient_checkpointing
+        model.recompute = "full" if s.gradient_checkpointing else "none"
         self.names = dict(model.named_parameters()) if s.full else lora.state(model)
         self.optimizer = torch.optim.AdamW(
             self.names.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
@@ -123,7 +124,8 @@ class Masa:
         common: dict[str, Any] = {"stop_ids": self.prompts.stop_ids, "progress": progress}
         self.ranks.check_stop()
         if self.server is None:
-            common |= {"batch_size": self.s.sample_batch, **asdict(how)}
+            never = unused_ids(self.prompts.tokenizer, self.model.config.vocab_size)
+            common |= {"batch_size": self.s.sample_batch, "never": never, **asdict(how)}
             done = sample.generate(self.model, prompts, seeds, max_new=limits, **common)
         else:
             common |= {"end_id": self.prompts.end, "logprobs": trained and self.s.is_cap > 0}

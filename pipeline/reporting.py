@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import kto
 import lora
-from common.files import ROOT, read_json, read_jsonl, write_json
+from common.files import ROOT, each_row, read_json, read_jsonl, write_json
 from common.template import opens_thought
 from common.tokens import token_offsets
 from kernels.segment_logprob import segment_logprob
@@ -271,7 +271,7 @@ def one_question(run: Run, trace: dict[str, Any], rows: Rows, transitions: dict[
     cfg = run.cfg
     row = next(r for r in rows if r["id"] == trace["id"])
     annotation = next(r for r in read_jsonl(run.out / "annotations.jsonl") if r["id"] == trace["id"])
-    drawn = read_jsonl(run.out / "samples.jsonl")
+    drawn = each_row(run.out / "samples.jsonl")
     off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
     last = read_jsonl(run.out / shown_method(run) / "metrics.jsonl")[-1]
     return story.build_story(

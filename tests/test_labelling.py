@@ -171,11 +171,10 @@ def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, 
     failed(run(*line), 3, "candidate 'new' is not in it")
 
 
-def test_a_wrong_key_ends_in_seconds(annotate, server, out):
+def test_a_wrong_key_ends_at_the_first_reply(annotate, server, out):
     server.script = lambda number, body: "401"
-    started = time.monotonic()
     failed(annotate("annotate"), 4, "gpt-4o@", "401", "check the key in ANNOTATOR_KEY")
-    assert time.monotonic() - started < 5 and len(server.requests) == 1
+    assert len(server.requests) == 1
 
 
 def test_one_model_alone(annotate, server, out):

@@ -239,6 +239,7 @@ def test_two_runs_do_not_write_to_one_folder(run, slices):
     assert command_line(*flags(slices, run), "candidates").returncode == 0
 
 
+@pytest.mark.long
 def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     """Search results, Self-Refine, several draws, labels, a judge: what each leaves adds up."""
     out = tmp_path / "all"

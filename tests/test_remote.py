@@ -1,14 +1,14 @@
 """Sampling through a real HTTP server on loopback that runs the miniature: the same rows as without a server."""
 
 import contextlib
+import io
 import json
-import subprocess
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import masa_worker
@@ -17,6 +17,7 @@ import torch
 
 import lora
 import model as qwen
+import mralign
 import sample
 from common import verifier
 from common.errors import ServiceError
@@ -109,10 +110,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def draw(questions: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "mralign.py", "--config", "configs/mini.json", "--questions", str(questions)]
-    command += ["--out", str(out), "--draws", "2", *flags, "sample"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def draw(questions: Path, out: Path, *flags: str) -> SimpleNamespace:
+    """Stage sample of the miniature, in this process: its exit code and what it said."""
+    command = ["--config", "configs/mini.json", "--questions", str(questions), "--out", str(out), "--draws", "2"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.chdir(ROOT):
+        code = mralign.main([*command, *flags, "sample"])
+    return SimpleNamespace(returncode=code, stderr=said.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,8 @@ def test_the_miniatures_ablations_differ_from_its_first_run_in_one_setting_and_q
 @pytest.mark.parametrize("value", [True, False])
 def test_a_boolean_setting_reaches_the_run(value):
     parsed = sweep.load(ROOT / "configs" / "ablations.json")
-    parsed["settings"] = {"gradient_checkpointing": value}
-    assert config_of(parsed, "full", 0).gradient_checkpointing is value
+    parsed["settings"] = {"compile": value}
+    assert config_of(parsed, "full", 0).compile is value
 
 
 RUN = {"settings": {"method": "mralign"}, "paper": {}}

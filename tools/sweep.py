@@ -93,8 +93,8 @@ def folder(sweep: Sweep, name: str, seed: int) -> Path:
 def flag(name: str, value: Any) -> list[str]:
     """A setting as words of a command line.
 
-    >>> flag("lambda_r", 1.5), flag("gradient_checkpointing", False)
-    (['--lambda-r', '1.5'], ['--no-gradient-checkpointing'])
+    >>> flag("lambda_r", 1.5), flag("compile", False)
+    (['--lambda-r', '1.5'], ['--no-compile'])
     """
     words = name.replace("_", "-")
     if isinstance(value, bool):
