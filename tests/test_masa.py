@@ -641,8 +641,8 @@ def test_the_table_shows_the_flat_share_beside_precision():
         row | {"id": f"p{k}", "correct": c, "correct_lengths": [3] * c, "gated": k < 2}
         for k, c in enumerate((2, 1, 0, 1))
     ]
-    head, line = passk.table(passk.summaries(rows)).splitlines()
-    shown = dict(zip(head.split(), line.split(), strict=False))
+    head, _, line = (row.split("|") for row in passk.table(passk.summaries(rows)).splitlines())
+    shown = {name.strip(): cell.strip() for name, cell in zip(head, line, strict=True)}
     assert [shown[k] for k in ("gated", "flat", "precision", "F1")] == ["50.0"] * 4
 
 

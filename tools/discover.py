@@ -34,6 +34,7 @@ from common.endings import program
 from common.errors import AnnotationError, InputError
 from common.files import atomic_write, read_jsonl, write_json
 from common.settings import cli, opt
+from common.table import markdown
 from common.template import fill, load_prompt
 from llm.chat import Chat
 from llm.client import Client, Endpoint, in_threads, parse_endpoint
@@ -266,9 +267,12 @@ def discover(cfg: Settings) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The clusters as text, beside the paper's numbers."""
-    lines = [f"{'cluster':<24}{'share':>8}  {'closest label':<20}most used names"]
-    for c in result["clusters"]:
-        lines.append(f"{c['name']:<24}{c['share']:>8.2%}  {c['closest']:<20}{', '.join(list(c['members'])[:4])}")
+    rows = [
+        {"cluster": c["name"], "share": f"{c['share']:.2%}", "closest label": c["closest"]}
+        | {"most used names": ", ".join(list(c["members"])[:4])}
+        for c in result["clusters"]
+    ]
+    lines = [markdown(rows)]
     silhouette = "not defined" if result["silhouette"] is None else f"{result['silhouette']:.4f}"
     lines.append(
         f"{result['traces']} traces, {result['names_used']} names, {result['distinct_names']} distinct, "
