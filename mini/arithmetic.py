@@ -37,9 +37,9 @@ from mini import build
 
 VOCABULARY = 400
 SHAPE = build.SHAPE | dict(hidden_size=96, intermediate_size=256)
-STEPS = 900
+STEPS = 800
 METAS = 0.2  # share of the documents; the others are solutions
-INFORMED = 0.3  # share of the metas that foresee the pass rate of their kind of problem
+INFORMED = 0.5  # share of the metas that foresee the pass rate of their kind of problem
 TRAIN, HELD_OUT = 40, 10  # problems of each kind
 TIERS = ("trivial", "open", "hopeless")
 PLACES = ("ones", "tens", "hundreds")
@@ -58,14 +58,14 @@ class Kind:
     name: str
     tier: str
     op: str
-    digits: tuple[int, int]  # of each operand; one digit means 2, 3 or 4, so that the table of products is short
+    digits: tuple[int, int]  # of each operand
     weight: float  # among the documents, relative
     right: float  # share of the documents whose work is right
 
     def draw(self, rng: random.Random) -> str:
         """A problem, for example "472 - 85". No difference is negative, open ones need a carry or borrow."""
         while True:
-            a, b = (rng.randrange(10 ** (d - 1), 10**d) if d > 1 else rng.randrange(2, 5) for d in self.digits)
+            a, b = (rng.randrange(10 ** (d - 1), 10**d) for d in self.digits)
             problem = f"{max(a, b)} - {min(a, b)}" if self.op == "-" else f"{a} {self.op} {b}"
             if self.tier != "open" or columns(*parts(problem), forget=True)[1] != answer(problem):
                 return problem
@@ -74,13 +74,13 @@ class Kind:
 KINDS = (
     Kind("add2", "trivial", "+", (2, 2), 2.0, 1.0),
     Kind("sub2", "trivial", "-", (2, 2), 2.5, 1.0),
-    Kind("mul2", "trivial", "*", (2, 1), 1.5, 1.0),
+    Kind("add2x1", "trivial", "+", (2, 1), 1.0, 1.0),
     Kind("add3", "open", "+", (3, 3), 1.5, 0.5),
     Kind("sub3", "open", "-", (3, 3), 2.0, 0.6),
-    Kind("mul3", "open", "*", (3, 1), 1.5, 0.4),
-    Kind("mul2x2", "hopeless", "*", (2, 2), 0.7, 0.0),
-    Kind("mul3x2", "hopeless", "*", (3, 2), 0.7, 0.0),
-    Kind("mul3x3", "hopeless", "*", (3, 3), 0.7, 0.0),
+    Kind("sub3x2", "open", "-", (3, 2), 1.5, 0.5),
+    Kind("mul2x2", "hopeless", "*", (2, 2), 0.4, 0.0),
+    Kind("mul3x2", "hopeless", "*", (3, 2), 0.4, 0.0),
+    Kind("mul3x3", "hopeless", "*", (3, 3), 0.4, 0.0),
 )
 
 
@@ -106,8 +106,7 @@ def answer(problem: str) -> int:
 def columns(a: int, op: str, b: int, forget: bool = False) -> tuple[list[str], int]:
     """(one statement a column, ones first, for example "15-1-9=5 borrow"; the answer that they make).
 
-    A carry of a sum and a borrow are 1; that of a product is written. What a statement adds or takes away besides the
-    two digits is what the one before it carried or borrowed. The right operand of a product is one digit. forget:
+    What a statement adds or takes away besides the two digits is what the one before it carried or borrowed. forget:
     nothing is carried, and the smaller digit is taken from the larger one.
     """
     out, digits, carry, last = [], [], 0, len(str(max(a, b))) - 1
@@ -122,13 +121,11 @@ def columns(a: int, op: str, b: int, forget: bool = False) -> tuple[list[str], i
             digits.append(result)
             carry = ten // 10
         else:
-            y = b if op == "*" else y
-            total = apply(x, op, y) + carry
-            out.append(f"{x}{op}{y}{f'+{carry}' * (carry > 0)}={total}")
+            total = x + y + carry
+            out.append(f"{x}+{y}{'+1' * carry}={total}")
             digits.append(total if k == last else total % 10)
             carry = 0 if forget else total // 10
-            if carry:
-                out[-1] += f" carry {carry}" * (k < last) if op == "*" else " carry"
+            out[-1] += " carry" * carry
     return out, sum(digit * 10**k for k, digit in enumerate(digits))
 
 
