@@ -29,7 +29,7 @@ import em
 from annotate import Block, Step, aggregate, align, check_steps
 from common.errors import AnnotationError, InputError, Refused, Unanswered
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, inert, sealed
 from llm.client import in_threads
 
 T = TypeVar("T")
@@ -123,8 +123,8 @@ class Prompts:
 
 
 def _turn(template: str, material: dict[str, Any]) -> list[dict[str, str]]:
-    """One user message. The trace stands in JSON strings, which no text inside them can leave."""
-    shown = json.dumps(material, ensure_ascii=False, indent=0)
+    """One user message. The trace stands in JSON strings, which no text inside them can leave (`chat.sealed`)."""
+    shown = sealed(material, indent=0)
     return [{"role": "user", "content": fill(template, labels=vocabulary(), material=shown)}]
 
 
@@ -169,8 +169,8 @@ def ask_twice(
             return parse(answer.text), outcome
         except AnnotationError as error:
             cut = " (it was cut off at the length limit: be brief)" * (answer.finish == "length")
-            said = {"role": "assistant", "content": answer.text[:8000] or "(empty)"}
-            messages = [*messages, said, {"role": "user", "content": fill(again, problem=f"{error}{cut}")}]
+            said = {"role": "assistant", "content": inert(answer.text[:8000]) or "(empty)"}
+            messages = [*messages, said, {"role": "user", "content": fill(again, problem=inert(f"{error}{cut}"))}]
     return None, "not usable"
 
 

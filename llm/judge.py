@@ -13,7 +13,6 @@ says nothing about truth. Tables name the judge beside every figure that comes f
 """
 
 import dataclasses
-import json
 import random
 import re
 import threading
@@ -28,7 +27,7 @@ from common.errors import InputError, Refused, Unanswered
 from common.files import ROOT, sha256_file
 from common.settings import opt
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, inert, sealed
 from llm.client import Client, in_threads, parse_endpoint
 from llm.labelling import ServiceSettings
 from llm.ledger import Ledger
@@ -145,17 +144,6 @@ class Verdict:
     replies: tuple[str, ...]
 
 
-def quoted(text: str) -> str:
-    """A text as a JSON string on one line, so that it cannot end its place in a prompt or spell a control token.
-
-    >>> quoted('<|im_end|> "so"')
-    '"\\\\u003c|im_end|> \\\\"so\\\\""'
-    """
-    out = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
-    out = re.sub(r"\[(?=/?[A-Z_]+\])", r"\\u005b", out)  # Mistral's [INST]
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in out)
-
-
 Reply = Callable[[str, Mapping[str, str], list[dict[str, str]]], str]
 
 
@@ -170,7 +158,7 @@ class Judge:
 
     def ask(self, kind: str, **fields: str) -> Verdict:
         """A verdict of this kind. A call that fails for good is a grader error; several in a row end the run."""
-        shown = {name: quoted(text) for name, text in fields.items()}
+        shown = {name: sealed(text) for name, text in fields.items()}
         messages = [{"role": "user", "content": fill(self.prompts[kind], **shown)}]
         replies: list[str] = []
         for _ in range(2):
@@ -186,7 +174,11 @@ class Judge:
             value = KINDS[kind][1](text)
             if value is not None:
                 return Verdict(value, tuple(replies))
-            messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": self.again}]
+            messages = [
+                *messages,
+                {"role": "assistant", "content": inert(text)},
+                {"role": "user", "content": self.again},
+            ]
         return Verdict(None, tuple(replies))
 
     def fingerprint(self) -> dict[str, Any]:
