@@ -18,6 +18,7 @@ With one endpoint only (no b, no judge) a's labels are the result. Left out: vot
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,10 +193,10 @@ def check_usable(outcomes: Mapping[str, int]) -> None:
 def load_reply(text: str) -> dict[str, Any]:
     """The JSON object of a reply, strictly. Raises AnnotationError."""
     text = text.strip()
-    if text.startswith("<think>"):
-        text = text.partition("</think>")[2].strip()
+    if not text.startswith("{") and ("<think>" in text or "</think>" in text):  # servers may cut off the first tag
+        text = text.rpartition("</think>")[2].strip()
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
-        text = text[3:-3].removeprefix("json")
+        text = re.sub(r"^json\b", "", text[3:-3], flags=re.IGNORECASE)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
