@@ -36,7 +36,7 @@ from common.files import atomic_write, read_jsonl, write_json
 from common.settings import cli, opt
 from common.table import markdown
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, sealed
 from llm.client import Client, Endpoint, in_threads, parse_endpoint
 from llm.committee import Trace, ask_twice, load_reply, vocabulary
 from llm.labelling import PROMPTS, ServiceSettings
@@ -92,7 +92,7 @@ def open_names(traces: list[Trace], chat: Chat, threads: int, stop: threading.Ev
     template, again = load_prompt(PROMPTS / "discover.txt"), load_prompt(PROMPTS / "again.txt")
 
     def work(trace: Trace) -> list[str] | None:
-        shown = json.dumps(trace.material(), ensure_ascii=False, indent=0)
+        shown = sealed(trace.material(), indent=0)
         messages = [{"role": "user", "content": fill(template, material=shown)}]
         return ask_twice(chat, messages, again, parse_names)[0]
 
@@ -199,7 +199,7 @@ def name_clusters(
 
     def work(number: int) -> dict[str, str]:
         fields = {"macros": "; ".join(em.TAXONOMY), "labels": vocabulary()}
-        shown = json.dumps(clusters[number], ensure_ascii=False, indent=0)
+        shown = sealed(clusters[number], indent=0)
         messages = [{"role": "user", "content": fill(template, material=shown, **fields)}]
         nothing = {"name": f"cluster_{number}", "definition": "", "macro": next(iter(em.TAXONOMY)), "closest": "none"}
         return ask_twice(chat, messages, again, parse_cluster_name)[0] or nothing
