@@ -192,6 +192,14 @@ def placed(cfg: RunConfig) -> RunConfig:
 MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
 
 
+READS = {  # stages that read what another one leaves under --out: file -> who writes it
+    "candidates": {"samples.jsonl": "sample"},
+    "annotate": {"candidates.jsonl": "candidates"},
+    "fit": {"candidates.jsonl": "candidates", "annotations.jsonl": "annotate"},
+    "train": {"train.jsonl": "fit"},
+}
+
+
 def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     """Refuse settings that cannot work, before any time is spent. Raises InputError.
 
@@ -223,6 +231,12 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
         if not Path(path).exists():
             hint = "" if path == cfg.prompt else FETCH
             raise InputError(f"{path}: no such file, here or beside the project{hint}")
+    for stage in wanted:
+        for name, writer in READS.get(stage, {}).items():
+            if writer not in wanted and not (path := Path(cfg.out) / name).exists():
+                raise InputError(
+                    f"{path}: no such file, which {stage} reads; run the stage {writer} first, or put it there"
+                )
     _check_keys(cfg, due)
 
 
