@@ -26,6 +26,7 @@ import annotate
 from common.errors import InputError
 from common.files import ROOT, atomic_write, find, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.settings import opt
+from common.table import markdown
 from llm import agreement, committee
 from llm.chat import Chat
 from llm.client import Client, Endpoint, Limits, parse_endpoint
@@ -340,13 +341,13 @@ def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed:
     """What the committee would cost, as text: calls, tokens and price per role, as `estimate` says."""
     date, _ = cfg.price_list(endpoints(cfg))
     roles, spent = estimate(rows, cfg, out, seed)
-    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
-    lines = [head + f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"]
+    table = []
     for of in roles:
-        counted = f"{of.calls:>8,}{of.answered:>10,}{of.prompt:>13,}{of.reply:>12,}"
-        lines.append(f"{of.role:<8}{of.endpoint.model:<32}{counted}{of.money[0]:>10}{of.money[1]:>11}")
+        calls = {"role": of.role, "model": of.endpoint.model, "calls": f"{of.calls:,}", "answered": f"{of.answered:,}"}
+        tokens = {"prompt tokens": f"{of.prompt:,}", "reply tokens": f"{of.reply:,}"}
+        table.append(calls | tokens | dict(zip(("USD", "at worst"), of.money, strict=True)))
     total, worst = (sum(x or 0.0 for x in of) for of in zip(*((r.usd, r.worst) for r in roles), strict=True))
-    lines.append(f"{'sum':<83}{total:>10.4f}{worst:>11.4f}")
+    lines = [markdown([*table, {"role": "sum", "USD": f"{total:.4f}", "at worst": f"{worst:.4f}"}], missing="")]
     lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {spent}; nothing was sent")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import kto
 from common.benchmarks import name_of
 from common.errors import InputError
+from common.files import ROOT
 from common.settings import opt
 from data import MATCHERS
 from llm import judge, labelling, retrieve
@@ -173,7 +174,30 @@ def names(settings: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(settings))
 
 
+def placed(cfg: RunConfig) -> RunConfig:
+    """The same settings with input files where they lie: as given, or a relative path beside the project.
+
+    A file that is in neither place keeps its name, for `check` or the dry run to say so.
+    """
+
+    def place(path: str) -> str:
+        beside = ROOT / path
+        return str(beside) if path and not Path(path).exists() and beside.is_file() else path
+
+    given = {name: place(getattr(cfg, name)) for name in ("prompt", "questions", "search", "annotator")}
+    sets = [name + sign + place(path) for name, sign, path in (part.partition("=") for part in _parts(cfg.eval_sets))]
+    return dataclasses.replace(cfg, eval_sets=",".join(sets), **given)
+
+
 MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
+
+
+READS = {  # stages that read what another one leaves under --out: file -> who writes it
+    "candidates": {"samples.jsonl": "sample"},
+    "annotate": {"candidates.jsonl": "candidates"},
+    "fit": {"candidates.jsonl": "candidates", "annotations.jsonl": "annotate"},
+    "train": {"train.jsonl": "fit"},
+}
 
 
 def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
@@ -206,7 +230,13 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
             hint = "" if path == cfg.prompt else FETCH
-            raise InputError(f"{path}: no such file; paths are relative to the current directory{hint}")
+            raise InputError(f"{path}: no such file, here or beside the project{hint}")
+    for stage in wanted:
+        for name, writer in READS.get(stage, {}).items():
+            if writer not in wanted and not (path := Path(cfg.out) / name).exists():
+                raise InputError(
+                    f"{path}: no such file, which {stage} reads; run the stage {writer} first, or put it there"
+                )
     _check_keys(cfg, due)
 
 

@@ -495,13 +495,14 @@ def label_text(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def grades(first: Path, second: Path, n_boot: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Agreement of two files of grades {id, draw, grade} on the answers both have, with 95 % intervals over questions.
+    """Agreement of two files of verdicts {id, draw, verdict} on the answers both have; 95 % intervals over questions.
 
     {answers, strict, kappa, confusion: grade of the first -> of the second -> answers}. Raises InputError when they
     share no answer.
     """
     read = [
-        {(r["id"], r.get("draw", 0)): str(r["grade"]) for r in read_jsonl(f, ("id", "grade"))} for f in (first, second)
+        {(r["id"], r.get("draw", 0)): str(r["verdict"]) for r in read_jsonl(f, ("id", "verdict")) if r["verdict"]}
+        for f in (first, second)
     ]
     keys = sorted(read[0].keys() & read[1].keys())
     if not keys:
