@@ -40,8 +40,8 @@ NO_CLAIM = "no verifiable claim"
 _CLAIMS = r"(?:(?:verifiable|checkable|factual|atomic)\s+)*(?:claims?|facts?|statements?)"
 _HERE = r"(?:\s+(?:in (?:this|the) sentence|here))?"
 NONE = re.compile(
-    rf"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?no(?:ne)?\s+{_CLAIMS}"
-    rf"(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
+    r"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?"
+    rf"no(?:ne)?\s+{_CLAIMS}(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
     rf"|there (?:aren't|are not|isn't|is not) any\s+{_CLAIMS}{_HERE}"
     rf"|(?:the|this) sentence (?:doesn't|does not) (?:contain|have) (?:a|any)\s+{_CLAIMS}"
     r"|none|nothing|n/?a|not applicable|null|empty|\[\s*\])[\W_]*",
