@@ -112,9 +112,9 @@ def load_stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
     return set(ids)
 
 
-def usable_ids(tokenizer: Tokenizer) -> int:
-    """How many ids may be sampled: 0 up to the last one the tokenizer has; a model's head may have more rows."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The ids of a model's head that the tokenizer has no token for: rows that pad it, and holes between tokens."""
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab(with_added_tokens=True).values()))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

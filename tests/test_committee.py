@@ -60,7 +60,7 @@ def test_aggregation_by_hand(a, b, labels, source):
 votes = st.dictionaries(st.sampled_from(em.LABELS), st.integers(0, 100).map(lambda x: x / 10), max_size=2)
 
 
-@settings(max_examples=500, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(votes, votes)
 def test_aggregation_is_even_handed(a, b):
     """Swapping the annotators changes nothing but whose confidences an agreement keeps."""
@@ -102,7 +102,7 @@ def test_alignment_keeps_what_both_merged():
 cuts = st.lists(st.booleans(), min_size=1, max_size=8)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(cuts, st.randoms(use_true_random=False))
 def test_units_are_the_coarsest_common_refinement(cut_a, rng):
     cut_b = [rng.random() < 0.5 for _ in cut_a]

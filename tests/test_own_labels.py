@@ -66,7 +66,9 @@ def a_run(out: Path, group, **settings) -> Run:
         model=str(ROOT / "mini/model"), out=str(out), prompt=str(ROOT / "prompts/plain.txt"), annotator="self",
         dtype="float32", **settings,
     )  # fmt: skip
-    return Run(cfg, locate(cfg.model), group)
+    run = Run(cfg, locate(cfg.model), group)
+    run.room = 1 << 20  # the miniature has 512 positions; the script does not mind
+    return run
 
 
 def number(prompt: str) -> int:
@@ -95,6 +97,48 @@ def test_a_model_that_cannot_do_it_ends_the_run(tmp_path, group):
     scripted(run, lambda prompt: GOOD if number(prompt) == 0 else "no idea")
     with pytest.raises(InputError, match="annotator a: 3 of 4 replies are of no use even when asked again"):
         labels.label(run, ROWS, run.out)
+
+
+def test_a_thought_too_long_for_the_model_is_not_asked_about_and_counted(tmp_path, group, capsys):
+    """The other labels are made: a prompt that leaves no room for a reply of 55 tokens a segment is of no use."""
+    run, asked = a_run(tmp_path, group), []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return GOOD
+
+    scripted(run, answer)
+    whole = run.sampler("thinkon")
+    limits: list[int] = []
+    run.sampler = lambda v: lambda prompts, seeds, new, *rest: limits.extend(new) or whole(prompts, seeds, new, *rest)
+    lengths = []
+    for row in ROWS:
+        trace = labels.Trace(row["id"], row["question"], row["answers"], [THOUGHT[a:b] for a, b in SPANS])
+        text = labels.committee.Prompts.load(labels.labelling.PROMPTS).first(trace)[0]["content"]
+        lengths.append(len(labels.encode(run.tokenizer, run.prompt(text, "off"))))
+    assert len(set(lengths)) == 1
+    run.room = lengths[0] + 3 * 55
+    long = ROWS[0] | {"id": "long", "question": ROWS[0]["question"] + " and more"}
+    tally = labels.label(run, [*ROWS, long], run.out)
+    assert len(asked) == 4 and limits == [3 * 55] * 4 and (tally["a: usable"], tally["a: not usable"]) == (4, 1)
+    assert "a: 1 prompts leave no room for a reply" in capsys.readouterr().err
+    last = read_jsonl(tmp_path / "annotations.jsonl")[-1]
+    assert last["id"] == "long" and [s["labels"] for s in last["steps"]] == [[], [], []]
+
+
+def test_limits_beyond_the_models_positions_are_refused_before_the_first_stage(tmp_path, group):
+    """8,192 new tokens and a model with fewer positions: said at once, not by the evaluation after the training."""
+    run = a_run(tmp_path, group, max_new=8192, draw_max_new=64)
+    del run.room
+    assert run.room == 512
+    run.check_room(["sample", "candidates"])
+    for wanted in ([], ["eval"]):
+        with pytest.raises(
+            InputError, match="--max-new 8,192 and a prompt of .* lower --max-new to less than"
+        ) as error:
+            run.check_room(wanted)
+    run.room = 8192 + 512 - int(str(error.value).rpartition(" ")[2])  # the prompt's length and the limit
+    run.check_room([])
 
 
 def test_two_models_and_the_rules(tmp_path, group, monkeypatch):
