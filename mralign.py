@@ -42,7 +42,7 @@ from llm import labelling
 from pipeline import cards, evaluation
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
-from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
+from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names, placed
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
 
@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
     cfg, rest = cli(RunConfig, argv, __doc__, more)
+    cfg = placed(cfg)
     if rest.dry_run:
         dry_run(cfg, rest.gpu, rest.gpus)
         return

@@ -118,13 +118,14 @@ def kept_per_token(c: ModelConfig, r: int, size: int, recompute: str, fused: boo
     if recompute == "full":
         return size * E  # the layer's input
     products = size * (2 * E + (q + 2 * kv) + q + 2 * F + 7 * r)  # x and h; q k v; attention; gate, up; A's outputs
+    in_fp32 = 4 * (2 * E + q + kv) * (size == 2 and not fused)  # a norm's input
     if recompute == "cheap":
-        return products + (not fused) * size * q
+        return products + in_fp32 + (not fused) * size * (q + F)
     made = size * (2 * E + (q + 2 * kv) + F)  # both norms; q, k and v after RoPE; SwiGLU
     if fused:
         return products + made
-    in_fp32 = (size == 2) * 4 * (E + q + kv)  # a norm's input
-    return products + made + in_fp32 + size * (q - kv + F)  # v passes RoPE as a view
+    # x and h are kept in fp32 alone; v passes RoPE as a view.
+    return products + made + in_fp32 - (size == 2) * size * 2 * E + size * (q - kv + F)
 
 
 def memory(

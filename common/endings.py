@@ -91,7 +91,7 @@ def status(out: Path) -> Iterator[None]:
             leave_status(out, rank, code, reason)
             if rank:
                 print(f"error on rank {rank}: {reason}", file=sys.stderr)
-                error.told = True  # type: ignore[attr-defined]
+                error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
 

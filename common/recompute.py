@@ -49,7 +49,7 @@ class Remade(torch.autograd.graph.saved_tensors_hooks):
         # Weak references, so that a forgotten tensor is freed, and its address stays taken until they go.
         self.calls: dict[StorageWeakRef, tuple[_Call, int]] = {}
 
-    def __enter__(self) -> "Remade":
+    def __enter__(self) -> "Remade":  # type: ignore[override]
         super().__enter__()
         return self
 

@@ -15,12 +15,13 @@ Beside kto, mralign and shuffled there is `mean`: KTO in which every step has th
 "more weight on rejected rows" from "weight on the right transitions". sft runs at its own best rate. The null world has
 two rates. The choices here were made on development questions or before any result: nothing was tuned on the test ones.
 
-`python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Blocks come seed by seed and
-cells rate by rate, so that a run that is cut short leaves a smaller design: a block counts with the rates that all four
-methods have finished, once there are two.
+`python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Two rates come
+first in all blocks, seed by seed, then the other two, so that a run that is cut short leaves a smaller design: a block
+counts with the rates that all four methods have finished, once there are two.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
@@ -47,7 +48,7 @@ from common.endings import program
 from common.files import ROOT, read_json, write_json, write_jsonl
 from common.ranks import process_group
 from common.settings import from_json
-from common.tokens import encode, token_offsets, usable_ids
+from common.tokens import encode, token_offsets, unused_ids
 from mini import study
 from model import Qwen3
 from pipeline import reporting
@@ -103,6 +104,12 @@ class Block:
         """The record of a cell."""
         return self.out / "cells" / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
 
+    def left(self, most: int) -> list[tuple[str, float]]:
+        """The cells of the first `most` rates that are not there yet; sft comes with all rates."""
+        known = {0.0, *self.rates[:most]}
+        due = [cell for cell in self.cells if cell[1] in known and (cell[0] != "sft" or most >= len(self.rates))]
+        return [cell for cell in due if not self.file(*cell).exists()]
+
     def done(self) -> list[tuple[str, float]]:
         """The cells that can be compared: of the rates that all methods have finished; none unless there are two."""
         there = [cell for cell in self.cells if self.file(*cell).exists()]
@@ -130,16 +137,14 @@ def settings(block: Block) -> RunConfig:
     return replace(cfg, model=model, seed=block.seed, out=str(block.out), resume=True, **own, **lent)
 
 
-def run_block(block: Block) -> None:
-    """Draws, labels and weights by the pipeline, then every cell that is not there yet."""
+def run_block(block: Block, most: int) -> None:
+    """Draws, labels and weights by the pipeline, then the cells of the first `most` rates that are not there yet."""
     cfg = settings(block)
     source = hub.locate(cfg.model, "")
     mralign.run_stages(cfg, source, ["sample", "candidates", "annotate", "fit"])
     with process_group() as ranks, ranks.stop.listen():
-        for method, rate in block.cells:
+        for method, rate in block.left(most):
             path = block.file(method, rate)
-            if path.exists():
-                continue
             started = time.perf_counter()
             of = replace(cfg, lr=rate) if rate else cfg
             record = measure(Run(of, source, ranks), method, path.with_suffix(""))
@@ -172,7 +177,8 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
     plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out.with_suffix(".plain.jsonl"))
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
-    kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, usable_ids(run.tokenizer)))
+    never = unused_ids(run.tokenizer, policy.config.vocab_size)
+    kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, never))
     n = len(kl)
     return {
         "facts": by_fact(drawn),
@@ -187,6 +193,7 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
 
 
 Rows = list[dict[str, Any]]
+Ids = list[list[int]]
 
 
 def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: Path) -> Rows:
@@ -197,7 +204,8 @@ def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: P
     seeds = [sample.seed_of(cfg.seed, q["id"], "on", 0) for q in questions]
     common = {"max_new": cfg.max_new, "stop_ids": run.stop_ids, "batch_size": cfg.sample_batch}
     common |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
-    done = sample.generate(policy, prompts, seeds, vocab=usable_ids(run.tokenizer), **common)
+    never = unused_ids(run.tokenizer, policy.config.vocab_size)
+    done = sample.generate(policy, prompts, seeds, never=never, **common)
     rows = []
     for q, prompt, ids, c in zip(questions, texts, prompts, done, strict=True):
         text, _ = token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
@@ -210,14 +218,16 @@ def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: P
 
 @torch.no_grad()
 def kl_to_base(
-    policy: Qwen3, base: Qwen3, prompts: list[list[int]], completions: list[list[int]], vocab: int, size: int = 32
+    policy: Qwen3, base: Qwen3, prompts: Ids, completions: Ids, never: list[int], size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(KL, log-ratio), each (n,) float64 in nats, of completions drawn from the policy at T = 1 without cuts.
 
     KL: sum over the tokens of sum_v pi(v) (log pi(v) - log pi_base(v)) after what precedes them. log-ratio: sum of
     log pi - log pi_base of the drawn tokens. Both have the mean KL(pi || pi_base) over completions, the first with less
-    noise. vocab: the ids that may be drawn are 0 .. vocab - 1; the distributions are renormalised on them.
+    noise. never: ids that are not drawn; the distributions are renormalised on the others.
     """
+    allowed = torch.ones(policy.config.vocab_size, dtype=torch.bool)
+    allowed[never] = False
     kl, ratio = [], []
     for start in range(0, len(prompts), size):
         part = zip(prompts[start : start + size], completions[start : start + size], strict=True)
@@ -225,8 +235,9 @@ def kl_to_base(
         logp = []
         for model in (policy, base):
             hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]  # (M, E)
-            logp.append(model.logits(hidden)[:, :vocab].double().log_softmax(-1))  # (M, vocab)
-        difference = logp[0] - logp[1]
+            logits = model.logits(hidden).double().masked_fill(~allowed, -math.inf)
+            logp.append(logits.log_softmax(-1))  # (M, V)
+        difference = torch.where(allowed, logp[0] - logp[1], 0.0)
         of_token = (logp[0].exp() * difference).sum(-1)  # (M,)
         drawn = difference.gather(1, batch.targets[:, None])[:, 0]
         lengths = batch.cu_targets.diff().tolist()
@@ -453,16 +464,19 @@ def report() -> str:
     return text
 
 
-def child(block: Block) -> Child:
-    """The process of a block."""
-    words = ["-m", "mini.distance", "--block", f"{block.world}/{block.seed}"]
+def child(block: Block, most: int) -> Child:
+    """The process of a block's first `most` rates."""
+    words = ["-m", "mini.distance", "--block", f"{block.world}/{block.seed}", "--most", str(most)]
     return Child(block.out.name, block.out, lambda: words)
 
 
 def run(jobs: int) -> int:
-    """Every block that has cells left. Returns an exit code."""
-    children = [child(block) for block in blocks() if set(block.done()) != set(block.cells)]
-    return unfinished(run_all(children, jobs, OUT), children)
+    """Every cell that is not there: two rates in all blocks, then the others. Returns an exit code."""
+    for most in (2, len(RATES)):
+        children = [child(block, most) for block in blocks() if block.left(most)]
+        if code := unfinished(run_all(children, jobs, OUT), children):
+            return code
+    return 0
 
 
 @program
@@ -471,11 +485,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
     parser.add_argument("--block", metavar="WORLD/SEED", help="run one block only, in this process")
+    parser.add_argument("--most", type=int, default=len(RATES), help="of this block: only so many rates [4]")
     parser.add_argument("--report", action="store_true", help="only write table and figure of the cells that are there")
     given = parser.parse_args(argv)
     if given.block:
         world, _, seed = given.block.partition("/")
-        run_block(Block(world, int(seed)))
+        run_block(Block(world, int(seed)), given.most)
         return 0
     if not given.report and (code := run(given.jobs)):
         return code

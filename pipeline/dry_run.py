@@ -135,7 +135,7 @@ class Decoding:
 
     def rows(self, tokens: float) -> int:
         """Rows of so many tokens whose cache fits beside the weights."""
-        room = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_lines leaves free
+        room = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_table leaves free
         free = room - self.size * self.params
         return max(0, int(sample.CACHE_SHARE * free / (self.cache_per_token * tokens)))
 

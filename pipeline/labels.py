@@ -128,7 +128,7 @@ def _with_room(run: Run, asked: Asked, words: dict[int, str], which: list[int]) 
 def _replies(run: Run, generate: Generate, asked: list[tuple[Trace, str]], path: Path) -> list[str]:
     """What the model says to each text, thinking off; the replies stay in `path`."""
     cfg = run.cfg
-    texts = {t.id: text for t, text in asked}
+    texts = {t.id: run.text(text) for t, text in asked}
     jobs = [({"id": t.id, "question": t.question, "answers": t.answers}, "off", 0) for t, _ in asked]
     how = sample.Sampling(cfg.annotate_temperature, 1.0, 0, 0.0)
     what, longest = f"labels, {path.stem}", cfg.annotate_max_tokens

@@ -18,6 +18,7 @@ from common import costs, passes
 from common.errors import InputError
 from common.files import ROOT
 from common.model_config import ModelConfig
+from common.table import markdown
 from common.tokens import load_tokenizer, token_offsets
 from em import LABELS
 from report import analysis
@@ -138,18 +139,17 @@ def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[st
     return lines
 
 
-def memory_lines(table: dict[str, dict[str, float]], chosen: str, gpu: str, gpus: int) -> list[str]:
+def memory_table(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> str:
     """Memory by part at each level of recomputation, beside what the GPU has."""
-    lines = [f"{f'memory of each of {gpus} {gpu}, GB, recomputed':<43}" + "".join(f"{level:>10}" for level in table)]
-    lines.append(f"  {'tokens of one pass':<41}" + "".join(f"{parts['tokens']:>10,}" for parts in table.values()))
+    what = f"each of {gpus} {gpu}, GB, recomputed:"
     parts = [name for name in table["none"] if name != "tokens"]
-    for part in parts:
-        lines.append(f"  {part:<41}" + "".join(f"{of[part] / 1e9:>10.2f}" for of in table.values()))
-    sums = [sum(of[part] for part in parts) / 1e9 for of in table.values()]
-    lines.append(f"  {'sum':<41}" + "".join(f"{x:>10.2f}" for x in sums))
+    sums = {level: sum(of[part] for part in parts) / 1e9 for level, of in table.items()}
     memory = costs.GPUS[gpu].memory
-    fits = "".join(f"{'fits' if x <= costs.ROOM * memory else 'too much':>10}" for x in sums)
-    return [*lines, f"  {f'of {memory} GB, {1 - costs.ROOM:.0%} left free':<41}{fits}", f"  recomputed is: {chosen}"]
+    rows = [{what: "tokens of one pass"} | {level: f"{of['tokens']:,}" for level, of in table.items()}]
+    rows += [{what: part} | {level: f"{of[part] / 1e9:.2f}" for level, of in table.items()} for part in parts]
+    rows += [{what: "sum"} | {level: f"{x:.2f}" for level, x in sums.items()}]
+    fits = {level: "fits" if x <= costs.ROOM * memory else "too much" for level, x in sums.items()}
+    return markdown([*rows, {what: f"of {memory} GB, {1 - costs.ROOM:.0%} left free"} | fits])
 
 
 def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
@@ -175,7 +175,8 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
         f"data       {source}",
         *data_lines(lengths, s, method),
         "",
-        *memory_lines(memory(config, s, size, gpu, gpus, lengths), level, gpu, gpus),
+        memory_table(memory(config, s, size, gpu, gpus, lengths), gpu, gpus),
+        f"recomputed is: {level}",
         "",
         f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
         f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",

@@ -25,7 +25,16 @@ from common.files import Journal, atomic_write, each_row, write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.template import ChatTemplate, fill, load_prompt
-from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets, unused_ids
+from common.tokens import (
+    encode,
+    encode_guarded,
+    guarded,
+    load_stop_ids,
+    load_tokenizer,
+    token_offsets,
+    unguarded,
+    unused_ids,
+)
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Client, parse_endpoint
@@ -49,6 +58,7 @@ class Run:
         self.tokenizer = load_tokenizer(source.folder)
         self.template = ChatTemplate(source.folder, cfg.system)
         self.template.check(self.tokenizer)
+        self.control = self.template.control_tokens(self.tokenizer)
         self.user_turn = load_prompt(cfg.prompt)
         self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
         if cfg.backend == "local" and ranks.device.type == "cuda":
@@ -106,7 +116,11 @@ class Run:
 
     def turn(self, question: str) -> str:
         """What the user says: the question in its template."""
-        return fill(self.user_turn, question=question)
+        return fill(self.user_turn, question=self.text(question))
+
+    def text(self, text: str) -> str:
+        """A text from outside for a place in a user turn: control tokens that it spells stay text."""
+        return guarded(text, self.control)
 
     def prompt(self, turn: str, mode: str) -> str:
         """The rendered prompt of a user turn, thinking "on" or "off"."""
@@ -213,7 +227,7 @@ class Run:
         for q, mode, k in mine:
             text = self.prompt(turn(q, k) if turn else self.turn(q["question"]), mode)
             if text not in read:
-                read[text] = text, array("i", encode(self.tokenizer, text))
+                read[text] = unguarded(text), array("i", encode_guarded(self.tokenizer, text))
             prompts.append(read[text])
         seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
         journal_path = path.with_suffix(f".rank{ranks.rank}.jsonl")

@@ -56,6 +56,7 @@ def test_the_papers_runs_are_tables_13_and_14():
     for name, model in models.items():
         c = config_of(ROOT / "configs" / f"{name}.json")
         assert c.model == model and c.batch_size == 4 * 2 * 8
+        assert (c.micro_tokens, c.micro_batch, c.recompute) == (0, 0, "auto")  # the program chooses
         assert (c.lr, c.sft_lr, c.epochs, c.warmup, c.lora_r, c.lora_alpha) == (5e-6, 1e-4, 3, 0.1, 32, 64.0)
         assert (c.beta, c.lambda_c, c.lambda_r, c.dtype) == (0.1, 1.0, 1.5, "bfloat16")
         assert (c.temperature, c.top_p, c.top_k, c.min_p, c.max_new) == (0.6, 0.95, 20, 0.0, 8192)  # Table 15
@@ -97,13 +98,13 @@ def test_weights_adapters_and_optimiser_state_are_what_a_built_model_has():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     lengths = plan.Lengths([4] * 3, [6] * 3, [True, True, False])
-    parts = plan.memory(SMALL, s, 2, 1, lengths)["none"]
+    parts = plan.memory(SMALL, s, 2, "h100", 1, lengths)["none"]
     assert parts["frozen weights"] == base
     assert parts["adapters"] == sum(p.numel() * p.element_size() for p in trained)
     moments = sum(x.numel() * x.element_size() for st in optimizer.state.values() for x in st.values() if x.dim())
     assert parts["AdamW's moments"] == moments
     assert parts["gradients and their sum"] == 2 * sum(p.grad.numel() * 4 for p in trained)
-    sharded = plan.memory(SMALL, dataclasses.replace(s, shard=True), 2, 4, lengths)["none"]
+    sharded = plan.memory(SMALL, dataclasses.replace(s, shard=True), 2, "h100", 4, lengths)["none"]
     layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n)
     assert sharded["frozen weights"] == base - 2 * layers * 3 / 4
 

@@ -61,17 +61,18 @@ def test_the_kl_is_the_mean_of_the_log_ratio_over_what_can_be_drawn():
             if name.endswith("lora_B.weight"):
                 p.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
     prompt, vocab = [5, 9, 200, 31], 40
-    kl, ratio = distance.kl_to_base(policy, base, [prompt] * vocab, [[v] for v in range(vocab)], vocab, size=17)
+    never = list(range(vocab, base.config.vocab_size))
+    kl, ratio = distance.kl_to_base(policy, base, [prompt] * vocab, [[v] for v in range(vocab)], never, size=17)
     with torch.no_grad():
         logits = policy.logits(policy(torch.tensor(prompt), torch.tensor([0, len(prompt)])))[-1, :vocab]
     p = logits.double().softmax(-1)
     assert float(kl.std()) < 1e-6 < float(ratio.std())
     assert float((p * ratio).sum()) == pytest.approx(float(kl[0]), rel=1e-4) and float(kl[0]) > 0
-    two, ratio_two = distance.kl_to_base(policy, base, [prompt], [[3, 7]], vocab)
-    first = distance.kl_to_base(policy, base, [prompt, [*prompt, 3]], [[3], [7]], vocab)
+    two, ratio_two = distance.kl_to_base(policy, base, [prompt], [[3, 7]], never)
+    first = distance.kl_to_base(policy, base, [prompt, [*prompt, 3]], [[3], [7]], never)
     assert float(two) == pytest.approx(float(first[0].sum()), rel=1e-4)
     assert float(ratio_two) == pytest.approx(float(first[1].sum()), rel=1e-4)
-    same, none = distance.kl_to_base(base, base, [prompt], [[3, 7]], vocab)
+    same, none = distance.kl_to_base(base, base, [prompt], [[3, 7]], never)
     assert float(same) == float(none) == 0
 
 
@@ -124,8 +125,10 @@ def test_a_block_counts_with_the_rates_that_all_methods_have_finished(tmp_path, 
     block = distance.Block("world 0", 1)
     assert len(block.cells) == 18 and len({block.file(*cell) for cell in block.cells}) == 18
     assert sum(len(b.cells) for b in distance.blocks() if b.world != "null") == 6 * (16 + 2)
+    assert block.left(2) == block.cells[:9] and set(block.left(4)) == set(block.cells)
     for cell in block.cells[:8]:
         write_json(block.file(*cell), {})
+    assert block.left(2) == [block.cells[8]]
     assert block.done() == []  # one whole rate and three methods of the next
     write_json(block.file(*block.cells[8]), {})
     assert block.done() == block.cells[:9] and {rate for _, rate in block.done()} == {0.0, *distance.RATES[:2]}

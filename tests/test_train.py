@@ -635,7 +635,7 @@ def test_bf16_on_two_ranks_is_the_plain_loop_whatever_is_recomputed(tmp_path, ba
     loops = [train.plain_loop(m, as_rows(rows), "mralign", train.TrainSettings(**s)) for m in (half, exact.float())]
     for mine, in_half, in_fp32 in zip(runs[0][1], *loops, strict=True):
         assert mine["loss"] == pytest.approx(in_half["loss"], rel=2e-3), mine["step"]
-        assert mine["loss"] == pytest.approx(in_fp32["loss"], rel=1e-2), mine["step"]
+        assert mine["loss"] == pytest.approx(in_fp32["loss"], rel=2e-2), mine["step"]
         assert mine["grad_norm"] == pytest.approx(in_half["grad_norm"], rel=0.03), mine["step"]
 
 
