@@ -166,8 +166,6 @@ class Trainer:
         if not s.shard:  # FSDP gathers each weight by itself
             model.stack()
         if s.compile:
-            if model.head.dtype != torch.float32:
-                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             if s.recompute == "cheap":
                 raise InputError("--recompute cheap is what --compile does by itself; leave one of the two out")
             model.compile_layers()

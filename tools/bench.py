@@ -45,6 +45,7 @@ from common.endings import program
 from common.errors import Disagreement, InputError
 from common.files import ROOT, write_json
 from common.model_config import ModelConfig
+from common.passes import Limit
 from kernels.segment_logprob import default_impl, reference, segment_logprob
 from tools.measure import (
     Table,
@@ -262,6 +263,7 @@ class Stepper:
     step: Callable[[], float]  # returns its seconds
     losses: list[float]  # of each step so far
     reference_seconds: float  # the reference's sums of all rows, where they are made once
+    limit: Limit = Limit()  # the most that one of our passes takes
 
 
 def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any) -> Stepper:
@@ -270,6 +272,7 @@ def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any)
 
     s = train.TrainSettings(**dict(lr=LR, batch_size=len(rows), warmup=0.0, lora_r=LORA_R) | settings)
     trainer = train.Trainer(model, rows, "kto", s, ranks, default_impl(ranks.device))
+    trainer.measure()
     cached: dict[str, Tensor] = {}
     reference_seconds = clock(lambda: cached.update(trainer.reference_sums()), ranks.device)()
     numbers, losses = itertools.count(), []
@@ -277,7 +280,7 @@ def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any)
     def step() -> None:  # one of so many that the learning rate does not fall
         losses.append(trainer.step(next(numbers), 10**9, list(range(len(rows))), cached)["loss"])
 
-    return Stepper(clock(step, ranks.device), losses, reference_seconds)
+    return Stepper(clock(step, ranks.device), losses, reference_seconds, trainer.limit)
 
 
 def trl_order(n: int) -> list[int]:
@@ -290,8 +293,10 @@ def trl_order(n: int) -> list[int]:
     return cycle[::-1]
 
 
-def trl_trainer(folder: Path, rows: list[Any], V: int, batch: int, callbacks: list[Any], **settings: Any) -> Any:
-    """TRL's KTOTrainer on the weights in `folder`, set to one step; `settings` go to its KTOConfig.
+def trl_trainer(
+    folder: Path, rows: list[Any], V: int, batch: int, callbacks: list[Any], model: Any = None, **settings: Any
+) -> Any:
+    """TRL's KTOTrainer on `model`, else the weights in `folder`, set to one step; `settings` go to its KTOConfig.
 
     It takes text, so id i is written as the word "t<i>" of a tokenizer made for this.
     """
@@ -313,8 +318,8 @@ def trl_trainer(folder: Path, rows: list[Any], V: int, batch: int, callbacks: li
     method = dict(learning_rate=LR, lr_scheduler_type="constant", undesirable_weight=1.5, max_length=None, bf16=False)
     quiet = dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available())
     trainer = trl.KTOTrainer(
-        model=transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=trl.KTOConfig(output_dir=str(folder / "trl"), **steps, **method, **quiet, **settings),
+        model=model or transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=trl.KTOConfig(output_dir=str(folder / "trl"), **steps, **quiet, **method | settings),
         train_dataset=datasets.Dataset.from_dict(table),
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0"),
         peft_config=peft.LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules=list(lora.TARGETS)),
