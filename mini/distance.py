@@ -172,9 +172,9 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
         lora.merge(policy)
     questions, _ = data.load_questions(ROOT / "mini" / "questions" / "test.jsonl")
     cut = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
-    drawn = draw(run, policy, questions, cut, out.with_suffix(".jsonl"))
+    drawn = draw(run, policy, questions, cut, out / "test.jsonl")
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
-    plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out.with_suffix(".plain.jsonl"))
+    plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / "plain.jsonl")
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
     kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, usable_ids(run.tokenizer)))
     n = len(kl)
