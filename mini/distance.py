@@ -21,6 +21,7 @@ counts with the rates that all four methods have finished, once there are two.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
@@ -47,7 +48,7 @@ from common.endings import program
 from common.files import ROOT, read_json, write_json, write_jsonl
 from common.ranks import process_group
 from common.settings import from_json
-from common.tokens import encode, token_offsets, usable_ids
+from common.tokens import encode, token_offsets, unused_ids
 from mini import study
 from model import Qwen3
 from pipeline import reporting
@@ -176,7 +177,8 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
     plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / "plain.jsonl")
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
-    kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, usable_ids(run.tokenizer)))
+    never = unused_ids(run.tokenizer, policy.config.vocab_size)
+    kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, never))
     n = len(kl)
     return {
         "facts": by_fact(drawn),
@@ -191,6 +193,7 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
 
 
 Rows = list[dict[str, Any]]
+Ids = list[list[int]]
 
 
 def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: Path) -> Rows:
@@ -201,7 +204,8 @@ def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: P
     seeds = [sample.seed_of(cfg.seed, q["id"], "on", 0) for q in questions]
     common = {"max_new": cfg.max_new, "stop_ids": run.stop_ids, "batch_size": cfg.sample_batch}
     common |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "min_p": how.min_p}
-    done = sample.generate(policy, prompts, seeds, vocab=usable_ids(run.tokenizer), **common)
+    never = unused_ids(run.tokenizer, policy.config.vocab_size)
+    done = sample.generate(policy, prompts, seeds, never=never, **common)
     rows = []
     for q, prompt, ids, c in zip(questions, texts, prompts, done, strict=True):
         text, _ = token_offsets(run.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
@@ -214,14 +218,16 @@ def draw(run: Run, policy: Qwen3, questions: Rows, how: sample.Sampling, path: P
 
 @torch.no_grad()
 def kl_to_base(
-    policy: Qwen3, base: Qwen3, prompts: list[list[int]], completions: list[list[int]], vocab: int, size: int = 32
+    policy: Qwen3, base: Qwen3, prompts: Ids, completions: Ids, never: list[int], size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(KL, log-ratio), each (n,) float64 in nats, of completions drawn from the policy at T = 1 without cuts.
 
     KL: sum over the tokens of sum_v pi(v) (log pi(v) - log pi_base(v)) after what precedes them. log-ratio: sum of
     log pi - log pi_base of the drawn tokens. Both have the mean KL(pi || pi_base) over completions, the first with less
-    noise. vocab: the ids that may be drawn are 0 .. vocab - 1; the distributions are renormalised on them.
+    noise. never: ids that are not drawn; the distributions are renormalised on the others.
     """
+    allowed = torch.ones(policy.config.vocab_size, dtype=torch.bool)
+    allowed[never] = False
     kl, ratio = [], []
     for start in range(0, len(prompts), size):
         part = zip(prompts[start : start + size], completions[start : start + size], strict=True)
@@ -229,8 +235,9 @@ def kl_to_base(
         logp = []
         for model in (policy, base):
             hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]  # (M, E)
-            logp.append(model.logits(hidden)[:, :vocab].double().log_softmax(-1))  # (M, vocab)
-        difference = logp[0] - logp[1]
+            logits = model.logits(hidden).double().masked_fill(~allowed, -math.inf)
+            logp.append(logits.log_softmax(-1))  # (M, V)
+        difference = torch.where(allowed, logp[0] - logp[1], 0.0)
         of_token = (logp[0].exp() * difference).sum(-1)  # (M,)
         drawn = difference.gather(1, batch.targets[:, None])[:, 0]
         lengths = batch.cu_targets.diff().tolist()

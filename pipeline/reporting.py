@@ -20,7 +20,8 @@ import data
 import eval as evaluation
 import kto
 import lora
-from common.files import ROOT, read_json, read_jsonl, write_json
+from common.files import ROOT, each_row, read_json, read_jsonl, write_json
+from common.table import markdown
 from common.template import opens_thought
 from common.tokens import token_offsets
 from kernels.segment_logprob import segment_logprob
@@ -162,7 +163,7 @@ def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     """The tables on stdout; returns what must be known before them, which goes to stderr and on the page."""
     notes = []
     for name, of in scores.items():
-        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{difference_lines(of['differences'])}")
+        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{differences_table(of['differences'])}")
         if text := evaluation.draws_table(of["metrics"]):
             print(f"\n{text}")
         notes += [f"{name}, {v}: {line}" for v, m in of["metrics"].items() for line in evaluation.warnings(m)]
@@ -183,13 +184,15 @@ def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     return notes
 
 
-def difference_lines(differences: dict[str, Any]) -> str:
-    """Paired differences between variants as aligned text, in points with a 95 % interval."""
-    lines = [f"{'paired difference, points':<26}{'Acc':>24}{'Mis':>26}"]
+def differences_table(differences: dict[str, Any]) -> str:
+    """Paired differences between variants, in points with a 95 % interval, as a table."""
+    rows = []
     for pair, of in differences.items():
-        cells = [f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" for d in of.values()]
-        lines.append(f"{pair:<26}" + "".join(f"{c:>24}  " for c in cells).rstrip())
-    return "\n".join(lines)
+        row = {"paired difference, points": pair}
+        for name, d in zip(("Acc", "Mis"), of.values(), strict=True):
+            row[name] = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        rows.append(row)
+    return markdown(rows)
 
 
 # ---------- questions before and after, training rows with their numbers
@@ -282,7 +285,7 @@ def one_question(run: Run, trace: dict[str, Any], rows: Rows, transitions: dict[
     cfg = run.cfg
     row = next(r for r in rows if r["id"] == trace["id"])
     annotation = next(r for r in read_jsonl(run.out / "annotations.jsonl") if r["id"] == trace["id"])
-    drawn = read_jsonl(run.out / "samples.jsonl")
+    drawn = each_row(run.out / "samples.jsonl")
     off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
     last = read_jsonl(run.out / shown_method(run) / "metrics.jsonl")[-1]
     return story.build_story(

@@ -61,17 +61,18 @@ def test_the_kl_is_the_mean_of_the_log_ratio_over_what_can_be_drawn():
             if name.endswith("lora_B.weight"):
                 p.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
     prompt, vocab = [5, 9, 200, 31], 40
-    kl, ratio = distance.kl_to_base(policy, base, [prompt] * vocab, [[v] for v in range(vocab)], vocab, size=17)
+    never = list(range(vocab, base.config.vocab_size))
+    kl, ratio = distance.kl_to_base(policy, base, [prompt] * vocab, [[v] for v in range(vocab)], never, size=17)
     with torch.no_grad():
         logits = policy.logits(policy(torch.tensor(prompt), torch.tensor([0, len(prompt)])))[-1, :vocab]
     p = logits.double().softmax(-1)
     assert float(kl.std()) < 1e-6 < float(ratio.std())
     assert float((p * ratio).sum()) == pytest.approx(float(kl[0]), rel=1e-4) and float(kl[0]) > 0
-    two, ratio_two = distance.kl_to_base(policy, base, [prompt], [[3, 7]], vocab)
-    first = distance.kl_to_base(policy, base, [prompt, [*prompt, 3]], [[3], [7]], vocab)
+    two, ratio_two = distance.kl_to_base(policy, base, [prompt], [[3, 7]], never)
+    first = distance.kl_to_base(policy, base, [prompt, [*prompt, 3]], [[3], [7]], never)
     assert float(two) == pytest.approx(float(first[0].sum()), rel=1e-4)
     assert float(ratio_two) == pytest.approx(float(first[1].sum()), rel=1e-4)
-    same, none = distance.kl_to_base(base, base, [prompt], [[3, 7]], vocab)
+    same, none = distance.kl_to_base(base, base, [prompt], [[3, 7]], never)
     assert float(same) == float(none) == 0
 
 
