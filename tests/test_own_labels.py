@@ -200,4 +200,4 @@ def test_no_text_from_outside_reaches_the_model_as_a_control_token(tmp_path, gro
         assert [plain.count(i) for i in ids_of] == [hostile.count(i) for i in ids_of]
         assert HOSTILE in run.tokenizer.decode(hostile, skip_special_tokens=False).replace("\\n", "\n")
     (row,) = read_jsonl(tmp_path / "hostile0.jsonl")
-    assert HOSTILE in row["prompt"] and row["prompt_ids"] == seen[half]
+    assert HOSTILE in row["prompt"] and row["prompt_ids"] == list(seen[half])
