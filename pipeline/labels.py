@@ -18,7 +18,7 @@ from common import hub
 from common.errors import AnnotationError
 from common.files import read_jsonl, sha256_file, write_json
 from common.template import fill
-from common.tokens import encode
+from common.tokens import encode_guarded
 from llm import agreement, committee, labelling
 from llm.committee import Committee, Trace, parse_reply, unlabelled
 from pipeline.run import Generate, Run
@@ -120,7 +120,7 @@ def _with_room(run: Run, asked: Asked, words: dict[int, str], which: list[int]) 
     """`which` of them leave the model room for a reply of the usual length, and which do not."""
     room: dict[bool, list[int]] = {True: [], False: []}
     for k in which:
-        prompt = len(encode(run.tokenizer, run.prompt(words[k], "off")))
+        prompt = len(encode_guarded(run.tokenizer, run.prompt(words[k], "off")))
         reply = labelling.REPLY_TOKENS * len(asked[k][0].segments)
         room[prompt + min(reply, run.cfg.annotate_max_tokens) <= run.room].append(k)
     return room[True], room[False]

@@ -140,7 +140,7 @@ def test_a_thought_too_long_for_the_model_is_not_asked_about_and_counted(tmp_pat
     for row in ROWS:
         trace = labels.Trace(row["id"], row["question"], row["answers"], [THOUGHT[a:b] for a, b in SPANS])
         text = labels.committee.Prompts.load(labels.labelling.PROMPTS).first(trace)[0]["content"]
-        lengths.append(len(labels.encode(run.tokenizer, run.prompt(text, "off"))))
+        lengths.append(len(labels.encode_guarded(run.tokenizer, run.prompt(text, "off"))))
     assert len(set(lengths)) == 1
     run.room = lengths[0] + 3 * 55
     long = ROWS[0] | {"id": "long", "question": ROWS[0]["question"] + " and more"}
