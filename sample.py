@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moe
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from model import BLOCK, KVCache, Qwen3
@@ -315,6 +316,7 @@ class _Batch:
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self.device = model.head.device
         self.padded = self.device.type == "cpu" and not small_batches
+        self.captured = self.device.type == "cuda" and moe.capturable(model)
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         self.block = BLOCK[self.device.type]
         self.block_bytes = KVCache.bytes(model.config, self.block, model.head.dtype, self.device)
@@ -468,7 +470,7 @@ class _Batch:
 
     def _logits(self) -> Tensor:
         """(rows, V) logits of the next token of the active slots, and of the spare ones that round up their number."""
-        if self.device.type != "cuda":
+        if not self.captured:
             rows = max(self.active, ROWS) if self.padded else self.active
             groups = self.cache.groups(rows)
             return self._forward(self.token[:rows].to(self.device), self.cache.lens[:rows].to(self.device), groups)
