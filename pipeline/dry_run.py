@@ -122,12 +122,23 @@ def drawn_lengths(out: Path) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A model on one GPU that samples: its parameters, bytes of a weight, bytes of cache a token takes."""
+    """A model on one GPU that samples: its parameters, bytes of a weight, bytes of cache a token takes.
+
+    experts: how many of the parameters are experts'; a token meets k of n.
+    """
 
     config: ModelConfig
     params: int
     size: int
     gpu: str
+    experts: int = 0
+
+    def met(self, tokens: float) -> float:
+        """Parameters that so many tokens together meet: all but the experts that none of them goes to."""
+        if self.config.moe is None:
+            return self.params
+        share = self.config.moe.num_experts_per_tok / self.config.moe.num_experts
+        return self.params - self.experts * (1 - share) ** tokens
 
     @property
     def cache_per_token(self) -> int:
@@ -148,10 +159,10 @@ class Decoding:
         peak = plan.GPUS[self.gpu][0] * 1e12 * plan.UTILISATION
         held = self.cache_per_token * (prompt + completion / 2)
         step = max(
-            (self.size * self.params + batch * held) / (BANDWIDTH[self.gpu] * 1e9 * READING),
-            2 * self.params * batch / peak,
+            (self.size * self.met(batch) + batch * held) / (BANDWIDTH[self.gpu] * 1e9 * READING),
+            2 * self.met(1) * batch / peak,
         )
-        return completions * (2 * self.params * prompt / peak + completion * step / batch)
+        return completions * (2 * self.met(1) * prompt / peak + completion * step / batch)
 
 
 def sampling_needs(cfg: RunConfig, questions: Set | None, sets: dict[str, Set], how: Decoding, gpus: int) -> list[Need]:
@@ -337,7 +348,8 @@ def report_text(cfg: RunConfig, gpu: str, gpus: int) -> str:
     questions = questions_of(cfg.questions) if cfg.questions else None
     sets = {name: questions_of(path) for name, path in cfg.eval_paths.items()}
     params = plan.counts(config, cfg.lora_r)
-    how = Decoding(config, params["layers"] + params["rest"], {"float32": 4, "bfloat16": 2}[cfg.dtype], gpu)
+    total, size = params["layers"] + params["rest"], {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    how = Decoding(config, total, size, gpu, params["experts"])
     needs = sampling_needs(cfg, questions, sets, how, gpus) + label_needs(cfg, questions)
     needs += training_needs(cfg, config, gpu, gpus) + search_needs(cfg, sets) + judge_needs(cfg, sets)
     lines = [plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus)]

@@ -19,6 +19,7 @@ from torch import nn
 import data
 import lora
 import model as qwen
+import moe
 import train
 from common.errors import InputError
 from common.files import ROOT
@@ -82,19 +83,26 @@ def assumed_lengths() -> Lengths:
 
 
 def counts(config: ModelConfig, r: int) -> dict[str, int]:
-    """Parameters: "layers", "rest" (embedding, head, final norm) and "adapters" of rank r; built without memory."""
+    """Parameters: "layers", "rest" (embedding, head, final norm) and "adapters" of rank r; built without memory.
+
+    "experts" of the layers' are experts', and "idle" of these a token does not meet.
+    """
     with torch.device("meta"):
         model = qwen.Qwen3(config)
     layers = sum(p.numel() for p in model.model.layers.parameters())
+    targets = lora.targets_of(config)
     linears = [
-        m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] in lora.TARGETS
+        m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] in targets
     ]
     adapters = sum(r * (m.in_features + m.out_features) for m in linears)
-    return {"layers": layers, "rest": sum(p.numel() for p in model.parameters()) - layers, "adapters": adapters}
+    found = {"layers": layers, "rest": sum(p.numel() for p in model.parameters()) - layers, "adapters": adapters}
+    experts = sum(p.numel() for block in moe.blocks(model) for p in block.experts.parameters())
+    idle = experts - experts * config.moe.num_experts_per_tok // config.moe.num_experts if config.moe else 0
+    return found | {"experts": experts, "idle": idle}
 
 
-def kept_per_token(config: ModelConfig, r: int, size: int) -> int:
-    """Bytes one token leaves in one layer for the backward pass. size: bytes of a base weight, 2 or 4.
+def kept_per_token(config: ModelConfig, r: int, size: int, experts: bool = False) -> int:
+    """Bytes one token leaves in one layer, of one MLP or of experts, for the backward pass. size: of a base weight.
 
     Frozen weights keep no inputs; adapters keep one for all layers that read it. Counted is the torch text: the fused
     kernels of a GPU keep no fp32 copy of a norm's input and no silu(gate), so in bf16 they keep less.
@@ -102,8 +110,15 @@ def kept_per_token(config: ModelConfig, r: int, size: int) -> int:
     E, inner = config.hidden_size, config.intermediate_size
     Q, KV = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     norms = 2 * 4 * E + (4 * (Q + KV) if size == 2 else 0)
-    inputs = size * (2 * E + inner + Q + 7 * r)  # q k v and gate up; down; o; A's outputs
     attention = size * (Q + 2 * KV) + size * (Q + KV) + size * Q  # before and after RoPE, result
+    if config.moe and experts:
+        n, k, inner = config.moe.num_experts, config.moe.num_experts_per_tok, config.moe.moe_intermediate_size
+        routes = 4 * n + 40 * k  # probabilities in fp32; what is chosen, its weight, its place among the sorted rows
+        inputs = size * (E + Q + 4 * r)  # q k v; o; A's outputs
+        return norms + inputs + attention + routes + size * 4 * k * inner  # gate, silu(gate), up, times its weight
+    inputs = size * (2 * E + inner + Q + 7 * r)  # q k v and gate up; down; o; A's outputs
+    if config.moe:
+        inputs = size * (E + Q + 4 * r)  # its MLP has no adapters
     return norms + inputs + attention + size * 3 * inner  # gate, silu(gate), up
 
 
@@ -115,7 +130,9 @@ def memory(
     longest = sorted(lengths.total, reverse=True)
     tokens = sum(longest[: s.micro_batch])
     no_grad = sum(longest[: s.micro_batch * train.NO_GRAD_PACK])
-    kept, L = kept_per_token(config, s.lora_r, size), config.num_hidden_layers
+    L = config.num_hidden_layers
+    with_experts = [config.moe is not None and config.moe.at(layer) for layer in range(L)]
+    kept = [kept_per_token(config, s.lora_r, size, experts) for experts in with_experts]
     predicted = sum(sorted(lengths.completion, reverse=True)[: s.micro_batch])
     fixed = {
         "frozen weights": size * (n["layers"] / (world if s.shard else 1) + n["rest"]),
@@ -124,12 +141,16 @@ def memory(
         "gradients and their sum": 8 * n["adapters"],
         "AdamW's moments": 8 * n["adapters"],
     }
-    working = max(no_grad, tokens) * 5 * size * inner  # an MLP's products
+    products = 5 * inner  # of an MLP
+    if config.moe:  # of the experts: their input, gate and up, silu(gate), the product, the output
+        k, inner = config.moe.num_experts_per_tok, config.moe.moe_intermediate_size
+        products = k * (2 * E + 4 * inner)
+    working = max(no_grad, tokens) * size * products
     head = min(CUDA_CHUNK_BYTES, 6 * predicted * config.vocab_size) + 2 * size * predicted * E
     moving = {"working set of one layer": working, "head chunk and its gradient": head}
     return {
-        "plain": fixed | {"activations": kept * L * tokens} | moving,
-        "checkpointing": fixed | {"activations": (size * E * L + kept) * tokens} | moving,
+        "plain": fixed | {"activations": sum(kept) * tokens} | moving,
+        "checkpointing": fixed | {"activations": (size * E * L + max(kept)) * tokens} | moving,
     }
 
 
@@ -139,7 +160,7 @@ def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: 
     T = sum(lengths.total) / len(lengths.total)
     C = sum(lengths.completion) / len(lengths.completion)
     attention = 2 * T * T * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # causal: half of 4
-    forward = 2 * T * (n["layers"] + n["adapters"]) + attention
+    forward = 2 * T * (n["layers"] - n["idle"] + n["adapters"]) + attention
     head = 2 * C * config.vocab_size * config.hidden_size
     passes = 1 + s.kl_rows + 1 + s.gradient_checkpointing  # y, y', backward, recomputation
     return rows * (passes * forward + (2 + s.kl_rows) * head)  # the head's gradient is made in its forward pass
@@ -169,6 +190,19 @@ def example(row: dict[str, Any], folder: Path) -> list[str]:
             lines.append(f"  {f'weight {w[start]:.3f}':>15}  {text[offsets[start][0] : offsets[k - 1][1]]!r}")
             start = k
     return lines
+
+
+def expert_lines(config: ModelConfig, n: dict[str, int]) -> list[str]:
+    """Experts, total and active; none of a model with one MLP a layer."""
+    if config.moe is None:
+        return []
+    experts, k = config.moe.num_experts, config.moe.num_experts_per_tok
+    layers = sum(map(config.moe.at, range(config.num_hidden_layers)))
+    active = n["layers"] + n["rest"] - n["idle"]
+    return [
+        f"experts    {experts} in each of {layers} layers, a token meets {k}: {active:,} parameters a token, of the "
+        f"experts' {n['experts']:,} it meets {n['experts'] - n['idle']:,}; frozen, as the router is"
+    ]
 
 
 def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[str]:
@@ -219,6 +253,7 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))
     lines = [
         f"model      {model}: {n['layers'] + n['rest']:,} parameters, {n['adapters']:,} trained, from {path}",
+        *expert_lines(config, n),
         f"data       {source}",
         *data_lines(lengths, s, method),
         "",
