@@ -291,8 +291,8 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
-        experts = config.moe is not None and config.moe.at(layer)
-        self.mlp = moe.MoE(config.moe, config.hidden_size) if experts else MLP(config)
+        mixture = config.moe if config.moe is not None and config.moe.at(layer) else None
+        self.mlp = MLP(config) if mixture is None else moe.MoE(mixture, config.hidden_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -24,7 +24,7 @@ from common.table import markdown
 from kto import LOSSES
 from llm import judge, labelling, ledger
 from llm.client import parse_endpoint
-from pipeline import plan
+from pipeline import fit, plan
 from pipeline.config import REFINE, RET, RunConfig
 from sample import CACHE_SHARE
 
@@ -312,7 +312,11 @@ def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
         fits = f"{full:,} rows of {prompt + limit:,.0f} tokens fit, {mean:,} of the mean {prompt + completion:,.0f}"
         lines.append(f"  {what}: {fits}; --sample-batch {cfg.sample_batch}")
         if not mean:
-            lines.append(f"  {what} DO NOT FIT on a {how.gpu}: use a larger one, or a server (--backend openai)")
+            n = fit.cards(fit.need(cfg, how.config), int(mem * 1e9))
+            typed = ["--model", cfg.model, "..."]
+            serve, again = (" ".join(line) for line in fit.server_lines(cfg, typed, n))
+            lines.append(f"  {what} DO NOT FIT on a {how.gpu}: use a larger one, or a server over {n} of them:")
+            lines += [f"    {serve}", f"    {again}"]
     return lines
 
 

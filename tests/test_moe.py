@@ -1,5 +1,6 @@
 """moe.py against transformers' Qwen3MoeForCausalLM and PEFT; what a mixture changes in loading, sampling, training."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from peers import VOCAB, peer
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import data
 import lora
 import model as qwen
 import moe
+import mralign
 import sample
+import train
 from common.errors import InputError
 from common.model_config import MixtureConfig, ModelConfig
+from pipeline import dry_run, fit, plan
+from pipeline.config import RunConfig
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -255,6 +262,98 @@ def test_config_of_either_transformers_and_what_is_refused(tmp_path: Path) -> No
         with pytest.raises(InputError) as error:
             config_with(tmp_path, **changes)
         assert all(word in str(error.value) for word in words), error.value
+
+
+# ---------- the plan
+
+SMALL = ModelConfig(97, 64, 160, 4, 4, 2, 24, 1e-6, 1e4, False, 512, 0, "qwen3_moe")
+SMALL = dataclasses.replace(SMALL, moe=MixtureConfig(4, 2, 48, True, 2))  # layers 1 and 3 have experts
+
+
+def test_sizes_of_the_public_mixtures() -> None:
+    """Billions of parameters, all and activated, as their makers give them: 30.5 and 3.3, 235 and 22."""
+    for name, total, active in (("Qwen3-30B-A3B", 30.5, 3.3), ("Qwen3-235B-A22B", 235, 22)):
+        n = plan.counts(plan.shape_of(name)[0], 32)
+        assert (n["layers"] + n["rest"]) / 1e9 == pytest.approx(total, rel=0.002)
+        assert (n["layers"] + n["rest"] - n["idle"]) / 1e9 == pytest.approx(active, rel=0.02)
+    n = plan.counts(plan.shape_of("Qwen3-30B-A3B")[0], 32)
+    assert n["experts"] == 48 * 128 * 3 * 2048 * 768 and n["idle"] == n["experts"] * 120 // 128
+    assert n["adapters"] == 48 * 32 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
+
+
+def test_the_plan_counts_what_a_built_mixture_has_and_keeps() -> None:
+    """Numbers trained; multiplications by torch's counter; bytes that autograd saves, without weights and tables."""
+    torch.manual_seed(0)
+    model, T = qwen.Qwen3(SMALL), 256
+    n = plan.counts(SMALL, 5)
+    assert n["experts"] == sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert n["adapters"] == sum(p.numel() for p in lora.add(model, 5, 10.0))
+    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own and x.shape[-1] != 1:
+            saved[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    ids, cu_seqlens = torch.randint(97, (T,)), torch.tensor([0, T])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(ids, cu_seqlens)
+    kept = sum(plan.kept_per_token(SMALL, 5, 4, SMALL.moe.at(layer)) for layer in range(4)) * T
+    assert kept == pytest.approx(sum(nbytes for nbytes, _ in saved.values()), rel=0.1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(ids, cu_seqlens)
+    lengths, s = plan.Lengths([T - 10], [10], [True]), train.TrainSettings(lora_r=5)
+    head = 2 * 10 * SMALL.vocab_size * SMALL.hidden_size
+    half = 2 * T * T * SMALL.num_attention_heads * SMALL.head_dim * SMALL.num_hidden_layers
+    ours = (plan.step_flops(SMALL, s, 1, lengths) - 3 * head) / 3
+    assert ours + half == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_token_decoded_reads_the_experts_that_its_batch_meets() -> None:
+    """One row reads k of n experts; very many rows read all; multiplied are k of n, however many rows."""
+    config, _ = plan.shape_of("Qwen3-30B-A3B")
+    n = plan.counts(config, 32)
+    how = dry_run.Decoding(config, n["layers"] + n["rest"], 2, "h200", n["experts"])
+    active = how.params - n["idle"]
+    assert how.met(1) == active and how.met(10_000) == pytest.approx(how.params)
+    assert how.seconds(1, 0, 100, 1) == pytest.approx(100 * 2 * active / (4800e9 * 0.6), rel=1e-3)
+    assert how.seconds(1, 1000, 1, 100_000) == pytest.approx(1001 * 2 * active / (989e12 * 0.35), rel=0.1)
+
+
+# ---------- larger than one card
+
+
+def test_what_one_gpu_cannot_hold_is_refused_at_once_with_the_lines_to_type(monkeypatch, capsys) -> None:
+    """Before anything is fetched: the stages, the sizes, vLLM over two cards and the same command with its address."""
+    monkeypatch.setattr(fit, "gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(mralign, "check", lambda *_: None)  # the files it names are not here
+    monkeypatch.setattr(mralign.hub, "locate", lambda *_: pytest.fail("fetched"))
+    config = str(Path(mralign.__file__).with_name("configs") / "qwen3-32b.json")
+    assert mralign.main(["--config", config, "--max-new", "200000"]) == 2
+    told = capsys.readouterr().err
+    assert "sample, eval, report: Qwen/Qwen3-32B and one row of 200,000 tokens need" in told and told.count("\n") == 1
+    assert "`vllm serve Qwen/Qwen3-32B --tensor-parallel-size 2`" in told
+    again = f"python mralign.py --config {config} --max-new 200000 --backend openai --base-url http://127.0.0.1:8000/v1"
+    assert f"`{again}`" in told and "--shard train" in told
+
+
+def test_what_holds_the_model_and_what_does_not(tmp_path: Path) -> None:
+    cfg = RunConfig(model="Qwen/Qwen3-30B-A3B", dtype="bfloat16", method="sft,kto", out=str(tmp_path), label_eval=5)
+    assert fit.stages_that_hold(cfg, []) == ["sample", "eval", "report"]
+    assert fit.stages_that_hold(cfg, ["candidates", "train"]) == []
+    own = dataclasses.replace(cfg, annotator="self")
+    assert fit.stages_that_hold(own, []) == ["sample", "annotate", "eval", "labels", "report"]
+    assert fit.stages_that_hold(dataclasses.replace(cfg, backend="openai", base_url="x"), []) == []
+    config, _ = plan.shape_of(cfg.model)
+    assert 61.06e9 < fit.need(cfg, config) < 63e9  # 30.53 billion weights of two bytes, and a row's cache
+    assert fit.cards(fit.need(cfg, config), 40 * 10**9) == 2 and fit.cards(fit.need(cfg, config), 80 * 10**9) == 1
+    serve, _ = fit.server_lines(cfg, [], 2)
+    assert "--enable-lora" not in serve  # nothing is trained yet
+    for method in ("sft", "kto"):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "adapter_config.json").touch()
+    serve, _ = fit.server_lines(cfg, [], 2)
+    assert serve[-3:] == ["--lora-modules", f"sft={tmp_path}/sft", f"kto={tmp_path}/kto"] and "32" in serve
 
 
 # ---------- sampling
