@@ -36,7 +36,7 @@ from common.errors import InputError
 from common.files import write_json
 from common.model_config import ModelConfig
 from model import Qwen3
-from tools import bench
+from tools import bench, gpu_moe
 from tools.measure import MIB, Table, alternate, clock, environment, extra_memory, markdown, spread
 
 # Dense bf16 TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
@@ -353,6 +353,7 @@ PARTS = {
     "op": op_speed,
     "train": training,
     "sample": sampling,
+    "moe": lambda device, sizes: gpu_moe.moe_part(device, tiny=sizes is TINY),
 }
 
 
