@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 import lora
 from common.model_config import MixtureConfig, ModelConfig
-from common.ranks import Ranks
 from kernels.swiglu import swiglu
 
-if TYPE_CHECKING:  # it needs the tokenizers library, which a machine with a GPU and torch may lack
+if TYPE_CHECKING:  # they need libraries that a machine with a GPU and torch may lack
+    from common.ranks import Ranks
     from data import Batch
 
 ROWS = 16  # rows an expert multiplies at least on a CPU; see above
@@ -289,7 +289,7 @@ def is_due(config: ModelConfig, number: int, total: int) -> bool:
 
 
 @torch.no_grad()
-def load_metrics(model: nn.Module, batches: "Iterable[tuple[Batch, int]]", ranks: Ranks) -> dict[str, Any]:
+def load_metrics(model: nn.Module, batches: "Iterable[tuple[Batch, int]]", ranks: "Ranks") -> dict[str, Any]:
     """What the routers do with the tokens of some rows, policy against reference, over all ranks.
 
     batches: packed rows, and how many of them count: all, or 0. Every rank must give as many. Returns

@@ -202,7 +202,7 @@ def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     out = tmp_path / "check.json"
     assert gpu_check.main(["--device", "cpu", "--tiny", "--out", str(out)]) == 0
     parts = read_json(out)["parts"]
-    assert list(parts) == ["correct", "model", "sweep", "op", "train", "sample"]
+    assert list(parts) == ["correct", "model", "sweep", "op", "train", "sample", "moe"]
     assert all(part["ok"] and part["error"] is None for part in parts.values())
     assert len(parts["correct"]["rows"]) == 2 * 2 * 3  # sizes, vocabularies, dtypes
     assert [(row["checkpointing"], row["micro-batch"]) for row in parts["train"]["rows"]] == [
