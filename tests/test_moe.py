@@ -1,7 +1,17 @@
 """moe.py against transformers' Qwen3MoeForCausalLM and PEFT; what a mixture changes in loading, sampling, training."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import peft
@@ -10,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from peers import VOCAB, peer
 from safetensors.torch import load_file, save_file
+from test_export import Handler, truth
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -22,9 +33,14 @@ import mralign
 import sample
 import train
 from common.errors import InputError
+from common.files import read_jsonl, write_jsonl
 from common.model_config import MixtureConfig, ModelConfig
+from common.tokens import encode, load_tokenizer
+from mini import build
+from mini.world import World, wrap
 from pipeline import dry_run, fit, plan
 from pipeline.config import RunConfig
+from tools import export
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -451,3 +467,115 @@ def test_before_training_the_policy_is_the_reference_bit_for_bit(tmp_path: Path,
             assert torch.equal(m(ids, cu_seqlens), hidden)
         assert all(torch.equal(p, q) for p, q in zip(policy, reference, strict=True))
         m.stack()
+
+
+# ---------- the whole pipeline
+
+ROOT = Path(mralign.__file__).parent
+DRAWS = 3
+
+
+def random_miniature(folder: Path) -> Path:
+    """A random mixture with the miniature's tokenizer."""
+    folder.mkdir()
+    for file in (ROOT / "mini" / "model").glob("*.json"):
+        shutil.copy(file, folder)
+    sizes = dict(hidden_size=64, moe=MixtureConfig(4, 2, 32, True), model_type="qwen3_moe", num_hidden_layers=2)
+    torch.manual_seed(0)
+    net = qwen.Qwen3(ModelConfig(vocab_size=build.VOCABULARY, eos_token_id=2, **build.SHAPE | sizes))
+    for p in net.requires_grad_(False).parameters():
+        p.mul_(3.0 if p.ndim > 1 else 1.0)
+    qwen.save(net, folder)
+    return folder
+
+
+def drawn_by_the_world(folder: Path, questions: list[dict]) -> list[dict]:
+    """Samples as a trained miniature may draw them: thoughts right and answers without them wrong, or the reverse."""
+    tokenizer, world, rng = load_tokenizer(folder), World(0), random.Random(3)
+    facts = {fact.id: fact for fact in world.facts}
+    rows = []
+    for q in questions:
+        fact = facts[q["id"].rsplit("#", 1)[0]]
+        trace = world.think_on(rng, fact, world.question(rng, fact)[0])
+        right = trace.answer == fact.object
+        off = wrap(fact.distractor if right else fact.object)
+        for mode, text in (("on", trace.completion), ("off", off)):
+            prompt = build.prompt(q["question"], mode == "on")
+            ids = {"prompt_ids": encode(tokenizer, prompt), "ids": encode(tokenizer, text + build.END_OF_TURN)}
+            row = {"id": q["id"], "mode": mode, "question": q["question"], "answers": q["answers"], "dataset": "mini"}
+            row |= {"prompt": prompt, "text": text, "finish": "stop", "model": "world", "engine": "world"} | ids
+            rows += [row | {"draw": k} for k in range(DRAWS)]
+    return rows
+
+
+@pytest.mark.long
+def test_a_random_mixture_goes_through_the_whole_pipeline(tmp_path: Path) -> None:
+    """Two ranks with --shard, killed by SIGKILL and resumed to the same bytes; evaluated, merged, served, checked."""
+    model, out = random_miniature(tmp_path / "model"), tmp_path / "run"
+    questions = read_jsonl(ROOT / "mini/questions/train.jsonl")[:24]
+    write_jsonl(tmp_path / "train.jsonl", questions)
+    write_jsonl(tmp_path / "few.jsonl", questions[:2])
+    write_jsonl(tmp_path / "test.jsonl", read_jsonl(ROOT / "mini/questions/test.jsonl")[:4])
+    common = ["--config", "configs/mini.json", "--model", model, "--method", "mralign", "--draws", DRAWS]
+    common += ["--eval-sets", f"test={tmp_path / 'test.jsonl'}", "--max-new", 8, "--draw-max-new", 8, "--shard"]
+    common += ["--lr", 2e-2, "--epochs", 1, "--batch-size", 4, "--micro-batch", 2, "--save-every", 1]
+
+    def flags(folder: Path, questions: str, *stages: str) -> list[str]:
+        own = ["--questions", tmp_path / questions, "--out", folder, "--resume"]
+        return [str(x) for x in (*common, *own, *stages)]
+
+    def start(*given: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "mralign.py"]
+        log = open(tmp_path / "log", "a")  # noqa: SIM115
+        return subprocess.Popen([*command, *given], cwd=ROOT, stdout=log, stderr=log)
+
+    def alone(*given: str) -> None:
+        with contextlib.chdir(ROOT):
+            assert mralign.main(list(given)) == 0
+
+    assert start(*flags(out, "few.jsonl", "sample")).wait() == 0, (tmp_path / "log").read_text()
+    assert len(read_jsonl(out / "samples.jsonl")) == 2 * 2 * DRAWS
+    write_jsonl(out / "samples.jsonl", drawn_by_the_world(model, questions))
+    alone(*flags(out, "train.jsonl", "candidates", "annotate", "fit"))
+    shutil.copytree(out, tmp_path / "killed")
+    assert start(*flags(out, "train.jsonl", "train")).wait() == 0, (tmp_path / "log").read_text()
+    killed = start(*flags(tmp_path / "killed", "train.jsonl", "train"))
+    while not list((tmp_path / "killed").glob("mralign/checkpoint-000003")):
+        assert killed.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    for pid in (killed.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed/mralign/adapter_model.safetensors").exists()
+    assert start(*flags(tmp_path / "killed", "train.jsonl", "train")).wait() == 0, (tmp_path / "log").read_text()
+    assert "continuing after step" in (tmp_path / "log").read_text()
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "killed/mralign" / name).read_bytes() == (out / "mralign" / name).read_bytes(), name
+    first, *_, last = read_jsonl(out / "mralign/metrics.jsonl")
+    assert first["router/changed"] == 0 and last["router/changed"] > 0 and len(last["router/share"]) == 4
+    assert sum(last["router/share"]) == pytest.approx(2, abs=1e-3)  # two experts a token
+    config = json.loads((out / "mralign/adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(lora.ATTENTION)
+    alone(*flags(out, "train.jsonl", "eval", "scores", "analysis", "report"))
+    assert (out / "report.html").exists() and json.loads((out / "results.json").read_text())["scores"]["test"]
+
+    adapter, merged = out / "mralign", tmp_path / "merged"
+    assert export.main(["merge", str(adapter), str(merged)]) == 0
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter).eval()
+    ours = qwen.load(model)
+    lora.load(ours, adapter)
+    ids = torch.randint(build.VOCABULARY, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits[0]
+        assert (ours.logits(ours(ids[0], torch.tensor([0, 50]))) - expected).abs().max() <= 2e-5
+        assert (AutoModelForCausalLM.from_pretrained(merged)(ids).logits[0] - expected).abs().max() <= 1e-4
+    handler = type("Bound", (Handler,), {"seen": [], "said": staticmethod(lambda ids: truth(theirs, ids))})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        assert export.main(["serve-check", str(adapter), f"mralign@{address}"]) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
