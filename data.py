@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,8 @@ def _answer(rest: str) -> tuple[str, bool]:
 
 def _first_of_two(completion: str, opened: bool) -> Span | None:
     """Of a completion that begins with two closed thoughts, the first that is not blank; None for any other one."""
+    if completion.count(TAGS[1]) != 2:
+        return None  # the pattern takes its time over a long thought
     shift = len(TAGS[0]) if opened else 0
     match = TWICE.match(TAGS[0] + completion if opened else completion)
     spans = [match.span(k) for k in (1, 2) if match[k].strip()] if match else []
@@ -330,7 +332,8 @@ def select_candidates(
     rows: list[dict[str, Any]] = []
     tally: dict[str, Counter[str]] = {"all": Counter(questions=0, chosen=0, rejected=0)}
     thoughts: Counter[str] = Counter()  # outcomes with thinking on
-    for draws in _group(samples, n_draws).values():
+    numbers: list[int] = []  # of each row, where its question first came in the samples
+    for number, draws in _questions(samples, n_draws):
         dataset = draws["on"][0].get("dataset") or "unnamed"
         counts = [tally["all"], tally.setdefault(dataset, Counter(questions=0, chosen=0, rejected=0))]
         thoughts.update(parse_sample(sample).outcome for sample in draws["on"])
@@ -350,6 +353,7 @@ def select_candidates(
                 if row is not None:
                     name = row["id"] if keep == "first" else f"{row['id']}#{sample['draw']}"
                     rows.append(row | {"id": name, "chosen": z_on == {True}})
+                    numbers.append(number)
                 found.append(reason or ("chosen" if z_on == {True} else "rejected"))
         for count in counts:
             count.update(found)
@@ -360,15 +364,17 @@ def select_candidates(
             told = ", ".join(f"{k} {v}" for k, v in done["all"].items())
             remedy = _remedy(done["all"], thoughts)
             raise InputError(f"candidates: no {name} row came out of the samples ({told}); {remedy}")
-    return rows, done
+    return [rows[i] for i in sorted(range(len(rows)), key=numbers.__getitem__)], done
 
 
 def _remedy(tally: Mapping[str, int], thoughts: Counter[str]) -> str:
     """What to do about a class without rows: it follows the commonest cause."""
-    if thoughts.total() and 2 * (thoughts["no_thought"] + thoughts["empty"]) > thoughts.total():
-        return "most completions hold no thought: take a model that reasons, or a prompt it follows"
-    if 2 * (thoughts["no_close"] + thoughts["cut"]) > thoughts.total():
-        return "most completions were cut short: raise --draw-max-new"
+    n, without = thoughts.total(), thoughts["no_thought"] + thoughts["empty"]
+    short = thoughts["no_close"] + thoughts["cut"]
+    if n and 2 * without > n:
+        return f"{without} of {n} completions with thinking on hold no thought: take a model that reasons"
+    if 2 * short > n:
+        return f"{short} of {n} completions with thinking on were cut short: raise --draw-max-new"
     causes = {reason: n for reason, n in tally.items() if reason not in ("questions", "chosen", "rejected")}
     main = max(causes, key=lambda reason: causes[reason], default="")
     for words, remedy in (
@@ -384,24 +390,38 @@ def _remedy(tally: Mapping[str, int], thoughts: Counter[str]) -> str:
     return "draw for more questions"
 
 
-def _group(samples: Iterable[dict[str, Any]], n_draws: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Samples by id and mode, in draw order, each list exactly `n_draws` long."""
-    groups: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+def _questions(
+    samples: Iterable[dict[str, Any]], n_draws: int
+) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
+    """(number of the question, mode -> its `n_draws` samples in the draws' order), as soon as a question has them all.
+
+    No more than the questions that lack a draw are in memory, one where the samples stand as the sample stage writes
+    them. Raises InputError at a field or a draw that is missing and at one that comes twice.
+    """
+    numbers: dict[str, int] = {}
+    waiting: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for s in samples:
         if missing := [name for name in SAMPLE_FIELDS if name not in s]:
             raise InputError(f"samples: field {missing[0]!r} is missing in a row of id {s.get('id')!r}; sample again")
         if s["mode"] not in ("on", "off"):
             raise InputError(f"samples: {s['id']!r} has mode {s['mode']!r}, must be 'on' or 'off'; sample again")
-        draws = groups.setdefault(s["id"], {"on": {}, "off": {}})[s["mode"]]
-        if s["draw"] in draws:
-            raise InputError(f"samples: draw {s['draw']} of {s['id']!r}, thinking {s['mode']}, comes twice; keep one")
-        draws[s["draw"]] = s
-    for name, modes in groups.items():
+        name, k = s["id"], s["draw"]
+        if name not in numbers:
+            numbers[name], waiting[name] = len(numbers), {"on": {}, "off": {}}
+        if k not in range(n_draws):
+            continue  # more draws than are asked for
+        modes = waiting.get(name)
+        if modes is None or k in modes[s["mode"]]:
+            raise InputError(f"samples: draw {k} of {name!r}, thinking {s['mode']}, comes twice; keep one")
+        modes[s["mode"]][k] = s
+        if all(len(draws) == n_draws for draws in modes.values()):
+            del waiting[name]
+            yield numbers[name], {mode: [draws[k] for k in range(n_draws)] for mode, draws in modes.items()}
+    for name, modes in waiting.items():
         for mode, draws in modes.items():
-            if lost := [k for k in range(n_draws) if k not in draws]:
-                place = f"draw {lost[0]} of {name!r}, thinking {mode}"
+            for k in (k for k in range(n_draws) if k not in draws):
+                place = f"draw {k} of {name!r}, thinking {mode}"
                 raise InputError(f"samples: {place}, is missing; finish sampling or ask for fewer draws than {n_draws}")
-    return {n: {m: [draws[k] for k in range(n_draws)] for m, draws in modes.items()} for n, modes in groups.items()}
 
 
 def _is_right(sample: dict[str, Any], matcher: str, fold: bool) -> bool:
@@ -490,7 +510,7 @@ def _train_problem(row: dict[str, Any]) -> str:
 
 
 def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict[str, Any]]:
-    """Training records with the step weights a loss asks for: "own" as they are, "ones", or "shuffled".
+    """Training records with the step weights a loss asks for: "own" as they are, "ones", "shuffled" or "mean".
 
     Raises InputError when the loss asks for weights and all of them are 1, as in rows imported from other trainers.
     """
@@ -498,6 +518,8 @@ def reweighted(rows: list[dict[str, Any]], weights: str, seed: int) -> list[dict
         return [row | {"w": [1.0] * len(row["w"])} for row in rows]
     if all(w == 1 for row in rows for w in row["w"]):
         raise InputError("every step weight of these rows is 1, so this would be plain KTO; train --method kto, or fit")
+    if weights == "mean":
+        return mean_weights(rows)
     return shuffle_weights(rows, seed) if weights == "shuffled" else rows
 
 
@@ -512,6 +534,15 @@ def shuffle_weights(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any
         pools[label] = [x for row in rows if row["label"] is label for x in row["w"]]
         order.shuffle(pools[label])
     return [row | {"w": [pools[row["label"]].pop() for _ in row["w"]]} for row in rows]
+
+
+def mean_weights(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The other placebo: every step has the mean weight of its class, so a class weighs as much as it did."""
+    means = {}
+    for label in {row["label"] for row in rows}:
+        of_class = [x for row in rows if row["label"] is label for x in row["w"]]
+        means[label] = sum(of_class) / max(1, len(of_class))
+    return [row | {"w": [means[row["label"]]] * len(row["w"])} for row in rows]
 
 
 def to_rows(records: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> list[Row]:

@@ -160,7 +160,7 @@ class Loss:
 
     title: str  # what tables call it
     of: Callable[[Sums, Strength], Tensor]
-    weights: str  # of the steps: "own" (Eq. 10), "ones", or "shuffled" among the steps of a class
+    weights: str  # of the steps: "own" (Eq. 10), "ones", "shuffled" among the steps of a class, or its "mean"
     rate: str  # the setting that is its peak learning rate
     rows: str = "all"  # or "chosen"
     reference: bool = True  # it compares with the reference policy
@@ -198,4 +198,5 @@ LOSSES = {
     "mralign": Loss("MR-ALIGN", _kto, weights="own", rate="lr", first=_half),
     "shuffled": Loss("MR-ALIGN, weights shuffled", _kto, weights="shuffled", rate="lr", first=_half),
     "apo_zero_unpaired": Loss("APO-zero", _apo_zero, weights="ones", rate="lr", z0=False, study=False, first=_half),
+    "mean": Loss("KTO, mean weight of the class", _kto, weights="mean", rate="lr", study=False, first=_half),
 }

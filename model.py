@@ -20,6 +20,7 @@ bring their own code. A config that asks for one of them is refused, never appro
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -38,16 +39,11 @@ from common.errors import InputError
 from common.files import atomic_write, write_json
 from common.hub import member
 from common.model_config import ModelConfig
+from common.recompute import Remade
 from common.weights import read_tensors, weight_files
 from kernels.add_rmsnorm import add_rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
-
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
 
 # Attention over the cache reads whole blocks of positions, the unused ones masked: so the CPU kernel sums in the same
 # order however long the longest row of the batch is, and a row's result does not depend on its neighbours; and a CUDA
@@ -149,6 +145,12 @@ class Rows:
     slots: Tensor | None = None  # (N,) cache slot of each token
     positions: Tensor | None = None  # (N,) position of each token in its slot
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
+    remade: Remade | None = None  # where cheap results are made again in the backward pass
+
+    def forget(self, made: Tensor | tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:
+        """`made` is function(*inputs): the backward pass may make it again."""
+        if self.remade is not None:
+            self.remade.forget(made, function, *inputs)
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -180,7 +182,6 @@ def angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-@torch.compiler.disable  # row lengths differ from batch to batch: a compiled one would be compiled again for each
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Causal attention inside each packed row. q: (N, H, D); k, v: (N, G, D). Returns (N, H, D)."""
     if rows.cu_seqlens is not None:
@@ -195,15 +196,26 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     return torch.cat(out)
 
 
+@functools.cache
+def varlen_attn() -> Callable[..., Any] | None:
+    """torch's flash attention over packed rows; None before torch 2.10. Its import takes seconds, so not above."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """The same by one flash attention kernel over all rows."""
-    assert varlen_attn is not None
+    attend = varlen_attn()
+    assert attend is not None
     options: dict[str, Any] = {"window_size": (-1, 0)}  # nothing to the right: causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if "enable_gqa" in inspect.signature(attend).parameters:
         options["enable_gqa"] = True
     else:  # torch before 2.12
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor]]) -> Tensor:
@@ -250,6 +262,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.stacked: Stack | None = None  # q, k and v as one, see `Qwen3.stacked`
+        self.attend_rows = attend_rows
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         H, G = self.heads
@@ -259,13 +272,15 @@ class Attention(nn.Module):
             qkv = lora.joint(x, [self.q_proj, self.k_proj, self.v_proj], *self.stacked)
         qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
         scales = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        q, k, v = qk_norm_rope(qkv, scales, self.eps, rows.cos, rows.sin, G)
+        given = qkv, scales, self.eps, rows.cos, rows.sin, G
+        q, k, v = qk_norm_rope(*given)
+        rows.forget((q, k, v), qk_norm_rope, *given)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
             cache_v[rows.slots, :, rows.positions] = v
         if rows.seen is None:
-            out = attend_rows(q, k, v, rows)
+            out = self.attend_rows(q, k, v, rows)
         else:
             out = attend_cache(q, cache_k, cache_v, rows.seen)
         return self.o_proj(out.flatten(1))
@@ -281,10 +296,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.stacked: Stack | None = None  # gate and up as one, see `Qwen3.stacked`
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         if self.stacked is None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(swiglu(lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked)))
+            given: tuple[Tensor, ...] = self.gate_proj(x), self.up_proj(x)
+        else:
+            given = (lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked),)
+        inner = swiglu(*given)
+        rows.forget(inner, swiglu, *given)
+        return self.down_proj(inner)
 
 
 class Layer(nn.Module):
@@ -297,10 +316,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        norm = self.post_attention_layernorm
+        normed, norm = self.input_layernorm(x), self.post_attention_layernorm
+        rows.forget(normed, self.input_layernorm, x)
         assert norm.eps is not None
-        x, normed = add_rmsnorm(x, self.self_attn(self.input_layernorm(x), rows), norm.weight, norm.eps)
-        return x + self.mlp(normed)
+        x, normed = add_rmsnorm(x, self.self_attn(normed, rows), norm.weight, norm.eps)
+        rows.forget(normed, norm, x)
+        return x + self.mlp(normed, rows)
 
 
 class Decoder(nn.Module):
@@ -319,7 +340,8 @@ class Qwen3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute each layer in the backward pass instead of keeping it
+        # What the backward pass makes again instead of keeping: "none", "cheap" (norms, RoPE, SwiGLU), "full" (layers).
+        self.recompute = "none"
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -360,7 +382,7 @@ class Qwen3(nn.Module):
         positions = torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
         positions = positions.to(weight.device)
         rows = Rows(*angles(self.config, positions, weight.dtype), lengths.tolist())
-        if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn() is not None:
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
         if cache is not None:
             assert slots is not None, "a cache needs the slots of the rows"
@@ -391,14 +413,22 @@ class Qwen3(nn.Module):
 
     def _layers(self, ids: Tensor, rows: Rows) -> Tensor:
         x = self.model.embed_tokens(ids)
-        remat = self.gradient_checkpointing and torch.is_grad_enabled()
-        assert not (remat and rows.cache is not None), "a cache cannot be filled under gradient checkpointing"
-        for layer in self.model.layers:
-            if remat:
-                x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, rows)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
+        assert recompute == "none" or rows.cache is None, "a cache is filled by passes that recompute nothing"
+        rows.remade = Remade() if recompute == "cheap" else None
+        with rows.remade or contextlib.nullcontext():
+            for layer in self.model.layers:
+                if recompute == "full":
+                    x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = layer(x, rows)
         return self.model.norm(x)
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer, but for the attention to packed rows: their lengths differ from pass to pass."""
+        for layer in cast(Iterable[Layer], self.model.layers):
+            layer.self_attn.attend_rows = torch.compiler.disable(attend_rows)
+            layer.compile(dynamic=True)
 
     def stack(self) -> None:
         """From now on weights that read the same input are multiplied as one: fewer, larger products.

@@ -25,7 +25,7 @@ policy with those of the reference, which is what `Load` counts.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -69,12 +69,17 @@ class Experts(nn.Module):
         for weight in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x: (N, E). weights, chosen: (N, k), what each chosen expert counts in fp32, and its number. (N, E)."""
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, forget: Callable[..., None]) -> Tensor:
+        """x: (N, E). weights, chosen: (N, k), what each chosen expert counts, and its number. Returns (N, E).
+
+        forget: is told what need not be kept for the backward pass (common/recompute.py).
+        """
         N, k = chosen.shape
         source, place, ends = sorted_rows(chosen, len(self.down_proj))
         shares = weights.new_zeros(len(source)).index_copy(0, place, weights.flatten())  # a row that fills up counts 0
-        h = swiglu(product(_Spread.apply(x, source, place, k), self.gate_up_proj, ends))  # (M, I)
+        gate_up = product(_Spread.apply(x, source, place, k), self.gate_up_proj, ends)  # (M, 2 I)
+        h = swiglu(gate_up)  # (M, I)
+        forget(h, swiglu, gate_up)
         # The share is multiplied here and not after the last product: I numbers a row are kept for the backward pass
         # instead of E. The result is the same but for rounding, since the last product is linear.
         h = h * shares.to(h.dtype)[:, None]
@@ -92,8 +97,8 @@ class MoE(nn.Module):
         self.tap: Tap | None = None
 
     @torch.compiler.disable  # how many rows an expert gets is in the data
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, E) to (N, E)."""
+    def forward(self, x: Tensor, rows: Any = None) -> Tensor:
+        """(N, E) to (N, E). rows: model.Rows, which is asked for its `forget` alone."""
         p = self.gate(x)
         chosen = p.topk(self.k, dim=-1).indices  # (N, k), likeliest first
         if self.tap is not None:
@@ -102,7 +107,11 @@ class MoE(nn.Module):
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         # Rounded to the model's dtype, as transformers does.
-        return self.experts(x, weights.to(x.dtype), chosen)
+        return self.experts(x, weights.to(x.dtype), chosen, rows.forget if rows else _kept)
+
+
+def _kept(*_: Any) -> None:
+    """Forget nothing."""
 
 
 # ---------- the grouped product

@@ -32,17 +32,17 @@ import kto
 import lora
 import sample
 import train
-from common import benchmarks, hub
+from common import benchmarks, costs, hub
 from common.endings import program, status
 from common.errors import InputError
-from common.files import read_jsonl, write_json, write_jsonl
+from common.files import each_row, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
-from pipeline import cards, evaluation, fit, plan, reporting
+from pipeline import cards, evaluation, fit
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
-from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names
+from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names, placed
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
 
@@ -59,14 +59,14 @@ def draw_samples(run: Run) -> dict[str, Any]:
     jobs = [(q, mode, k) for q in questions for mode in ("on", "off") for k in range(cfg.draws)]
     how = sample.Sampling(cfg.draw_temperature, cfg.draw_top_p, top_k=0, min_p=0.0)
     speed = run.draw(run.sampler("thinkon"), jobs, run.out / "samples.jsonl", "draws", cfg.draw_max_new, how)
-    outcomes = data.count_outcomes(read_jsonl(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
+    outcomes = data.count_outcomes(each_row(run.out / "samples.jsonl")) if run.ranks.rank == 0 else {}
     return {"tokens_per_second_per_rank": round(speed), "outcomes": outcomes}
 
 
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    samples = read_jsonl(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
+    samples = each_row(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,
@@ -154,6 +154,13 @@ def train_method(run: Run, method: str) -> dict[str, Any]:
     return metrics
 
 
+def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
+    """Stage report: tables, figures and the page."""
+    from pipeline import reporting  # here, because its figures take a second to import
+
+    return reporting.write_report(run, receipts)
+
+
 # ---------- the stages in order
 
 
@@ -190,7 +197,7 @@ def stages(run: Run) -> list[Stage]:
     measured = [*before, *evaluation.stages(run, model, transitions | rows)]
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
-    shown = functools.partial(reporting.write_report, receipts=receipts)
+    shown = functools.partial(write_report, receipts=receipts)
     last = Stage("report", shown, ("method", "also", "eval_sets"), reads, {"results.json": out / "results.json"})
     return [*measured, last]
 
@@ -210,6 +217,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
         redo = [part.strip() for part in cfg.redo.split(",") if part.strip()]
         if unknown := [name for name in (*wanted, *redo) if name not in known]:
             raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
+        run.check_room(wanted)
         with only_writer(run.out, ranks):
             if ranks.rank == 0:
                 (run.out / "status.json").unlink(missing_ok=True)
@@ -245,10 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("stages", nargs="*", metavar="STAGE", help="these stages only; none: all that are due")
         what = "print all that a run would take (tokens, hours, memory, calls, dollars), and stop"
         parser.add_argument("--dry-run", action="store_true", help=what)
-        parser.add_argument("--gpu", default="a800-40", choices=plan.GPUS, help="dry run: which GPU [a800-40]")
+        parser.add_argument("--gpu", default="a800-40", choices=costs.GPUS, help="dry run: which GPU [a800-40]")
         parser.add_argument("--gpus", type=int, default=4, metavar="int", help="dry run: how many of them [4]")
 
     cfg, rest = cli(RunConfig, argv, __doc__, more)
+    cfg = placed(cfg)
     if rest.dry_run:
         dry_run(cfg, rest.gpu, rest.gpus)
         return

@@ -20,10 +20,11 @@ Left out on purpose: beam search, repetition penalties, log-probabilities of the
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,14 @@ MASK64 = 2**64 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """ids: the sampled tokens, with the stop id if one was sampled. finish: "stop", or "length" at the limit."""
+    """ids: the sampled tokens, with the stop id if one was sampled. finish: "stop", or "length" at the limit.
+
+    logprobs: of each id under the server that drew it, None where it gave none; None altogether if nobody asked.
+    """
 
     ids: list[int]
     finish: str
+    logprobs: list[float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +170,14 @@ def memory(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> i
     they may become all at once, and fewer at a time do as well: what must fit is `memory(config, dtype, 1, longest)`.
     Left out: the adapter, and what the driver takes for itself (some hundred MB).
     """
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Qwen3(config).parameters()) * dtype.itemsize
+    weights = _parameters(config) * dtype.itemsize
     return weights + math.ceil(rows * KVCache.bytes(config, length, dtype, "cuda") / CACHE_SHARE)
+
+
+@functools.cache
+def _parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Qwen3(config).parameters())
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, length: int, total: int, flags: str) -> None:
@@ -227,7 +237,7 @@ def least(progress: list[int], n: int) -> list[int]:
 @torch.inference_mode()
 def generate(
     model: Qwen3,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     seeds: list[int],
     *,
     max_new: int | list[int],
@@ -238,7 +248,7 @@ def generate(
     min_p: float = 0.0,
     batch_size: int = 128,
     small_batches: bool = False,
-    vocab: int | None = None,
+    never: Sequence[int] = (),
     progress: Callable[[int], object] | None = None,
     finished: Callable[[int, Completion], object] | None = None,
 ) -> list[Completion]:
@@ -247,10 +257,11 @@ def generate(
     seeds: one integer a prompt (see `seed_of`); the same prompt and seed give the same text. max_new: most new tokens,
     for all rows or one number a row. batch_size: rows decoded together, fewer where a GPU has no room for their cache;
     a row that finishes makes room for a waiting prompt. small_batches: on a CPU, fewer than 16 rows are computed as
-    they are, faster, and a row's text may then depend on how many there are. vocab: ids from here on are never sampled
-    (models have more rows in their head than their tokenizer has tokens); None: all of the model's may be.
+    they are, faster, and a row's text may then depend on how many there are. never: ids that are not sampled (those
+    without a token, `tokens.unused_ids`: the head of most models has more rows than the tokenizer).
     progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
-    finished: called with (index, completion) as soon as a row ends, in whatever order they do.
+    finished: called with (index, completion) as soon as a row ends, in whatever order they do; they are not kept then,
+    and the result is empty.
     Raises InputError for settings out of range, for prompts that are empty or too long for the model and for a GPU
     without room for one row; NumericsError, with the index of the prompt, for logits that are not finite.
     """
@@ -265,7 +276,7 @@ def generate(
         return []
     size = min(batch_size, len(prompts))
     with model.stacked():
-        batch = _Batch(model, prompts, seeds, limits, stop_ids, size, small_batches, vocab)
+        batch = _Batch(model, prompts, seeds, limits, stop_ids, size, small_batches, never)
         while batch.active or batch.waiting:
             batch.refill()
             batch.lengthen()
@@ -274,11 +285,11 @@ def generate(
                 progress(new)
             if finished is not None:
                 for index in batch.finished:
-                    finished(index, batch.completions[index])
-    return batch.completions
+                    finished(index, batch.completions.pop(index))
+    return [batch.completions[i] for i in range(len(prompts))] if finished is None else []
 
 
-def _check_prompts(model: Qwen3, prompts: list[list[int]], limits: list[int]) -> None:
+def _check_prompts(model: Qwen3, prompts: Sequence[Sequence[int]], limits: list[int]) -> None:
     V, room = model.config.vocab_size, model.config.max_position_embeddings
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
@@ -298,23 +309,24 @@ class _Batch:
     def __init__(
         self,
         model: Qwen3,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         seeds: list[int],
         limits: list[int],
         stop_ids: set[int],
         size: int,
         small_batches: bool = False,
-        vocab: int | None = None,
+        never: Sequence[int] = (),
     ):
         self.model, self.prompts, self.seeds, self.limits = model, prompts, seeds, limits
-        self.size, self.active, self.vocab = size, 0, vocab
+        self.size, self.active = size, 0
         # Popped from the end: the prompts come in their order.
         self.waiting = list(range(len(prompts)))[::-1]
         self.begun: dict[int, list[int]] = {}  # what a waiting prompt has sampled already
-        self.completions: list[Completion] = [None] * len(prompts)  # type: ignore[list-item]
+        self.completions: dict[int, Completion] = {}
         self.finished: list[int] = []  # prompts that the last step completed
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self.device = model.head.device
+        self.never = torch.tensor(never, dtype=torch.int64, device=self.device)
         self.padded = self.device.type == "cpu" and not small_batches
         self.captured = self.device.type == "cuda" and moe.capturable(model)
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
@@ -387,7 +399,8 @@ class _Batch:
             self.count[slot] = len(sampled)
             self.out[slot, : len(sampled)] = torch.tensor(sampled, dtype=torch.int64)
             # The last token is fed by the first decode step, so that all sampled tokens come from one kind of step.
-            *texts[slot], self.token[slot] = self.prompts[i] + sampled
+            ids = [*self.prompts[i], *sampled]
+            texts[slot], self.token[slot] = ids[:-1], ids[-1]
         self._prefill(texts)
         self.active += n
 
@@ -451,7 +464,7 @@ class _Batch:
     def step(self, how: Sampling) -> int:
         """Sample one token for each active row and retire those that are done. Returns the number of tokens."""
         n, self.finished = self.active, []
-        logits = self._logits()[:n, : self.vocab]
+        logits = self._logits()[:n].index_fill_(1, self.never, -math.inf)
         self.cache.lens[:n] += 1
         u = self.uniform[torch.arange(n), self.count[:n]].to(self.device)
         # A row's maximum is not finite if one of its logits is NaN; -1 says so without another wait for the device.

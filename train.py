@@ -6,17 +6,8 @@ loss and the gradient do not depend on how the rows are split. The reference pol
 adapters off; its sums never change, so they are computed once. Left out: dropout, other optimisers, evaluation during
 training.
 
-What a row of T tokens, C of them completion, costs an optimiser step. F is one forward pass over T tokens, a LoRA
-backward pass about one more (frozen weights need no gradient), recomputation under checkpointing another:
-
-                          policy y   z0: y'   reference y, y'   backward   recompute   sum       head runs on
-    here                     1         1      2, once in all       1          (1)      3 (4)     completion tokens
-    TRL 1.16, defaults       1         1      2, every step        1          (1)      5 (6)     completion tokens
-    TRL 1.16, at its best    1         1      2, once in all       1          (1)      3 (4)     completion tokens
-    LLaMA-Factory            1         1      2, every step        1          (1)      5 (6)     every token
-
-Rows are packed without padding; passes without a gradient take `NO_GRAD_PACK` times as many rows; `kl_rows` below 1
-takes z0 from a share of the rows, which saves up to one F.
+Rows are packed without padding, as many tokens in one forward pass as the memory holds (common/passes.py). What a step
+costs beside other trainers' is in docs/benchmarks.md.
 
 With `shard` each rank keeps its part of the frozen layers only and gathers them one after the other (FSDP2). Adapters,
 embedding and head stay whole on every rank: the first need no gathering when they are saved, at 16 bytes a trained
@@ -29,7 +20,7 @@ step undone, so that it takes seconds whatever a step takes. Nothing is lost but
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,16 +33,18 @@ import data
 import kto
 import lora
 import moe
-from common import checkpoint, training
+from common import checkpoint, costs, passes, training
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
+from common.passes import Limit
 from common.ranks import Progress, Ranks
 from common.settings import check, opt
 from kernels.segment_logprob import segment_logprob
 from model import Qwen3
 
-SPEED_ONLY = ("micro_batch", "gradient_checkpointing", "compile", "shard", "save_every", "kernel")  # not the result
-NO_GRAD_PACK = 4  # micro-batches in one pass that keeps no activations
+SPEED_ONLY = (  # settings that do not shape the result
+    *("micro_tokens", "micro_batch", "recompute", "compile", "shard", "save_every", "kernel", "profile"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,10 @@ class TrainSettings:
     sft_lr: float = opt(1e-4, "peak learning rate of sft (Table 14)", above=0)
     epochs: int = opt(3, "passes over the rows (Table 13)", low=1)
     batch_size: int = opt(64, "rows in one optimiser step, over all ranks (Table 13: 4 GPUs x 2 x 8)", low=1)
-    micro_batch: int = opt(2, "rows in one forward pass of one rank; changes memory and speed, not the result", low=1)
+    micro_tokens: int = opt(
+        0, "tokens in one forward pass of one rank, 0: as many as fit; changes memory and speed, not the result", low=1
+    )
+    micro_batch: int = opt(0, "rows in one forward pass of one rank, for those who want rows; 0: by tokens", low=1)
     warmup: float = opt(
         0.1, "share of the steps in which the learning rate rises; then it falls as a cosine", low=0, high=1
     )
@@ -77,9 +73,15 @@ class TrainSettings:
     lora_r: int = opt(32, "LoRA rank (section 4.1)", low=1)
     lora_alpha: float = opt(64.0, "LoRA scale is alpha / r", above=0)
     seed: int = opt(0, "seed of the LoRA initialisation, the row order, the mismatched pairs and every sample")
-    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, more time")
+    recompute: str = opt(
+        "auto",
+        "made again in the backward pass instead of kept: none; cheap, norms, RoPE and SwiGLU; full, whole layers "
+        "(gradient checkpointing); auto, the first with room for enough tokens",
+        choices=("auto", *costs.RECOMPUTE),
+    )
     compile: bool = opt(False, "torch.compile the layers around attention: for long runs on a GPU")
     shard: bool = opt(False, "spread the frozen layers over the ranks (FSDP2): for models that do not fit one GPU")
+    profile: int = opt(0, "write a trace of this step's operations (torch.profiler), 0: of none", low=1)
     save_every: int = opt(20, "optimiser steps between checkpoints", low=1)
     kernel: str = opt(
         "",
@@ -106,28 +108,6 @@ def mismatched(n: int, seed: int) -> list[int]:
         raise InputError(f"z0 needs at least 2 training rows to pair prompts with other completions, there is {n}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return [nxt for _, nxt in sorted(zip(order, order[1:] + order[:1], strict=True))]
-
-
-def micro_batches(indices: list[int], lengths: list[int], ranks: Ranks, size: int) -> list[tuple[list[int], int]]:
-    """This rank's part of `indices` in micro-batches of at most `size` rows: (rows, how many of them are its own).
-
-    Longest rows first. Every rank gets the same number of micro-batches, since each ends in the same collectives; where
-    nothing is left for a rank it computes a row once more and counts 0 of it. Rows 0 1 2, equally long, on two ranks,
-    one at a time: rank 0 gets [([0], 1), ([2], 1)], rank 1 gets [([1], 1), ([2], 0)].
-    """
-    order = sorted(indices, key=lambda i: (-lengths[i], i))
-    mine = order[ranks.rank :: ranks.world]
-    slots = math.ceil(math.ceil(len(order) / ranks.world) / size)
-    chunks = [mine[k * size : (k + 1) * size] for k in range(slots)]
-    return [(chunk, len(chunk)) if chunk else (order[-1:], 0) for chunk in chunks]
-
-
-def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
-    """Linear rise from 0 over ceil(warmup * total) steps, then half a cosine down to 0 (as in transformers)."""
-    rise = math.ceil(warmup * total)
-    if step < rise:
-        return peak * step / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
 def sequence_sums(model: nn.Module, head: Tensor, batch: data.Batch, impl: str) -> tuple[Tensor, Tensor]:
@@ -168,7 +148,7 @@ def plain_loop(
         of_rows = loss.of(kto.Sums(*sums(batch, batch), *reference, chosen, z0, len(batch), n_tokens), s)  # Eq. 11-12
         of_rows.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(adapters, s.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, len(steps), s.warmup, getattr(s, loss.rate))
+        optimizer.param_groups[0]["lr"] = training.learning_rate(number, len(steps), s.warmup, getattr(s, loss.rate))
         optimizer.step()
         optimizer.zero_grad()
         yield {"loss": of_rows.mean().item(), "z0": float(z0), "grad_norm": float(grad_norm)}
@@ -186,17 +166,18 @@ class Trainer:
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
         if not s.shard:  # FSDP gathers each weight by itself
             model.stack()
-        model.gradient_checkpointing = s.gradient_checkpointing
         if s.compile:
             if model.head.dtype != torch.float32:
                 raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
-            for layer in model.model.layers:
-                layer.compile(dynamic=True)  # the number of tokens differs from batch to batch
+            if s.recompute == "cheap":
+                raise InputError("--recompute cheap is what --compile does by itself; leave one of the two out")
+            model.compile_layers()
         if s.shard:
             training.shard(model, self.parameters, ranks)
         self.policy = model if s.shard else DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
+        model.recompute, self.limit = passes.chosen(s, model.config, self.lengths, model.head.itemsize, ranks)
         self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
         self.z0_state = self.z0_next = 0.0  # of the last finished step, and of the one being taken
         self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
@@ -222,14 +203,36 @@ class Trainer:
         self.at, self.at_lengths = indices, lengths
 
     def memory_message(self) -> str:
-        """One line: which rows did not fit, how long they are, how much was in use, what to change."""
-        s, device = self.s, self.ranks.device
-        rows = ", ".join(f"{self.rows[i].id} ({self.at_lengths[i]:,} tokens)" for i in self.at)
-        flags = [f"--micro-batch {s.micro_batch // 2}"] if s.micro_batch > 1 else []
-        flags += [f"--{name.replace('_', '-')}" for name in ("gradient_checkpointing", "shard") if not asdict(s)[name]]
-        remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
-        peak = training.peak_memory(device)
-        return f"out of memory on {device} at row {rows}; peak {peak}; {remedy}, the result stays the same"
+        """One line: which rows did not fit and what to change."""
+        s, tokens = self.s, sum(self.at_lengths[i] for i in self.at)
+        flags = [f"--micro-tokens {tokens // 2}"] if len(self.at) > 1 else []
+        flags += ["--recompute full"] * (self.model.recompute != "full") + ["--shard"] * (not s.shard)
+        rows = {self.rows[i].id: self.at_lengths[i] for i in self.at}
+        return training.memory_message(self.ranks.device, rows, flags)
+
+    def measure(self) -> None:
+        """On a GPU, where no size was asked for: one pass over the longest rows says how many tokens really fit."""
+        s = self.s
+        if (
+            self.ranks.device.type == "cpu" or s.micro_batch or s.micro_tokens or s.shard
+        ):  # a shard is no pass by itself
+            return
+
+        def run(rows: list[int]) -> None:
+            self.begin(rows, self.lengths)
+            weighted, _ = sequence_sums(self.model, self.model.head, self.batch(rows), self.impl)
+            torch.autograd.grad(weighted.sum(), self.parameters)  # not backward(): DDP shall not hear of it
+
+        trained = sum(p.numel() for p in self.parameters)
+        self.limit = passes.measured(self.limit, self.lengths, trained, run, self.ranks)
+
+    def each(
+        self, indices: list[int], lengths: list[int], batch: Callable[[list[int]], data.Batch], limit: Limit
+    ) -> Iterator[tuple[list[int], int, data.Batch]]:
+        """`indices` pass by pass: (rows, how many of them are this rank's own, their batch)."""
+        for rows, real in passes.micro_batches(indices, lengths, self.ranks, limit):
+            self.begin(rows, lengths)
+            yield rows, real, batch(rows)
 
     def reference_sums(self) -> dict[str, Tensor]:
         """log pi_ref sums of every row, (n,) fp32 each: "weighted" and "plain" of y, "kl" of the mismatched y'.
@@ -237,22 +240,19 @@ class Trainer:
         Zeros where the loss does not need them. Each rank does its share; the sum over ranks puts them together. Rows
         go longest first, so a row that does not fit in memory stops the run now.
         """
-        n, size = len(self.rows), self.s.micro_batch * NO_GRAD_PACK
+        n, limit = len(self.rows), self.limit.without_gradient()
         table = torch.zeros(3, n, device=self.ranks.device)
         if not self.loss.reference:
             return dict(zip(("weighted", "plain", "kl"), table, strict=True))
         progress = Progress(self.ranks, n * (1 + self.loss.z0), "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
-            for indices, real in micro_batches(list(range(n)), self.lengths, self.ranks, size):
-                self.begin(indices, self.lengths)
-                weighted, plain = sequence_sums(self.model, self.model.head, self.batch(indices), self.impl)
-                table[0, indices[:real]], table[1, indices[:real]] = weighted[:real], plain[:real]
+            for rows, real, batch in self.each(list(range(n)), self.lengths, self.batch, limit):
+                weighted, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
+                table[0, rows[:real]], table[1, rows[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
-            pairs = micro_batches(list(range(n)), self.kl_lengths, self.ranks, size) if self.loss.z0 else []
-            for indices, real in pairs:
-                self.begin(indices, self.kl_lengths)
-                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(indices), self.impl)
-                table[2, indices[:real]] = plain[:real]
+            pairs = self.each(list(range(n)), self.kl_lengths, self.kl_batch, limit) if self.loss.z0 else ()
+            for rows, real, batch in pairs:
+                table[2, rows[:real]] = sequence_sums(self.model, self.model.head, batch, self.impl)[1][:real]
                 progress(real * self.ranks.world)
         progress.close()
         self.ranks.sum(table)
@@ -266,9 +266,9 @@ class Trainer:
         indices = indices[: math.ceil(self.s.kl_rows * len(indices))]
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
-            for rows, real in micro_batches(indices, self.kl_lengths, self.ranks, self.s.micro_batch * NO_GRAD_PACK):
-                self.begin(rows, self.kl_lengths)
-                _, plain = sequence_sums(self.model, self.model.head, self.kl_batch(rows), self.impl)
+            limit = self.limit.without_gradient()
+            for rows, real, batch in self.each(indices, self.kl_lengths, self.kl_batch, limit):
+                _, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
                 total[0] += (plain - reference["kl"][rows])[:real].double().sum()
                 total[1] += real
         kl_sum, count = self.ranks.sum(total)
@@ -284,12 +284,11 @@ class Trainer:
         s, n = self.s, len(indices)
         stats = torch.zeros(2, len(kto.STAT_FIELDS), dtype=torch.float64, device=self.ranks.device)
         tokens = torch.tensor(sum(len(self.rows[i].completion_ids) for i in indices), device=self.ranks.device)
-        parts = micro_batches(indices, self.lengths, self.ranks, s.micro_batch)
-        for k, (rows, real) in enumerate(parts):
-            self.begin(rows, self.lengths)
-            at_once = s.shard or k == len(parts) - 1
+        number = len(passes.micro_batches(indices, self.lengths, self.ranks, self.limit))
+        for k, (rows, real, batch) in enumerate(self.each(indices, self.lengths, self.batch, self.limit), 1):
+            at_once = s.shard or k == number
             with contextlib.nullcontext() if at_once else cast(DistributedDataParallel, self.policy).no_sync():
-                weighted, plain = sequence_sums(self.policy, self.model.head, self.batch(rows), self.impl)
+                weighted, plain = sequence_sums(self.policy, self.model.head, batch, self.impl)
                 ref = (reference["weighted"][rows], reference["plain"][rows])
                 sums = kto.Sums(weighted, plain, *ref, self.chosen[rows], z0, n, tokens)
                 loss = self.loss.of(sums, s)  # (B,)
@@ -303,15 +302,8 @@ class Trainer:
             losses, r, r_raw, logps, chosen = (x[:real].detach() for x in columns)
             stats += kto.reward_stats(losses, r, r_raw, logps, chosen, s.beta)
         if s.shard:
-            self.average_gradients()
+            training.average_gradients(self.parameters, self.ranks)
         return stats
-
-    def average_gradients(self) -> None:
-        """What DDP does by itself: the adapters' gradients become their mean over ranks."""
-        grads = [cast(Tensor, p.grad) for p in self.parameters]
-        flat = self.ranks.sum(torch.cat([grad.flatten() for grad in grads])) / self.ranks.world
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
 
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
@@ -331,7 +323,7 @@ class Trainer:
         if not math.isfinite(metrics["grad_norm"]):
             names = ", ".join(self.rows[i].id for i in indices)
             raise NumericsError(f"step {number + 1}: the gradient is not finite; the rows were {names}")
-        metrics["learning_rate"] = learning_rate(number, total, s.warmup, getattr(s, self.loss.rate))
+        metrics["learning_rate"] = training.learning_rate(number, total, s.warmup, getattr(s, self.loss.rate))
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         self.optimizer.step()
@@ -356,13 +348,8 @@ class Trainer:
 
     def routes(self, number: int, indices: list[int]) -> dict[str, Any]:
         """Where the routers send some of a step's rows. Raises NumericsError if B = 0 sends a token elsewhere."""
-
-        def batches() -> Iterator[tuple[data.Batch, int]]:
-            for rows, real in micro_batches(indices[: moe.PROBED], self.lengths, self.ranks, self.s.micro_batch):
-                self.begin(rows, self.lengths)
-                yield self.batch(rows), real
-
-        found = moe.load_metrics(self.model, batches(), self.ranks)
+        probed = self.each(indices[: moe.PROBED], self.lengths, self.batch, self.limit.without_gradient())
+        found = moe.load_metrics(self.model, ((batch, real) for _, real, batch in probed), self.ranks)
         if number == 0 and found["router/changed_choices"]:
             raise NumericsError("policy and reference choose other experts before training; the adapters must be 0")
         return found
@@ -391,7 +378,7 @@ def check_run(rows: list[data.Row], method: str, s: TrainSettings, config: Model
         if (top := max(*a.prompt_ids, *b.completion_ids)) >= V:
             raise InputError(f"{name} has token id {top:,}, the model {V:,} tokens; use the model the rows came from")
     total, peak = len(step_rows(len(rows), s.batch_size, s.epochs, s.seed)), getattr(s, loss.rate)
-    if not any(learning_rate(number, total, s.warmup, peak) for number in range(total)):
+    if not any(training.learning_rate(number, total, s.warmup, peak) for number in range(total)):
         raise InputError(
             f"{len(rows)} row(s) make {total} step(s), the learning rate is 0 in all of them and nothing is learned "
             f"(peak {peak:g}, warmup {s.warmup:g}); use --warmup 0, a smaller --batch-size or more --epochs"
@@ -446,15 +433,19 @@ def train(
         checkpoint.check_space(out, run.names)
     done = len(run.log)
     with run.stoppable(), training.memory_named(trainer.memory_message):
+        if done < len(plan):
+            trainer.measure()
         reference = trainer.reference_sums() if done < len(plan) else {}
         started = time.perf_counter()
 
         def step(number: int) -> dict[str, float]:
-            metrics = trainer.step(number, len(plan), plan[number], reference)
+            trace = out / f"trace-step-{s.profile}.json" if number + 1 == s.profile and ranks.rank == 0 else None
+            with training.traced(trace):
+                metrics = trainer.step(number, len(plan), plan[number], reference)
             epoch = (number + 1) * s.batch_size / len(rows)
             return {"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics}
 
-        run.run(step, step_line, f"training {method}")
+        run.run(step, training.step_line, f"training {method}")
     if ranks.rank == 0:
         lora.save(model, out, base_name, revision)
     ranks.wait()
@@ -465,12 +456,3 @@ def train(
 def run_identity(method: str, s: TrainSettings, origin: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: every setting that shapes the result, the rows, the base model."""
     return {"method": method, **origin} | {k: v for k, v in asdict(s).items() if k not in SPEED_ONLY}
-
-
-def step_line(m: dict[str, Any], total: int) -> str:
-    """One step's metrics as a line for people."""
-    head = f"step {m['step']}/{total} loss {m['loss']:.4f} grad {m['grad_norm']:.3f} lr {m['learning_rate']:.2e}"
-    if "rewards/chosen" not in m or "rewards/rejected" not in m:
-        return head
-    z0 = f" z0 {m['z0']:.3f}" if "z0" in m else ""
-    return f"{head} r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f}{z0}"

@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from common.files import write_json
 
 ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
 CODES = {InputError: 3, ServiceError: 4, NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+FIRST = 5.0  # seconds that the other ranks leave to rank 0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -67,7 +69,10 @@ def settle(error: BaseException | None, out: Path | None) -> int:
         raise error
     if code == 141:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes
-    if code and (rank == 0 or out is not None):
+    told = getattr(error, "told", False)  # by `status`, on a rank that is not the first
+    if code and rank and not told:
+        time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
+    if code and not told:
         print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
     if out is not None:
         leave_status(out, rank, code, reason)
@@ -86,6 +91,7 @@ def status(out: Path) -> Iterator[None]:
             leave_status(out, rank, code, reason)
             if rank:
                 print(f"error on rank {rank}: {reason}", file=sys.stderr)
+                error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
 

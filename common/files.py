@@ -72,14 +72,22 @@ def sync_folder(folder: str | Path) -> None:
         os.close(handle)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """A file's content. Raises InputError naming the file when it is missing or cannot be read."""
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file open for reading. Raises InputError naming it when it is missing or cannot be read."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as f:
+            yield f
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path or run the stage that writes it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file's content. Raises InputError naming the file when it is missing or cannot be read."""
+    with _reading(path) as f:
+        return f.read()
 
 
 MARKS = {
@@ -205,18 +213,24 @@ def read_jsonl(
     check: raises InputError("reason; remedy") about a row it refuses; the place is put in front here.
     Raises InputError "file:line: reason; remedy" at the first bad line, and when the file is missing.
     """
-    rows: list[dict[str, Any]] = []
-    raw = utf8(read_bytes(path), path)
-    for number, line in enumerate(raw.split(b"\n" if b"\n" in raw else b"\r"), 1):
+    return list(each_row(path, required, check))
+
+
+def each_row(
+    path: str | Path, required: tuple[str, ...] = (), check: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows that `read_jsonl` returns, one by one: half a million samples are more than memory should hold."""
+    first = True
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = _parse(line)
         except (ValueError, RecursionError) as error:
-            if not rows and line.lstrip().startswith(b"["):
+            if first and line.lstrip().startswith(b"["):
                 raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B") from None
             raise InputError(f"{path}:{number}: not a JSON row ({error}); repair or delete this line") from None
-        if isinstance(row, list) and not rows and number == 1:
+        if isinstance(row, list) and number == 1:
             raise InputError(f"{path}:1: a JSON array; write one object a line: jq -c .[] A > B")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}; repair it")
@@ -230,8 +244,24 @@ def read_jsonl(
                 check(row)
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
-        rows.append(row)
-    return rows
+        first = False
+        yield row
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a text file as UTF-8, without their ends; see `utf8`."""
+    with _reading(path) as f:
+        head = f.read(1000)
+        f.seek(0)
+        if head.startswith(tuple(MARKS)) or b"\0" in head:
+            raw = utf8(f.read(), path)
+            yield from raw.split(b"\n" if b"\n" in raw else b"\r")
+            return
+        for line in f:
+            if b"\r" in line and not line.endswith(b"\n") and f.tell() == len(line):  # a whole file without LF
+                yield from line.split(b"\r")
+            else:
+                yield line.removesuffix(b"\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -280,28 +310,45 @@ def _opened(line: bytes, old: bool) -> dict[str, Any]:
 
 
 def journal_rows(
-    raw: bytes, name: str | Path, use: Callable[[dict[str, Any]], Any] | None = None
+    lines: Iterable[bytes], name: str | Path, use: Callable[[dict[str, Any]], Any] | None = None, keep: bool = True
 ) -> list[dict[str, Any]]:
-    """The sound rows of a journal's bytes. Damaged ones are left out from now on and named on stderr.
+    """The sound rows of a journal's lines. Damaged ones are left out from now on and named on stderr.
 
     A journal that begins without checksums was written before there were any, and is believed up to its first one.
     use: told every sound row in order; a row at which it raises ValueError, KeyError, TypeError or AttributeError
-    counts as damaged too.
+    counts as damaged too. keep: False where what `use` was told is enough; the result is empty then.
     """
-    rows, bad, old = [], [], True
-    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+    rows, bad, old, sound = [], [], True, 0
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break  # torn: its program was killed while writing
         try:
-            row = _opened(line, old)
+            row = _opened(line.removesuffix(b"\n"), old)
             old = old and b', "check": "' not in line
             if use:
                 use(row)
-            rows.append(row)
+            sound += 1
+            if keep:
+                rows.append(row)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             bad.append(number)
     if bad:
-        lines = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
-        print(f"{name}: {len(bad)} damaged of {len(bad) + len(rows)} rows left out, lines {lines}", file=sys.stderr)
+        told = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
+        print(f"{name}: {len(bad)} damaged of {len(bad) + sound} rows left out, lines {told}", file=sys.stderr)
     return rows
+
+
+def _whole(f: IO[bytes]) -> int:
+    """Bytes up to the last line end: what follows is the row of a program that was killed while writing."""
+    end = f.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        f.seek(start)
+        found = f.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 class Journal:
@@ -310,6 +357,7 @@ class Journal:
     Every row carries a checksum. `rows` are the sound ones of an earlier journal of the same key, see `journal_rows`;
     another key starts the file anew, no key takes every file. sync: a row is on the disk when `add` returns; otherwise
     it is with the operating system, and only a crash of the machine can lose it. `add` is safe from many threads.
+    use, keep: see `journal_rows`; `use` is not told the key.
     Raises InputError while another program has the file.
     """
 
@@ -319,6 +367,7 @@ class Journal:
         key: str = "",
         sync: bool = False,
         use: Callable[[dict[str, Any]], Any] | None = None,
+        keep: bool = True,
     ) -> None:
         self.sync, self.lock = sync, threading.Lock()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -328,19 +377,21 @@ class Journal:
         except BlockingIOError:
             self.file.close()
             raise InputError(f"{path}: another program is writing this file; wait for it or end it") from None
-        self.file.seek(0)
-        raw = self.file.readall()
-        whole = raw.rfind(b"\n") + 1  # what follows is the row of a program killed while writing
-        first = raw[: raw.find(b"\n") + 1]
+        with open(path, "rb") as f:
+            whole = _whole(f)
+            f.seek(0)
+            first = f.readline() if whole else b""
         if key and first != _sealed({"key": key}):
-            journal_rows(first, path)  # says so if it is damaged
+            journal_rows([first], path)  # says so if it is damaged
             whole = 0
         self.file.truncate(whole)
-        self.rows = journal_rows(raw[:whole], path, use)
+        used = use and (lambda row: None if key and row == {"key": key} else use(row))
+        with open(path, "rb") as f:
+            self.rows = journal_rows(f, path, used, keep)
         if key and not whole:
             self.add({"key": key})
         elif key:
-            del self.rows[0]
+            del self.rows[:1]
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row, in one write: a kill tears at most this line. Raises OSError; no part of it is left then."""

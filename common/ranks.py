@@ -23,6 +23,9 @@ from common.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
 PATIENCE = datetime.timedelta(days=7)  # how long ranks wait while one of them works alone
+# Every group joined so far. Freeing a gloo group waits for its thread while holding Python's lock, and that thread may
+# itself wait for the lock to let go of its last sum: DDP, freed after an exception, hung there. So no group is freed.
+JOINED: list[object] = []
 
 
 class Stop:
@@ -127,6 +130,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    JOINED.extend((dist.group.WORLD, patient))
     try:
         yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
     finally:

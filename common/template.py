@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from common.errors import InputError
 from common.files import find, read_json, read_text
 from common.hub import member
-from common.tokens import encode
+from common.tokens import control_tokens, encode
 
 
 def load_prompt(path: str | Path) -> str:
@@ -114,6 +114,7 @@ class ChatTemplate:
         kinds = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
         tokens = {f"{kind}_token": config.get(f"{kind}_token") for kind in kinds}
         tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        self.source = source
         self.special = {name: t for name, t in tokens.items() if t is not None}
         try:
             self.template = environment.from_string(source)
@@ -163,6 +164,10 @@ class ChatTemplate:
             system = self.system.replace("{thinking}", "on" if thinking else "off")
             turns.insert(0, {"role": "system", "content": system})
         return self.render(turns, add_generation_prompt=True, enable_thinking=thinking)
+
+    def control_tokens(self, tokenizer: Tokenizer) -> re.Pattern[str]:
+        """What `tokens.guarded` keeps from being read as tokens in questions, search results and other text."""
+        return control_tokens(tokenizer, self.source, TAGS)
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise InputError unless each special token of the prompts, and the end of a turn, is one token."""

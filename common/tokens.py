@@ -18,6 +18,7 @@ here. Left out: tokenizers that are not byte-level BPE.
 """
 
 import contextlib
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -91,14 +92,58 @@ def load_stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
     return set(ids)
 
 
-def usable_ids(tokenizer: Tokenizer) -> int:
-    """How many ids may be sampled: 0 up to the last one the tokenizer has; a model's head may have more rows."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def unused_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The ids of a model's head that the tokenizer has no token for: rows that pad it, and holes between tokens."""
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab(with_added_tokens=True).values()))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a rendered prompt. The chat template has written the special tokens, so none are added."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# Around a piece of a prompt that is text whatever it spells: characters for private use, which no template writes.
+OPEN, SHUT = "\ue000", "\ue001"
+GUARDED = re.compile(f"{OPEN}([{OPEN}{SHUT}]|[^{OPEN}{SHUT}]+){SHUT}")
+
+
+def control_tokens(tokenizer: Tokenizer, template: str, more: Sequence[str] = ()) -> re.Pattern[str]:
+    """The tokens that mean something to a model beyond their letters: special ones, those that the chat template
+    writes (as in transformers' sanitize_control_tokens), and `more` that are tokens; and the two marks."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    found = {t.content for t in added if t.special or (t.content in template and not t.content.isspace())}
+    found |= {t.content for t in added if t.content in more} | {OPEN, SHUT}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
+
+
+def guarded(text: str, control: re.Pattern[str]) -> str:
+    """A text from outside for a place in a prompt: `encode_guarded` will read the control tokens in it as text."""
+    return control.sub(rf"{OPEN}\g<0>{SHUT}", text)
+
+
+def unguarded(text: str) -> str:
+    """The prompt as it reads, without the marks."""
+    return GUARDED.sub(r"\1", text)
+
+
+def encode_guarded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a rendered prompt with guarded pieces: the control tokens in them are spelt out, all others are tokens.
+
+    The ids are transformers' with sanitize_control_tokens. Raises InputError where the letters of a token make the
+    token itself, as a vocabulary without special tokens would.
+    """
+    ids: list[int] = []
+    for k, piece in enumerate(GUARDED.split(text)):  # text, guarded, text, guarded, ..., text
+        if not piece or k % 2 == 0:
+            ids += encode(tokenizer, piece) if piece else []
+            continue
+        plain = tokenizer.normalizer.normalize_str(piece) if tokenizer.normalizer else piece
+        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(plain)]
+        spelt = [token.id for word in words for token in tokenizer.model.tokenize(word)]
+        if tokenizer.token_to_id(piece) in spelt:
+            raise InputError(f"the tokenizer makes {piece!r} of its letters; take it out of the question or result")
+        ids += spelt
+    return ids
 
 
 def _byte_alphabet() -> dict[str, int]:

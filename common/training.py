@@ -11,8 +11,9 @@ step is, evaluation between steps (a `step` may do it), anything asynchronous.
 """
 
 import contextlib
+import math
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,46 @@ class Training:
 
 
 @contextlib.contextmanager
+def traced(path: Path | None) -> Iterator[None]:
+    """Inside, every operation and kernel is recorded; `path` becomes a trace for Perfetto or chrome://tracing."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profile:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    profile.export_chrome_trace(str(unfinished))
+    unfinished.replace(path)
+
+
+def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
+    """Linear rise from 0 over ceil(warmup * total) steps, then half a cosine down to 0 (as in transformers)."""
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return peak * step / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """What DDP does by itself: the gradients become their mean over ranks."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    assert len(grads) == len(parameters)
+    flat = ranks.sum(torch.cat([grad.flatten() for grad in grads])) / ranks.world
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def step_line(m: Mapping[str, Any], total: int) -> str:
+    """One step's metrics as a line for people."""
+    head = f"step {m['step']}/{total} loss {m['loss']:.4f} grad {m['grad_norm']:.3f} lr {m['learning_rate']:.2e}"
+    if "rewards/chosen" not in m or "rewards/rejected" not in m:
+        return head
+    z0 = f" z0 {m['z0']:.3f}" if "z0" in m else ""
+    return f"{head} r+ {m['rewards/chosen']:+.3f} r- {m['rewards/rejected']:+.3f}{z0}"
+
+
+@contextlib.contextmanager
 def memory_named(message: Callable[[], str]) -> Iterator[None]:
     """Inside, running out of memory raises MemoryFull with `message()`, one line: at which rows, and what to change."""
     try:
@@ -141,6 +182,14 @@ def memory_named(message: Callable[[], str]) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise MemoryFull(message()) from None
+
+
+def memory_message(device: torch.device, rows: Mapping[str, int], flags: Sequence[str]) -> str:
+    """One line: which rows (id -> tokens) did not fit, how much was in use, which flags need less."""
+    named = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in rows.items())
+    remedy = "use " + " or ".join(flags) if flags else "use a device with more memory, or shorter rows"
+    peak = peak_memory(device)
+    return f"out of memory on {device} at row {named}; peak {peak}; {remedy}, the result stays the same"
 
 
 def peak_memory(device: torch.device) -> str:

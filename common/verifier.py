@@ -5,8 +5,9 @@
 Numbers become fractions, lists and intervals are compared item by item, everything else as LaTeX in one spelling. Where
 the package math-verify is installed it is asked about what still looks different, in a process of its own that is
 killed when it takes too long. Responses are hostile: nothing is evaluated, and what is longer than LONGEST is wrong.
-Formulas are compared by common/algebra.py. Left out: numerical values of roots and of pi, conversion of units, several
-boxes for one answer, chains of equations, names of several letters, column vectors as lists.
+Formulas are compared by common/algebra.py. Left out: numerical values of roots and of pi, conversion of units, an
+inequality against its interval, arrays as columns, equations multiplied or rearranged, functions, vectors between
+other brackets.
 """
 
 import functools
@@ -18,7 +19,7 @@ import select
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from common import algebra
@@ -27,13 +28,14 @@ from common.files import ROOT
 
 LONGEST = 1000  # characters of an answer; keeps every step below small, and integers short of Python's digit limit
 DEEPEST = 8  # brackets inside brackets
+MOST_BOXES = 20  # that can be one answer
 BACKEND = "math-verify" if importlib.util.find_spec("math_verify") else "own"  # who has the last word
 
-RULES = 2  # raised whenever a verdict of this file's own rules changes
+RULES = 3  # raised whenever a verdict of this file's own rules changes
 
 
 def judge_name() -> str:
-    """Who judges, for receipts and identities: "own rules 2", "own rules 2, then math-verify 0.9.0"."""
+    """Who judges, for receipts and identities: "own rules 3", "own rules 3, then math-verify 0.9.0"."""
     asked = f", then math-verify {importlib.metadata.version('math-verify')}" if BACKEND == "math-verify" else ""
     return f"own rules {RULES}{asked}"
 
@@ -42,7 +44,8 @@ def judge_name() -> str:
 class Value:
     """A number, or items between brackets, or text; name is x in "x = 5".
 
-    brackets: as written ("(]"), "," for a list without any, "u" for a union, "m" for a matrix and "r" for its rows.
+    brackets: as written ("(]"), "," for a list without any, "u" for a union, "m" for a matrix and "r" for its rows; the
+    signs of an inequality, all turned to "<" and "≤". near: what a number was also said to be, rounded.
     """
 
     number: Fraction | None = None
@@ -50,6 +53,7 @@ class Value:
     brackets: str = ""
     items: tuple["Value", ...] = ()
     name: str = ""
+    near: "Value | None" = None
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,48 @@ class Grade:
 _BOX = re.compile(r"\\boxed(?![a-zA-Z])\s*")
 _FBOX = re.compile(r"\\fbox(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
+_GAP = r"(?:[\s$]|\\q?quad|\\[;,()\[\] ])*+"
+_AND = r"(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?:and|or)\b\s*\}?"
+_JOINED = re.compile(rf"{_GAP}(?:[,;]{_GAP}(?:{_AND})?|{_AND}){_GAP}")  # what may stand between boxes of one answer
 _FORMULA = re.compile(r"(?:(?!\\[)\]])[^$\n])*")
 
 
 def last_boxed(text: str) -> str | None:
     """What the last \\boxed (or, without any, the last \\fbox) holds; None when there is none or it never closes.
 
-    "\\boxed 5" without braces holds the rest of its formula or line.
+    "\\boxed 5" without braces holds the rest of its formula or line. Boxes with nothing but a comma, "and" or "or"
+    between them are one answer, a list.
     """
-    box = max(_BOX.finditer(text), key=re.Match.end, default=None)
-    box = box or max(_FBOX.finditer(text), key=re.Match.end, default=None)
-    if box is None:
+    boxes = list(_BOX.finditer(text)) or list(_FBOX.finditer(text))
+    if not boxes:
         return None
-    if text[box.end() : box.end() + 1] != "{":
-        rest = _FORMULA.match(text, box.end())
+    last, _ = _content(text, boxes[-1].end())
+    if last is None:
+        return None
+    contents, start = [last], boxes[-1].start()
+    for box in boxes[-2 : -MOST_BOXES - 1 : -1]:
+        held, end = _content(text, box.end(), start)
+        if held is None or not _JOINED.fullmatch(text, end, min(start, end + LONGEST)):
+            break
+        if held not in contents:  # said twice is said once
+            contents.insert(0, held)
+        start = box.start()
+    return contents[0] if len(contents) == 1 else ", ".join(contents)
+
+
+def _content(text: str, at: int, end: int | None = None) -> tuple[str | None, int]:
+    """What a box holds whose command ends at `at`, and where the box ends; it must close before `end`."""
+    end = len(text) if end is None else end
+    if text[at : at + 1] != "{":
+        rest = _FORMULA.match(text, at, end)
         assert rest is not None  # the pattern matches the empty text too
-        return rest[0].strip()
+        return rest[0].strip(), rest.end()
     depth = 0
-    for token in _BRACE.finditer(text, box.end()):
+    for token in _BRACE.finditer(text, at, end):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0 and token[0] == "}":
-            return text[box.end() + 1 : token.start()].strip()
-    return None
+            return text[at + 1 : token.start()].strip(), token.end()
+    return None, end
 
 
 def answer(text: str, lenient: bool = False) -> str | None:
@@ -179,13 +203,17 @@ _FRACTION = re.compile(r"([+-]?)([0-9]*)\\frac\{([^{}]*(?:\{[^{}]*\})?)\}\{([^{}
 _QUOTIENT = re.compile(r"([+-]?)()\(?([^/()]*)\)?/\(?([^/()]*)\)?")
 _PIECE = r"(?:\\sqrt\{[^{}]*\}|\\[a-zA-Z]++|[0-9a-zA-Z])"
 _OVER = re.compile(rf"(-?)(?:\(([^()]*)\)|({_PIECE}++))/([0-9]++|{_PIECE})")  # not 1/2x: that may mean two things
-_NAME = re.compile(
-    r"((?:[A-Za-z]|\\[a-zA-Z]++)(?:_(?:\{\w+\}|\w))?(?:\([a-zA-Z, ]*\))?) ?(?:=|\\(?:in|approx)(?![a-zA-Z]))(?![^=]*=)"
+_NAME = re.compile(r"(?:[A-Za-z]|\\[a-zA-Z]++)(?:_(?:\{\w+\}|\w))?(?:\([\w, ]*\))?")
+_LONG_NAME = re.compile(  # AB, \angle ABC, |AB|, \overline{AB}, Total cost, (p, q): names where a number follows
+    r"\|?(?:m ?)?(?:\\(?:angle|triangle|overline|vec) ?)?\{?[A-Za-z]++(?: [A-Za-z]++){0,4}\}?(?:_(?:\{\w+\}|\w))?\|?"
+    r"|\([A-Za-z](?:, ?[A-Za-z])+\)"
 )
+_APPROX = r"\\approx(?![a-zA-Z])"
+_IN = re.compile(rf"({_NAME.pattern}) ?\\in(?![a-zA-Z])")
+_SIGN = r"[<>]|\\[lg]eq(?![a-zA-Z])"
 _SPACE = re.compile(r"([0-9] (?=[0-9])|\\[a-zA-Z]++ (?=[a-zA-Z]))| ")  # 1 2 is not 12, \pi k is not \pik
 _ONLY_UNIT = re.compile(rf" *(?:{_UNIT}) *", re.IGNORECASE)
 _WITH_UNIT = re.compile(rf"(.*[0-9)}}]) *(?:{_UNIT})", re.IGNORECASE)
-_GREATER = re.compile(r"((?:(?!\\leq)[^<>])+)(\\geq(?![a-zA-Z])|>)((?:(?!\\[lg]eq)[^<>])+)")
 _MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
 
 
@@ -266,9 +294,13 @@ def _value(text: str, depth: int = 0) -> Value | None:
     for mark, brackets in ((r"[,;]", ","), (r"\\cup(?![a-zA-Z])", "u")):
         if len(parts := _split(text, mark)) > 1:
             return _group(brackets, parts, depth)
-    if found := _NAME.match(text):
+    if found := _IN.match(text):
         value = _value(text[found.end() :], depth + 1)
-        return value and Value(value.number, value.text, value.brackets, value.items, found[1].replace(" ", ""))
+        return value and replace(value, name=found[1].replace(" ", ""))
+    if len(_split(text, _SIGN)) > 1:
+        return _inequality(text, depth) or _formula(text)
+    if len(_split(text, rf"=|{_APPROX}")) > 1:
+        return _chain(text, depth) or _formula(text)
     if found := _MATRIX.fullmatch(text):
         rows = [_group("r", row.split("&"), depth) for row in found[1].removesuffix("\\\\").split("\\\\")]
         items = tuple(row for row in rows if row is not None)
@@ -279,18 +311,67 @@ def _value(text: str, depth: int = 0) -> Value | None:
         return _group(",", [text.replace("\\pm", sign) for sign in "+-"], depth)
     if found := _WITH_UNIT.fullmatch(text):
         text = found[1]
+    return _formula(text)
+
+
+def _formula(text: str) -> Value | None:
+    """A number, or text in one spelling."""
     text = _SPACE.sub(r"\1", text)
     text = text.removeprefix("+") or text
     if (number := _number(text)) is not None:
         return Value(number)
     text = _OVER.sub(r"\1\\frac{\2\3}{\4}", text) if _OVER.fullmatch(text) else text
-    if found := _GREATER.fullmatch(text):  # 5 > x is x < 5
-        left, sign, right = (part.strip() for part in found.groups())
-        sign = "<" if sign == ">" else "\\leq " if left[0].isalpha() else "\\leq"
-        text = f"{right}{sign}{left}"
     if re.fullmatch("[A-Za-z]{3,}", text):  # a word
         text = text.lower()
     return Value(text=re.sub(r"^\\frac\{-([^{}+-]*)\}", r"-\\frac{\1}", text))
+
+
+def _chain(text: str, depth: int) -> Value | None:
+    """What "x = 5+6 = 11" says x is; None for an equation such as 2x+1 = 5, and for what says two things.
+
+    The last link counts. Without a name all links must be equal. What follows \\approx is another reading of a number
+    that rounds to it.
+    """
+    exact, *near = _split(text, _APPROX)
+    links, name = _split(exact, "="), ""
+    first = links[0].strip(" ")
+    rest = text[len(links[0]) :]
+    if rest and (_NAME.fullmatch(first) or (re.search("[0-9]", rest) and _LONG_NAME.fullmatch(first))):
+        name, links = first.replace(" ", ""), links[1:]
+    links += near if not links else []
+    read = [_value(link, depth + 1) for link in links]
+    values = [value for value in read if value is not None]
+    if len(values) < len(read) or len(near) > 1:
+        return None
+    pairs = list(zip(values, values[1:], strict=False))
+    if any(a.number != b.number for a, b in pairs if None not in (a.number, b.number)):
+        return None
+    if not name and (not all(_same(a, b, False) for a, b in pairs)):
+        return None
+    value = replace(values[-1], name=name)
+    if not near or near[0] in links:
+        return value
+    rounded = _value(near[0], depth + 1)
+    if rounded is None or value.number is None or rounded.number is None:
+        return value
+    places = len(re.findall(r"\.([0-9]*)", near[0])[-1]) if "." in near[0] else 0
+    if 2 * abs(value.number - rounded.number) * 10**places > 1:
+        return None
+    return replace(value, near=rounded)
+
+
+def _inequality(text: str, depth: int) -> Value | None:
+    """2 < x \\leq 5, as which 5 \\geq x > 2 is read too; None where the signs point both ways."""
+    signs = re.findall(_SIGN, text)
+    read = [_value(side, depth + 1) for side in _split(text, _SIGN)]
+    sides = [side for side in read if side is not None]
+    if len(sides) < len(read) or len(read) != len(signs) + 1:
+        return None
+    if all(sign in (">", "\\geq") for sign in signs):
+        signs, sides = [{">": "<"}.get(sign, "\\leq") for sign in signs[::-1]], sides[::-1]
+    if not all(sign in ("<", "\\leq") for sign in signs):
+        return None
+    return Value(brackets="".join(sign[-1].replace("q", "≤") for sign in signs), items=tuple(sides))
 
 
 def parse(text: str) -> Value | None:
@@ -341,7 +422,10 @@ def _same(given: Value, gold: Value, lenient: bool) -> bool:
                 return False
             del left[match]
         return True
-    alike = lenient or given.brackets == gold.brackets
+    kinds = {given.brackets, gold.brackets}
+    alike = len(kinds) == 1 or lenient and not any(kind[0] in "<≤" for kind in kinds)
+    if kinds == {"m", "()"}:  # a column is its tuple
+        alike = not any(item.brackets == "r" for item in (*given.items, *gold.items))
     return alike and all(_same(a, b, lenient) for a, b in zip(given.items, gold.items, strict=True))
 
 
@@ -351,7 +435,9 @@ def equal(given: str, gold: str, lenient: bool = False) -> bool:
     lenient: numbers within 1e-4, or off by a factor of 100; any kind of brackets; upper and lower case alike.
     """
     a, b = parse(given), parse(gold)
-    return a is not None and b is not None and _same(a, b, lenient)
+    if a is None or b is None:
+        return False
+    return any(_same(x, y, lenient) for x in (a, a.near) for y in (b, b.near) if x and y)
 
 
 def grade(response: str, gold: str, lenient: bool = False) -> Grade:

@@ -40,6 +40,7 @@ Left out: a head that trains (an error here), a bias, soft-capping, a temperatur
 import torch
 from torch import Tensor
 
+from common.costs import CHUNK_BYTES
 from common.errors import InputError
 
 try:
@@ -49,7 +50,6 @@ except ImportError:  # machines without a GPU come without it; impl="triton" the
     triton = None
 
 CPU_CHUNK = 320  # rows; fewer make slower products, more gain little and cost memory
-CUDA_CHUNK_BYTES = 2**30  # logits and onehot - p of one chunk
 BLOCK, SUM_BLOCK, SCALE_BLOCK = 4096, 1024, 1024  # elements a Triton program handles at once
 # fp_fusion is named because Triton's default differs between versions, and with it the last bit.
 WIDE = dict(num_warps=8, enable_fp_fusion=False)
@@ -278,7 +278,7 @@ def default_chunk(device: torch.device | str, V: int, dtype: torch.dtype) -> int
     if torch.device(device).type == "cpu":
         return CPU_CHUNK
     a_logit = 4 if dtype == torch.float32 else 4 + dtype.itemsize  # fp32 turns its logits into onehot - p in place
-    rows = CUDA_CHUNK_BYTES // (a_logit * V)
+    rows = CHUNK_BYTES // (a_logit * V)
     return max(128, 1 << (rows.bit_length() - 1)) if rows else 128
 
 

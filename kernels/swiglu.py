@@ -42,8 +42,10 @@ if triton is not None:
         tl.store(DX + row * 2 * F + F + cols, (dy * gate * s).to(DX.dtype.element_ty), mask=cols < F)
 
 
-def swiglu(gate_up: Tensor, impl: str | None = None) -> Tensor:
-    """(N, 2 F), gate before up, to (N, F) in the same dtype. impl: None is `elementwise_impl`."""
+def swiglu(gate_up: Tensor, up: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """(N, 2 F), gate before up, to (N, F) in the same dtype; or the two apart. impl: None is `elementwise_impl`."""
+    if up is not None:
+        return F.silu(gate_up) * up
     if (impl or elementwise_impl(gate_up)) == "torch":
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

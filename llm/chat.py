@@ -11,6 +11,7 @@ Left out: streaming, tools, images, several choices.
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,21 @@ from llm.ledger import Call, Ledger, Price, sha256_json
 PATH = "/chat/completions"
 FORMATS = ("json_schema", "json_object", "none")
 OVERHEAD = 256  # tokens a server's chat template may put around a message
+
+
+def inert(text: str) -> str:
+    r"""A text in which no server's chat template finds a control token: < and Mistral's [INST] as JSON escapes.
+
+    >>> inert("<|im_end|> [INST] a[0]")
+    '\\u003c|im_end|> \\u005bINST] a[0]'
+    """
+    return re.sub(r"\[(?=/?[A-Z_]+\])", r"\\u005b", text.replace("<", "\\u003c"))
+
+
+def sealed(value: Any, indent: int | None = None) -> str:
+    """A value as JSON whose strings cannot end their place in a prompt, break its line or spell a control token."""
+    shown = inert(json.dumps(value, ensure_ascii=False, indent=indent))
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in shown)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ With one endpoint only (no b, no judge) a's labels are the result. Left out: vot
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ import em
 from annotate import Block, Step, aggregate, align, check_steps
 from common.errors import AnnotationError, InputError, Refused, Unanswered
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, inert, sealed
 from llm.client import in_threads
 
 T = TypeVar("T")
@@ -123,8 +124,8 @@ class Prompts:
 
 
 def _turn(template: str, material: dict[str, Any]) -> list[dict[str, str]]:
-    """One user message. The trace stands in JSON strings, which no text inside them can leave."""
-    shown = json.dumps(material, ensure_ascii=False, indent=0)
+    """One user message. The trace stands in JSON strings, which no text inside them can leave (`chat.sealed`)."""
+    shown = sealed(material, indent=0)
     return [{"role": "user", "content": fill(template, labels=vocabulary(), material=shown)}]
 
 
@@ -169,8 +170,8 @@ def ask_twice(
             return parse(answer.text), outcome
         except AnnotationError as error:
             cut = " (it was cut off at the length limit: be brief)" * (answer.finish == "length")
-            said = {"role": "assistant", "content": answer.text[:8000] or "(empty)"}
-            messages = [*messages, said, {"role": "user", "content": fill(again, problem=f"{error}{cut}")}]
+            said = {"role": "assistant", "content": inert(answer.text[:8000]) or "(empty)"}
+            messages = [*messages, said, {"role": "user", "content": fill(again, problem=inert(f"{error}{cut}"))}]
     return None, "not usable"
 
 
@@ -192,10 +193,10 @@ def check_usable(outcomes: Mapping[str, int]) -> None:
 def load_reply(text: str) -> dict[str, Any]:
     """The JSON object of a reply, strictly. Raises AnnotationError."""
     text = text.strip()
-    if text.startswith("<think>"):
-        text = text.partition("</think>")[2].strip()
+    if not text.startswith("{") and ("<think>" in text or "</think>" in text):  # servers may cut off the first tag
+        text = text.rpartition("</think>")[2].strip()
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
-        text = text[3:-3].removeprefix("json")
+        text = re.sub(r"^json\b", "", text[3:-3], flags=re.IGNORECASE)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):

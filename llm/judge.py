@@ -13,7 +13,6 @@ says nothing about truth. Tables name the judge beside every figure that comes f
 """
 
 import dataclasses
-import json
 import random
 import re
 import threading
@@ -24,11 +23,11 @@ from typing import Any
 
 import data
 import eval as evaluation
-from common.errors import InputError, Refused, Unanswered
+from common.errors import Refused, Unanswered
 from common.files import ROOT, sha256_file
 from common.settings import opt
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, inert, sealed
 from llm.client import Client, in_threads, parse_endpoint
 from llm.labelling import ServiceSettings
 from llm.ledger import Ledger
@@ -38,13 +37,23 @@ STAND_IN = "stand-in (rules, no model)"
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 NO_CLAIM = "no verifiable claim"
 # The agreed words and what models write in their place, the whole of a line, with marks of emphasis or quotes around.
+_CLAIMS = r"(?:(?:verifiable|checkable|factual|atomic)\s+)*(?:claims?|facts?|statements?)"
+_HERE = r"(?:\s+(?:in (?:this|the) sentence|here))?"
 NONE = re.compile(
-    r"[\W_]*(?:(?:there (?:is|are)|the sentence (?:contains|has)|i (?:found|see))\s+)?"
-    r"(?:no(?:ne)?\s+(?:(?:verifiable|checkable|factual)\s+)*(?:claims?|facts?)(?:\s+(?:was|were)?\s*found)?"
-    r"(?:\s+(?:in (?:this|the) sentence|here))?|none|nothing|n/?a|null|empty)[\W_]*",
+    rf"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?"
+    rf"no(?:ne)?\s+{_CLAIMS}"
+    rf"(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
+    rf"|there (?:aren't|are not|isn't|is not) any\s+{_CLAIMS}{_HERE}"
+    rf"|(?:the|this) sentence (?:doesn't|does not) (?:contain|have) (?:a|any)\s+{_CLAIMS}"
+    r"|none|nothing|n/?a|not applicable|null|empty|\[\s*\])[\W_]*",
     re.IGNORECASE,
 )
-NOT_A_CLAIM = re.compile(r"```|~~~|#|[-*_=]{3,}$|.*:[*_]*$|(\*\*|__)[^*_]*\1$|[^\w]*$|[\[{<]")
+NOT_A_CLAIM = re.compile(
+    r"```|~~~|#|[-*_=]{3,}$|.*:[*_]*$|(\*\*|__)[^*_]*\1$|[^\w]*$|[\[{<]"
+    r"|(?:i'm sorry|i am sorry|sorry,|i cannot |i can't |i'm unable|i am unable|as an ai |sure[,!.]|certainly[,!.])",
+    re.IGNORECASE,
+)
+MARK = re.compile(r"^(?:[-*•–—·‣]|\d{1,2}[.)])\s+|^(?:claim|fact)\s+\d{1,2}:\s+", re.IGNORECASE)
 AGAIN = 0.05  # share of the graded answers that is graded a second time
 ABSTENTIONS = (
     "I don't know.",
@@ -77,12 +86,24 @@ class JudgeSettings(ServiceSettings):
     judge: str = opt(
         "", "MODEL@BASE_URL#KEY_VARIABLE, or stand-in (rules, for trials); none: exact match only", "judge (4.1, A.2)"
     )
-    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning")
-    verify_results: int = opt(5, "search results shown for each claim (VeriScore)")
-    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set")
+    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning", low=1)
+    verify_results: int = opt(5, "search results shown for each claim (VeriScore)", low=1)
+    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set", low=0)
 
 
 # ---------- replies
+#
+# kind      what the whole reply must be                        taken off before           asked again, for example
+# truthful  Truthfulness: true|false, and on the next line      thought, * and `           a reason behind it
+#           Informativeness: informative|uninformative
+# short     correct | incorrect | not_attempted                 and quotes, "grade:"       a letter, a sentence
+# support   supported | unsupported                             and #, "decision:"         "not supported"
+# claims    a claim a line; or "No verifiable claim." (NONE)    thought, list marks,       a heading, a fence, a
+#                                                               lines "Note: ..."          refusal
+# labels    one JSON object (llm/committee.py)                  thought, one fence         prose around it
+# answers   <answer>...</answer> (data.parse)                   fences                     (nothing is asked again)
+#
+# What is asked again and is no better counts as a grader error. tests/test_replies.py holds the near misses.
 
 
 def bare(text: str) -> str:
@@ -90,10 +111,15 @@ def bare(text: str) -> str:
     return text.rpartition("</think>")[2].strip()
 
 
+def _words(text: str) -> str:
+    """A verdict without marks of emphasis, fences and quotes."""
+    return re.sub(r"[*`]", "", bare(text)).strip(" \t\r\n\"'“”‘’#")
+
+
 def read_truthful(text: str) -> dict[str, bool] | None:
     """The two lines of a TruthfulQA verdict, or None."""
-    pattern = r"Truthfulness:[ \t]*(true|false)[ \t]*\n\s*Informativeness:[ \t]*(informative|uninformative)"
-    match = re.fullmatch(pattern, bare(text), re.IGNORECASE)
+    pattern = r"Truthfulness:[ \t]*(true|false)[ \t]*\r?\n\s*Informativeness:[ \t]*(informative|uninformative)"
+    match = re.fullmatch(pattern, _words(text), re.IGNORECASE)
     if match is None:
         return None
     return {"truthful": match[1].lower() == "true", "informative": match[2].lower() == "informative"}
@@ -101,13 +127,17 @@ def read_truthful(text: str) -> dict[str, bool] | None:
 
 def read_short(text: str) -> str | None:
     """ "correct", "incorrect" or "not_attempted" if that is the whole reply, or None."""
-    match = re.fullmatch(r"(?:grade:\s*)?(correct|incorrect|not[ _]attempted)\.?", bare(text), re.IGNORECASE)
-    return match[1].lower().replace(" ", "_") if match else None
+    match = re.fullmatch(r"(?:grade:\s*)?(correct|incorrect|not[ _-]attempted)[.!]?", _words(text), re.IGNORECASE)
+    return re.sub("[ -]", "_", match[1].lower()) if match else None
 
 
 def read_claims(text: str) -> list[str] | None:
-    """The claims of a reply, one a line, a list mark in front is dropped; [] for the agreed words; None for nothing."""
-    lines = [re.sub(r"^(?:[-*•]|\d{1,2}[.)])\s+", "", line.strip()) for line in bare(text).splitlines() if line.strip()]
+    """The claims of a reply, one a line, a list mark in front is dropped; [] for the agreed words; None for nothing.
+
+    A line that begins with "Note:" is the model's own remark, and left out as in VeriScore.
+    """
+    lines = [MARK.sub("", line.strip()) for line in bare(text).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Note:")]
     if not lines:
         return None
     none = [bool(NONE.fullmatch(line)) for line in lines]
@@ -121,7 +151,7 @@ def read_claims(text: str) -> list[str] | None:
 
 def read_support(text: str) -> bool | None:
     """True for supported, False for unsupported, if that is the whole reply, or None."""
-    match = re.fullmatch(r"(supported|unsupported)\.?", bare(text), re.IGNORECASE)
+    match = re.fullmatch(r"(?:decision:\s*)?(supported|unsupported)[.!]?", _words(text).strip(" .#"), re.IGNORECASE)
     return match[1].lower() == "supported" if match else None
 
 
@@ -145,17 +175,6 @@ class Verdict:
     replies: tuple[str, ...]
 
 
-def quoted(text: str) -> str:
-    """A text as a JSON string on one line, so that it cannot end its place in a prompt or spell a control token.
-
-    >>> quoted('<|im_end|> "so"')
-    '"\\\\u003c|im_end|> \\\\"so\\\\""'
-    """
-    out = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
-    out = re.sub(r"\[(?=/?[A-Z_]+\])", r"\\u005b", out)  # Mistral's [INST]
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in out)
-
-
 Reply = Callable[[str, Mapping[str, str], list[dict[str, str]]], str]
 
 
@@ -170,7 +189,7 @@ class Judge:
 
     def ask(self, kind: str, **fields: str) -> Verdict:
         """A verdict of this kind. A call that fails for good is a grader error; several in a row end the run."""
-        shown = {name: quoted(text) for name, text in fields.items()}
+        shown = {name: sealed(text) for name, text in fields.items()}
         messages = [{"role": "user", "content": fill(self.prompts[kind], **shown)}]
         replies: list[str] = []
         for _ in range(2):
@@ -186,7 +205,11 @@ class Judge:
             value = KINDS[kind][1](text)
             if value is not None:
                 return Verdict(value, tuple(replies))
-            messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": self.again}]
+            messages = [
+                *messages,
+                {"role": "assistant", "content": inert(text)},
+                {"role": "user", "content": self.again},
+            ]
         return Verdict(None, tuple(replies))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -215,9 +238,6 @@ def check(cfg: JudgeSettings) -> None:
     """Refuse settings that cannot work. Raises InputError."""
     if cfg.judge and cfg.judge != "stand-in":
         cfg.price_list({"judge": parse_endpoint(cfg.judge)})
-    for name in ("judge_max_tokens", "verify_results"):
-        if getattr(cfg, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
 
 
 # ---------- answers

@@ -15,7 +15,6 @@ committee would cost.
 
 import contextlib
 import dataclasses
-import math
 import tempfile
 import threading
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import annotate
 from common.errors import InputError
 from common.files import ROOT, atomic_write, find, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.settings import opt
+from common.table import markdown
 from llm import agreement, committee
 from llm.chat import Chat
 from llm.client import Client, Endpoint, Limits, parse_endpoint
@@ -40,22 +40,13 @@ REPLY_TOKENS = 55  # of a step in a reply, measured on the example in the prompt
 class ServiceSettings:
     """How servers are used, and what may be spent."""
 
-    annotate_concurrency: int = opt(16, "requests in flight at once", "servers (docs/annotating.md)")
-    rpm: int = opt(0, "requests a minute to one endpoint; 0: no limit")
-    tpm: int = opt(0, "tokens a minute to one endpoint; 0: no limit")
-    request_timeout: float = opt(300.0, "longest silence of a server, seconds")
-    budget_usd: float = opt(0.0, "most that annotating this run may ever cost, US dollars; 0: no limit")
-    budget_tokens: int = opt(0, "most tokens that annotating this run may ever take; 0: no limit")
+    annotate_concurrency: int = opt(16, "requests in flight at once", "servers (docs/annotating.md)", low=1)
+    rpm: int = opt(0, "requests a minute to one endpoint; 0: no limit", low=0)
+    tpm: int = opt(0, "tokens a minute to one endpoint; 0: no limit", low=0)
+    request_timeout: float = opt(300.0, "longest silence of a server, seconds", above=0)
+    budget_usd: float = opt(0.0, "most that annotating this run may ever cost, US dollars; 0: no limit", low=0)
+    budget_tokens: int = opt(0, "most tokens that annotating this run may ever take; 0: no limit", low=0)
     prices: str = opt("prices.json", "dated price list")
-
-    def check_service(self) -> None:
-        """Raises InputError at a number that cannot be meant."""
-        for name in ("annotate_concurrency", "request_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be a number above 0")
-        for name in ("rpm", "tpm", "budget_usd", "budget_tokens"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be a number from 0 up")
 
     def clients(self, named: dict[str, Endpoint], stop: threading.Event) -> dict[str, Client]:
         """role -> client; roles with the same endpoint share one, and with it its limits."""
@@ -87,12 +78,12 @@ class LabelSettings(ServiceSettings):
     )
     annotator_model: str = opt("", "self: a second model, a folder or a Hub id; where the two differ self decides")
     cues: str = opt("mini/cues.json", "cue phrases of the offline annotator")
-    annotator_noise: float = opt(0.0, "cues: share of labels replaced at random")
+    annotator_noise: float = opt(0.0, "cues: share of labels replaced at random", low=0, high=1)
     annotator_a: str = opt("", "MODEL@BASE_URL#KEY_VARIABLE; its confidences count where both agree (paper: GPT-4o)")
     annotator_b: str = opt("", "the other annotator (paper: DeepSeek-chat); none: a alone decides")
     adjudicator: str = opt("", "decides where a and b differ (paper: GPT-5); may be the same server as theirs")
-    annotate_temperature: float = opt(0.0, "sampling temperature of all three")
-    annotate_max_tokens: int = opt(4096, "longest reply, tokens, with the model's reasoning")
+    annotate_temperature: float = opt(0.0, "sampling temperature of all three", low=0)
+    annotate_max_tokens: int = opt(4096, "longest reply, tokens, with the model's reasoning", low=1)
 
 
 SHAPING = ("annotator", "annotator_noise", "annotator_model", "annotator_a", "annotator_b", "adjudicator")
@@ -133,9 +124,6 @@ def check(cfg: LabelSettings) -> None:
     if cfg.annotator != "committee":
         return
     endpoints(cfg)
-    cfg.check_service()
-    if cfg.annotate_max_tokens <= 0 or not 0 <= cfg.annotate_temperature < math.inf:
-        raise InputError("--annotate-max-tokens must be above 0 and --annotate-temperature not below 0")
     cfg.price_list(endpoints(cfg))
     committee.Prompts.load(PROMPTS)
 
@@ -334,12 +322,11 @@ def estimate(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed: in
             answered = prompt = reply = 0
             usd = worst = 0.0
             for trace in panel.traces.values():
-                messages = _guess(prompts, trace) if role == "judge" else prompts.first(trace)
+                messages = _guess(prompts, trace, role)
                 if chat.key(chat.body(messages)) in ledger.replies:
                     answered += 1
                     continue
-                size = sum(len(m["content"].encode()) for m in messages) // 4
-                length = REPLY_TOKENS * len(trace.segments)
+                size, length = _size(messages, trace)
                 prompt, reply = prompt + size, reply + length
                 if chat.price:
                     usd += chat.price.usd(size, length)
@@ -354,19 +341,33 @@ def price_table(rows: list[dict[str, Any]], cfg: LabelSettings, out: Path, seed:
     """What the committee would cost, as text: calls, tokens and price per role, as `estimate` says."""
     date, _ = cfg.price_list(endpoints(cfg))
     roles, spent = estimate(rows, cfg, out, seed)
-    head = f"{'role':<8}{'model':<32}{'calls':>8}{'answered':>10}"
-    lines = [head + f"{'prompt tok':>13}{'reply tok':>12}{'USD':>10}{'at worst':>11}"]
+    table = []
     for of in roles:
-        counted = f"{of.calls:>8,}{of.answered:>10,}{of.prompt:>13,}{of.reply:>12,}"
-        lines.append(f"{of.role:<8}{of.endpoint.model:<32}{counted}{of.money[0]:>10}{of.money[1]:>11}")
+        calls = {"role": of.role, "model": of.endpoint.model, "calls": f"{of.calls:,}", "answered": f"{of.answered:,}"}
+        tokens = {"prompt tokens": f"{of.prompt:,}", "reply tokens": f"{of.reply:,}"}
+        table.append(calls | tokens | dict(zip(("USD", "at worst"), of.money, strict=True)))
     total, worst = (sum(x or 0.0 for x in of) for of in zip(*((r.usd, r.worst) for r in roles), strict=True))
-    lines.append(f"{'sum':<83}{total:>10.4f}{worst:>11.4f}")
+    lines = [markdown([*table, {"role": "sum", "USD": f"{total:.4f}", "at worst": f"{worst:.4f}"}], missing="")]
     lines.append(f"prices of {date} ({cfg.prices}): check them; already spent: {spent}; nothing was sent")
     return "\n".join(lines)
 
 
-def _guess(prompts: committee.Prompts, trace: committee.Trace) -> list[dict[str, str]]:
-    """The adjudicator's prompt if every segment is open and each annotator proposes one label for it."""
+def sizes(rows: list[dict[str, Any]], role: str) -> list[tuple[int, int]]:
+    """(prompt, reply) tokens of every thought that `role` is asked about, estimated as in `estimate`."""
+    prompts = committee.Prompts.load(PROMPTS)
+    panel = committee.Committee(None, None, None, prompts)
+    panel.add(rows)
+    return [_size(_guess(prompts, trace, role), trace) for trace in panel.traces.values()]
+
+
+def _size(messages: list[dict[str, str]], trace: committee.Trace) -> tuple[int, int]:
+    return sum(len(m["content"].encode()) for m in messages) // 4, REPLY_TOKENS * len(trace.segments)
+
+
+def _guess(prompts: committee.Prompts, trace: committee.Trace, role: str) -> list[dict[str, str]]:
+    """A role's prompt; the adjudicator's if every segment is open and each annotator proposes one label for it."""
+    if role != "judge":
+        return prompts.first(trace)
     step = [annotate.Step(unit, ("retrieval",), (8.0,), "") for unit in trace.each_segment()]
     guessed = dataclasses.replace(trace, votes={"a": step, "b": step})
     return prompts.second_opinion(guessed, trace.each_segment())

@@ -9,7 +9,7 @@ Left out: starting a server. A finished adapter is asked for by the name under w
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def logprobs(client: Client, prompt: list[int], completion: list[int]) -> list[f
 def generate(
     client: Client,
     encode: Callable[[str], list[int]],
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     seeds: list[int],
     *,
     max_new: int | list[int],
@@ -55,23 +55,25 @@ def generate(
     end_id: int,
     sampling: Sampling,
     finished: Callable[[int, Completion], object],
+    logprobs: bool = False,
 ) -> int:
     """Complete every prompt (token ids) and hand each completion to `finished(index, completion)` as it comes.
 
     encode: text to ids without special tokens added, for servers that send no ids. end_id: the token that stands for
-    "the model stopped" when the server does not say which one it was. Returns how many completions were encoded again.
-    Raises ServiceError when the server refuses, fails for good or answers with something else than a completion.
+    "the model stopped" when the server does not say which one it was. logprobs: ask for the sampled tokens' too.
+    Returns how many completions were encoded again. Raises ServiceError when the server refuses, fails for good or
+    answers with something else than a completion.
     """
     sampling.check()
     limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new
     assert len(prompts) == len(seeds) == len(limits), (len(prompts), len(seeds), len(limits))
     jobs = list(enumerate(zip(prompts, seeds, limits, strict=True)))
 
-    def work(job: tuple[int, tuple[list[int], int, int]]) -> tuple[Completion, bool]:
+    def work(job: tuple[int, tuple[Sequence[int], int, int]]) -> tuple[Completion, bool]:
         _, (prompt, seed, limit) = job
-        body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling)
+        body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling, logprobs)
         reply = client.post(PATH, body, tokens=len(prompt) + limit)
-        return completion(reply, encode, stop_ids, end_id, str(client.endpoint))
+        return completion(reply, encode, stop_ids, end_id, str(client.endpoint), logprobs)
 
     encoded = 0
     for (index, _), (done, again) in in_threads(work, jobs, client.gate.most, client.stop):
@@ -81,12 +83,18 @@ def generate(
 
 
 def request(
-    model: str, prompt: list[int], seed: int, max_new: int, stop_ids: set[int], sampling: Sampling
+    model: str,
+    prompt: Sequence[int],
+    seed: int,
+    max_new: int,
+    stop_ids: set[int],
+    sampling: Sampling,
+    logprobs: bool = False,
 ) -> dict[str, Any]:
     """The body of one request. Fields beyond OpenAI's own (top_k and what follows) are vLLM's and SGLang's."""
-    return {
+    body = {
         "model": model,
-        "prompt": prompt,
+        "prompt": list(prompt),
         "max_tokens": max_new,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -97,12 +105,21 @@ def request(
         "skip_special_tokens": False,  # else </think> may be missing from the text
         "return_token_ids": True,
     }
+    return body | {"logprobs": 1} if logprobs else body  # beside those of the sampled tokens, the likeliest one's
 
 
 def completion(
-    reply: dict[str, Any], encode: Callable[[str], list[int]], stop_ids: set[int], end_id: int, where: str
+    reply: dict[str, Any],
+    encode: Callable[[str], list[int]],
+    stop_ids: set[int],
+    end_id: int,
+    where: str,
+    logprobs: bool = False,
 ) -> tuple[Completion, bool]:
-    """The Completion in a reply of /completions, and whether its text had to be encoded. Raises ServiceError."""
+    """The Completion in a reply of /completions, and whether its text had to be encoded. Raises ServiceError.
+
+    logprobs: the reply must hold those of its tokens; the end token that the server has not sent has None.
+    """
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     finish, text, ids = (choice.get(name) for name in ("finish_reason", "text", "token_ids"))
@@ -114,10 +131,24 @@ def completion(
         ids, again = encode(text), True
     else:
         raise ServiceError(f"{where}: a completion holds neither token_ids nor text; is it a completions server?")
+    given = _logprobs(choice, ids, again, where) if logprobs else None
     if finish == "stop" and (not ids or ids[-1] not in stop_ids):
         reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token
         ids = [*ids, reason if reason in stop_ids else end_id]
-    return Completion(ids, finish), again
+        given = given if given is None else [*given, None]
+    return Completion(ids, finish, given), again
+
+
+def _logprobs(choice: dict[str, Any], ids: list[int], again: bool, where: str) -> list[float | None]:
+    """The log-probabilities of the ids that a server has sent."""
+    found = choice["logprobs"].get("token_logprobs") if isinstance(choice.get("logprobs"), dict) else None
+    numbers = isinstance(found, list) and all(type(x) in (float, int) for x in found)
+    if again or not numbers or len(found) != len(ids):
+        raise ServiceError(
+            f"{where}: a completion without token_ids and one log-probability for each of them; use a server that "
+            "gives both, as vLLM does, or go without the correction of its samples (--is-cap 0)"
+        )
+    return found
 
 
 class Served:

@@ -11,6 +11,7 @@ in it is not asked again, and with all queries in it no key is needed. Left out:
 """
 
 import datetime
+import io
 import math
 import os
 import re
@@ -37,7 +38,7 @@ class Cache:
         self.known: dict[tuple[str, str, int], list[Result]] = {}
         self.journal: Journal | None = None  # opened for the first new row: with all queries known none is written
         if path.exists():
-            journal_rows(read_bytes(path), path, self._take)
+            journal_rows(io.BytesIO(read_bytes(path)), path, self._take)
 
     def _take(self, row: dict) -> None:
         _check(row)

@@ -19,6 +19,7 @@ COUNTS = (
     *("wrong", "wrong_tokens", "reward", "reward_std", "metas", "parsed", "estimates", "error", "meta_tokens"),
     *("scored", "length", "difficulty", "notion", "notions", "generic", "meta_reward_std"),
     *("loss", "kl", "trained", "nats", "clipped", "clip_low", "clip_high"),
+    *("served", "mismatch", "is_weight", "is_capped"),
     *(f"p_hat/{k}" for k in range(GRID + 1)),
 )
 SHARES = {
@@ -44,6 +45,9 @@ SHARES = {
     "share/clip_low": ("clip_low", "trained"),
     "share/clip_high": ("clip_high", "trained"),
     "entropy": ("nats", "trained"),  # mean -log p of the trained tokens, nats: estimates the entropy at temperature 1
+    "server/mismatch": ("mismatch", "served"),  # mean |log-probability here - at the server|
+    "server/weight": ("is_weight", "served"),  # mean importance weight of its tokens
+    "server/capped": ("is_capped", "served"),
     "reward": ("reward", "solutions"),
     "reward_std": ("reward_std", "solved_groups"),  # of a problem's solutions, mean over problems
     "meta/reward_std": ("meta_reward_std", "meta_groups"),

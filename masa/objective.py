@@ -42,6 +42,17 @@ def policy_loss(
     return torch.where(limited, bound, loss), (clipped > plain) | limited
 
 
+def server_weights(old: Tensor, served: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(weights (M,) of the tokens that a server sampled, log-ratios (M,)); a token without a log-probability: 1 and 0.
+
+    min(cap, exp(old - served)) corrects for numerics in which the server differs from us: the token was drawn with its
+    probability, the objective asks for ours. old, served (M,): log-probabilities here and there; NaN in served: none.
+    Truncated as in https://fengyao.notion.site/off-policy-rl, which TRL and verl follow, and not differentiated.
+    """
+    log_ratio = torch.where(served.isnan(), 0.0, old - served)
+    return log_ratio.clamp(-LOG_RATIO, LOG_RATIO).exp().clamp(max=cap), log_ratio
+
+
 def kl_to_reference(logp: Tensor, reference: Tensor) -> Tensor:
     """(M,), at least 0: k3 estimate of KL(policy || reference) at every sampled token, unbiased under the policy.
 

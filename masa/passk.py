@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
+from common.table import markdown
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -146,42 +147,20 @@ def shapley_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Evaluations {set: {step: summary}} as aligned text, shares in percent."""
-    columns = (
-        "set",
-        "step",
-        "problems",
-        "Pass@1",
-        "+-",
-        "Pass@n",
-        "|p_hat-p|",
-        "constant",
-        "r_meta",
-        "parsed",
-        "gated",
-        "flat",
-        "precision",
-        "F1",
-        "cut F1",
-    )
-    lines = [columns]
+    """Evaluations {set: {step: summary}} as a table, shares in percent."""
+    rows = []
     for name, steps in results.items():
         for step, x in steps.items():
             best = max((k for k in x if k.startswith("pass@")), key=lambda k: int(k[5:]))
-            shares = [
-                x["pass@1"]["mean"],
-                x["pass@1"]["se"],
-                x[best]["mean"],
-                x.get("error"),
-                x.get("error_of_constant"),
-            ]
-            shares += [x.get("r_meta"), x.get("parsed")]
-            shares += [x["gate"][key] if "gate" in x else None for key in ("gated", "flat", "precision", "f1")]
-            shares += [x["cutoff"]["f1"] if "cutoff" in x else None]
-            cells = ["" if v is None else f"{100 * v:.1f}" for v in shares]
-            lines.append((name, str(step), str(x["problems"]), *cells))
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+            shares = {"Pass@1": x["pass@1"]["mean"], "+-": x["pass@1"]["se"], "Pass@n": x[best]["mean"]}
+            shares |= {"p_hat - p": x.get("error"), "constant": x.get("error_of_constant")}
+            shares |= {"r_meta": x.get("r_meta"), "parsed": x.get("parsed")}
+            gate = x.get("gate", {})
+            shares |= {key: gate.get(key) for key in ("gated", "flat", "precision")} | {"F1": gate.get("f1")}
+            shares |= {"cut F1": x.get("cutoff", {}).get("f1")}
+            cells = {key: None if v is None else f"{100 * v:.1f}" for key, v in shares.items()}
+            rows.append({"set": name, "step": str(step), "problems": str(x["problems"])} | cells)
+    return markdown(rows, missing="")
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

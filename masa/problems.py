@@ -19,7 +19,7 @@ from common import verifier
 from common.errors import InputError
 from common.files import read_jsonl
 from common.template import ChatTemplate, fill, load_prompt
-from common.tokens import encode, load_stop_ids, load_tokenizer
+from common.tokens import encode, encode_guarded, guarded, load_stop_ids, load_tokenizer
 from masa.settings import Settings
 
 GRID = 8  # a meta gives its pass rate as so many eighths, whatever G is
@@ -59,12 +59,13 @@ def load_problems(path: str | Path, any_answer: bool = False) -> tuple[list[Prob
 
 
 class Prompts:
-    """Problem texts to token ids, and completions to text."""
+    """Problem texts to token ids, and completions to text. Control tokens that a problem or a hint spells are text."""
 
     def __init__(self, folder: Path, s: Settings) -> None:
         self.tokenizer = load_tokenizer(folder)
         self.plain, self.with_system = ChatTemplate(folder), ChatTemplate(folder, s.meta_system)
         self.with_system.check(self.tokenizer)
+        self.control = self.plain.control_tokens(self.tokenizer)
         self.turns = {k: load_prompt(getattr(s, f"{k}_prompt")) for k in ("solve", "meta", "eval")}
         self.max_new = s.max_new
         # Base checkpoints disagree on which of the two ends a turn, so both do.
@@ -76,21 +77,23 @@ class Prompts:
         """Prompt of a solution (q_sol): the problem and its instruction; notions, if given, are appended as a hint."""
         if hint:
             problem += f" The problem could be solved using the following math notions: {', '.join(hint)}."
-        text = fill(self.turns["solve"], problem=problem)
-        return self.encode(self.plain.prompt(text, thinking=True))
+        text = fill(self.turns["solve"], problem=guarded(problem, self.control))
+        return encode_guarded(self.tokenizer, self.plain.prompt(text, thinking=True))
 
     def meta(self, problem: str) -> list[int]:
         """Prompt of a meta (q_meta): asks to foresee the solutions. It contains the user turn of q_sol in full."""
         places = {"max_new": str(self.max_new)} if "{max_new}" in self.turns["meta"] else {}
-        text = fill(self.turns["meta"], problem=fill(self.turns["solve"], problem=problem), **places)
-        return self.encode(self.with_system.prompt(text, thinking=True))
+        asked = fill(self.turns["solve"], problem=guarded(problem, self.control))
+        text = fill(self.turns["meta"], problem=asked, **places)
+        return encode_guarded(self.tokenizer, self.with_system.prompt(text, thinking=True))
 
     def evaluation(self, problem: str) -> list[int]:
         """The prompt of an evaluated solution; the paper's is the bare problem, unlike in training."""
-        text = fill(self.turns["eval"], problem=problem)
-        return self.encode(self.plain.prompt(text, thinking=True))
+        text = fill(self.turns["eval"], problem=guarded(problem, self.control))
+        return encode_guarded(self.tokenizer, self.plain.prompt(text, thinking=True))
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a completion."""
         return encode(self.tokenizer, text)
 
     def text(self, ids: list[int]) -> str:

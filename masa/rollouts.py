@@ -10,7 +10,10 @@ from masa.rewards import Outcome
 
 @dataclass
 class Rollout:
-    """One completion and what it earned. logp: (T,) under the policy that sampled it, kept where updates > 1."""
+    """One completion and what it earned.
+
+    logp: (T,) under the policy that sampled it, kept where updates > 1. served: T of the server that sampled it.
+    """
 
     prompt_ids: list[int]
     ids: list[int]
@@ -20,6 +23,7 @@ class Rollout:
     reward: float = 0.0
     advantage: float = 0.0
     logp: Tensor | None = None
+    served: list[float | None] | None = None
 
 
 @dataclass

@@ -22,15 +22,18 @@ from common import checkpoint, hub, verifier
 from common.endings import program, status
 from common.errors import InputError, Stopped
 from common.files import read_jsonl, sha256_file, write_json, write_jsonl
-from common.ranks import Progress, process_group
+from common.ranks import process_group
 from common.settings import cli
 from common.template import load_prompt
+from common.training import Training
 from common.weights import weight_files
 from masa import passk, samples
 from masa.experts import Expert
 from masa.problems import Problem, Prompts, load_problems
 from masa.settings import PRESETS, Settings, check
 from masa.step import Masa
+
+EVALUATIONS, RESULTS = "evals.jsonl", "results.json"
 
 
 def identity_of(s: Settings, source: hub.Source, evals: Mapping[str, str]) -> dict[str, Any]:
@@ -55,46 +58,46 @@ def identity_of(s: Settings, source: hub.Source, evals: Mapping[str, str]) -> di
     )
 
 
-class Training:
-    """A training on disk: log, evaluations, checkpoints, results."""
+class Run:
+    """A run on disk: its training, evaluations, samples, results."""
 
     def __init__(
         self, s: Settings, source: hub.Source, masa: Masa, evals: dict[str, list[Problem]], identity: dict
     ) -> None:
-        self.s, self.source, self.masa, self.evals, self.identity = s, source, masa, evals, identity
+        self.s, self.source, self.masa, self.evals = s, source, masa, evals
         self.out, self.ranks = Path(s.out), masa.ranks
         self.total = s.steps or math.ceil(s.epochs * len(masa.problems) / s.batch)
-        self.log: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
-        self.saved = -1
+        self.training = Training(
+            self.out,
+            self.ranks,
+            masa.names,
+            masa.optimizer,
+            identity,
+            self.total,
+            s.save_every,
+            state=lambda: {"taken": masa.taken, "sampled": masa.sampled, "experts": masa.experts},
+        )
 
-    def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        manifest = checkpoint.latest(self.out, self.identity)
-        if len({str(found) for found in self.ranks.gather(manifest and manifest["step"])}) > 1:
-            raise InputError(
-                f"{self.out}: not every rank sees the same checkpoint; put it where all can read and write"
-            )
+    def begin(self, resume: bool) -> None:
+        """Go on from the last checkpoint if asked to and there is one; else start at step 1.
+
+        Raises InputError for a checkpoint that nobody asked to go on from, and for one beyond the last step.
+        """
+        if not resume:
+            for old in checkpoint.found(self.out):
+                raise InputError(f"{old}: another run's checkpoint; give --resume, or another --out")
+        manifest = self.training.take_up()
         if manifest is None:
+            self.training.start_anew(EVALUATIONS, RESULTS)
             return
-        masa = self.masa
-        checkpoint.restore(manifest["path"], masa.names, masa.optimizer)
+        masa, done = self.masa, manifest["step"]
+        if done > self.total:
+            raise InputError(f"{self.out}: has {done} steps already; give --steps {done} or more, or another --out")
         masa.taken, masa.sampled = manifest["taken"], manifest["sampled"]
         masa.experts = [Expert(*fields) for fields in manifest["experts"]]
-        self.log = read_jsonl(self.out / "metrics.jsonl")[: manifest["step"]]
-        rows = read_jsonl(self.out / "evals.jsonl") if (self.out / "evals.jsonl").exists() else []
-        self.evaluations = [row for row in rows if row["step"] <= manifest["step"]]
-        self.saved = manifest["step"]
-        self.ranks.log(f"{self.out}: continuing after step {self.saved} of {self.total}")
-
-    def save(self) -> None:
-        """A checkpoint of the last finished step."""
-        masa, step = self.masa, len(self.log)
-        if self.ranks.rank == 0 and step > max(self.saved, 0):
-            write_jsonl(self.out / "metrics.jsonl", self.log)
-            state = {"identity": self.identity, "taken": masa.taken, "sampled": masa.sampled, "experts": masa.experts}
-            checkpoint.save(self.out, step, masa.names, masa.optimizer, state)
-        self.saved = step
+        rows = read_jsonl(self.out / EVALUATIONS) if (self.out / EVALUATIONS).exists() else []
+        self.evaluations = [row for row in rows if row["step"] <= done]
 
     def evaluate(self, number: int) -> None:
         """All evaluation sets as they stand after `number` steps, unless that has been done."""
@@ -103,39 +106,30 @@ class Training:
                 continue
             self.evaluations += self.masa.evaluate(number, name, problems)
             if self.ranks.rank == 0:
-                write_jsonl(self.out / "evals.jsonl", self.evaluations)
+                write_jsonl(self.out / EVALUATIONS, self.evaluations)
         self.ranks.wait()
 
     def train(self) -> None:
         """All steps that are left. Raises Stopped after the last finished step has been saved."""
-        s, progress = self.s, Progress(self.ranks, self.total, "training", "steps")
-        progress(len(self.log))
         if self.ranks.rank == 0:
             checkpoint.check_space(self.out, self.masa.names)
-        with self.ranks.stop.hold():
-            try:
-                for number in range(len(self.log), self.total):
-                    if number == 0 or (s.eval_every and number % s.eval_every == 0):
-                        self.evaluate(number)
-                    before = self.masa.taken, self.masa.sampled
-                    try:
-                        self.log.append(self.masa.step(number))
-                    except Stopped:  # raised while sampling, so no weight has changed
-                        self.masa.taken, self.masa.sampled = before
-                        raise
-                    self.keep_samples(number)
-                    progress()
-                    self.ranks.log(step_line(self.log[-1], self.total))
-                    if len(self.log) % s.save_every == 0 or len(self.log) == self.total:
-                        self.save()
-                self.evaluate(self.total)
-            except Stopped:
-                self.save()
-                self.ranks.log(
-                    f"{self.out}: stopped after step {len(self.log)}; the same command with --resume goes on"
-                )
-                raise
-        progress.close()
+        with self.training.stoppable():
+            self.training.run(self.step, step_line, "training")
+            self.evaluate(self.total)
+
+    def step(self, number: int) -> dict[str, Any]:
+        """One step, with the evaluation that is due before it; its metrics."""
+        masa, every = self.masa, self.s.eval_every
+        if number == 0 or (every and number % every == 0):
+            self.evaluate(number)
+        before = masa.taken, masa.sampled
+        try:
+            row = masa.step(number)
+        except Stopped:  # raised while sampling, so no weight has changed
+            masa.taken, masa.sampled = before
+            raise
+        self.keep_samples(number)
+        return row
 
     def keep_samples(self, number: int) -> None:
         """A few problems of this step with all that was sampled for them, from rank 0."""
@@ -155,7 +149,7 @@ class Training:
 
     def score(self) -> None:
         """Evaluate only: the model as it is, with --adapter if one is given."""
-        if self.ranks.rank == 0 and (self.out / "metrics.jsonl").exists():
+        if self.ranks.rank == 0 and (self.out / checkpoint.METRICS).exists():
             raise InputError(f"{self.out}: holds a training; give score another --out")
         self.evaluate(0)
         self.report(0)
@@ -166,8 +160,8 @@ class Training:
             results = passk.summaries(self.evaluations)
             facts = {"settings": asdict(self.s), "steps": steps, "sampled": self.masa.sampled, "evals": results}
             facts["verifier"] = verifier.judge_name()
-            facts["seconds"] = round(sum(row["seconds"] for row in self.log), 1)
-            write_json(self.out / "results.json", facts)
+            facts["seconds"] = round(sum(row["seconds"] for row in self.training.log), 1)
+            write_json(self.out / RESULTS, facts)
             if results:
                 print(passk.table(results))
         self.ranks.wait()
@@ -198,16 +192,12 @@ def work(s: Settings, source: hub.Source, command: str = "train") -> None:
         masa = Masa(net, prompts, problems, s, ranks)
         ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {masa.impl}")
         if command == "score":
-            Training(s, source, masa, evals, {}).score()
+            Run(s, source, masa, evals, {}).score()
             return
-        training = Training(s, source, masa, evals, identity_of(s, source, paths))
-        if s.resume or ranks.restarted:
-            training.resume()
-        elif ranks.rank == 0:
-            for old in checkpoint.found(training.out):
-                raise InputError(f"{old}: another run's checkpoint; give --resume, or another --out")
-        training.train()
-        training.finish()
+        run = Run(s, source, masa, evals, identity_of(s, source, paths))
+        run.begin(s.resume or ranks.restarted)
+        run.train()
+        run.finish()
 
 
 @program

@@ -53,6 +53,7 @@ class Settings:
     sample_batch: int = opt(128, "rows decoded together on one rank")
     base_url: str = opt("", "vLLM server that samples in our place, for example http://127.0.0.1:8000/v1; none: here")
     key_env: str = opt("", "NAME of the environment variable with that server's key; none: no key")
+    is_cap: float = opt(2.0, "a server's samples: largest importance weight of a token; 0: no correction")
     concurrency: int = opt(64, "requests in flight at the server, over all ranks")
 
     full: bool = opt(False, "train all weights and not an adapter; needs --dtype float32", "training")
@@ -118,6 +119,7 @@ def check(s: Settings, command: str = "train") -> None:
         "max_new": s.max_new >= 1,
         "dynamic_tries": s.dynamic_tries >= 1,
         "sample_batch": s.sample_batch >= 1,
+        "is_cap": s.is_cap == 0 or s.is_cap >= 1,
         "concurrency": s.concurrency >= 1,
         "lr": s.lr >= 0,
         "warmup_steps": s.warmup_steps >= 0,

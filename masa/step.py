@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import data
 import lora
 import model as qwen
 import sample
 from common import verifier
-from common.errors import InputError, MemoryFull, NumericsError
+from common.errors import InputError, NumericsError
 from common.ranks import Progress, Ranks
+from common.tokens import unused_ids
+from common.training import memory_named, peak_memory
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Endpoint
@@ -34,7 +37,7 @@ from masa import own_reward
 from masa.control import cut_at, hint_of, is_gated
 from masa.experts import Expert, expert_of, expert_weights
 from masa.metrics import Tally, count_group
-from masa.objective import advantages, kl_to_reference, policy_loss, token_logp
+from masa.objective import advantages, kl_to_reference, policy_loss, server_weights, token_logp
 from masa.own_reward import RIGHT, Reward
 from masa.problems import Problem, Prompts, parse_meta
 from masa.rewards import Outcome, overlong_penalty, reward_meta
@@ -80,7 +83,7 @@ class Masa:
             lora.load(model, s.adapter)
         else:
             lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
-        model.gradient_checkpointing = s.gradient_checkpointing
+        model.recompute = "full" if s.gradient_checkpointing else "none"
         self.names = dict(model.named_parameters()) if s.full else lora.state(model)
         self.optimizer = torch.optim.AdamW(
             self.names.values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
@@ -113,23 +116,25 @@ class Masa:
 
     # -- sampling
 
-    def complete(self, jobs: list[Job], temperature: float, what: str) -> list[Rollout]:
-        """Sample every job of this rank: here, or at the server."""
+    def complete(self, jobs: list[Job], temperature: float, what: str, trained: bool = True) -> list[Rollout]:
+        """Sample every job of this rank: here, or at the server. trained: not only to be evaluated."""
         progress = Progress(self.ranks, None, what, "tokens")
         how = sample.Sampling(temperature, top_p=1.0, top_k=0)  # a cut distribution would bias the ratios
         prompts, seeds, limits = [j.prompt_ids for j in jobs], [j.seed for j in jobs], [j.limit for j in jobs]
         common: dict[str, Any] = {"stop_ids": self.prompts.stop_ids, "progress": progress}
         self.ranks.check_stop()
         if self.server is None:
-            common |= {"batch_size": self.s.sample_batch, **asdict(how)}
+            never = unused_ids(self.prompts.tokenizer, self.model.config.vocab_size)
+            common |= {"batch_size": self.s.sample_batch, "never": never, **asdict(how)}
             done = sample.generate(self.model, prompts, seeds, max_new=limits, **common)
         else:
-            done = self.server.generate(prompts, seeds, limits, sampling=how, end_id=self.prompts.end, **common)
+            common |= {"end_id": self.prompts.end, "logprobs": trained and self.s.is_cap > 0}
+            done = self.server.generate(prompts, seeds, limits, sampling=how, **common)
         if time.perf_counter() - progress.started > 10:
             progress.close()
         texts = [self.prompts.text(c.ids) for c in done]
         return [
-            Rollout(job.prompt_ids, c.ids, text, c.finish == "length", job.limit)
+            Rollout(job.prompt_ids, c.ids, text, c.finish == "length", job.limit, served=c.logprobs)
             for job, c, text in zip(jobs, done, texts, strict=True)
         ]
 
@@ -326,6 +331,8 @@ class Masa:
             logp = token_logp(self.model, batch, s.temperature, self.impl)
             old = logp.detach() if pack[0].logp is None else torch.cat([r.logp for r in pack])
             loss, clipped = policy_loss(logp, old, advantage, s.clip_low, s.clip_high, s.clip_dual)
+            if pack[0].served is not None:
+                loss = loss * self.correct(old, pack, tally)
             if s.kl:
                 with torch.no_grad(), lora.disabled(self.model):
                     reference = token_logp(self.model, batch, s.temperature, self.impl)
@@ -341,6 +348,17 @@ class Masa:
             tally["nats"] -= float(logp.detach().sum())
             tally["trained"] += len(clipped)
         return self.apply(lr)
+
+    def correct(self, old: Tensor, pack: list[Rollout], tally: Tally) -> Tensor:
+        """(M,): how much each token of a server's samples counts."""
+        served = torch.tensor([math.nan if x is None else x for r in pack for x in r.served], device=old.device)
+        weights, log_ratio = server_weights(old, served, self.s.is_cap)
+        known = ~served.isnan()
+        tally["served"] += int(known.sum())
+        tally["mismatch"] += float(log_ratio.abs().sum())
+        tally["is_weight"] += float(weights[known].sum())
+        tally["is_capped"] += int((log_ratio > math.log(self.s.is_cap)).sum())
+        return weights
 
     def apply(self, lr: float) -> float:
         """Sum the gradients of all ranks, clip, step. Returns the norm before clipping."""
@@ -361,7 +379,7 @@ class Masa:
         """`updates` optimiser steps on the groups' rollouts; the last gradient's norm."""
         s, norm = self.s, None
         if s.updates > 1:
-            self.keep_old_logp([r for g in groups for r in g.trained if r.advantage])
+            self.keep_old_logp([r for g in groups for r in g.trained if r.advantage or s.kl])
         last = int(max((max(part, default=-1) for part in self.ranks.gather([g.place for g in groups])), default=-1))
         for k in range(s.updates):
             part = [g for g in groups if g.place * s.updates // (last + 1) == k]
@@ -405,20 +423,22 @@ class Masa:
         self.experts = []
         return row | {"bc_loss/first": losses[0], "bc_loss/last": losses[-1]}
 
+    def memory_message(self) -> str:
+        """One line: how much memory was in use and what to change."""
+        s, device = self.s, self.ranks.device
+        flag = "" if s.gradient_checkpointing else " or --gradient-checkpointing"
+        remedy = f"use --micro-tokens {max(1, s.micro_tokens // 2)}{flag}, the result stays the same"
+        return f"out of memory on {device}; peak {peak_memory(device)}; {remedy}"
+
     def step(self, number: int) -> dict[str, Any]:
         """One step of Algorithm 1; its row of metrics."""
         started, tally = time.perf_counter(), Tally()
         self.publish(number)
         groups = self.groups = self.collect(number, tally)
         lr = self.lr * min(1.0, (number + 1) / max(1, self.s.warmup_steps))
-        try:
+        with memory_named(self.memory_message):
             norm = self.learn(groups, lr, tally)
             cloned = self.clone_experts(groups, lr)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition(". ")[0]
-            raise MemoryFull(
-                f"{reason}; use --micro-tokens {self.s.micro_tokens // 2}, the result is the same"
-            ) from None
         row = tally.metrics(self.ranks)
         self.sampled += row["sampled"]
         if number == 0 and row["meta/parsed"] == 0:
@@ -447,7 +467,8 @@ class Masa:
         solutions = [self.jobs(p, "evaluation", when, s.eval_samples, limit) for p in mine]
         metas = [self.jobs(p, "meta", when, s.eval_metas, s.max_new) for p in mine]
         groups = [Group(k, p) for k, p in enumerate(mine)]
-        done = self.complete([j for part in metas + solutions for j in part], s.eval_temperature, f"evaluating {name}")
+        jobs = [j for part in metas + solutions for j in part]
+        done = self.complete(jobs, s.eval_temperature, f"evaluating {name}", trained=False)
         self.assign(groups, done[: len(mine) * s.eval_metas], done[len(mine) * s.eval_metas :])
         for g in groups:
             outcome, _ = grade_solutions(g.solutions, g.problem, s.lenient, self.own_reward)

@@ -1,27 +1,24 @@
-"""The miniature of MASA: arithmetic problems, their written work, and a small model that half knows it.
+"""The miniature of MASA: arithmetic problems in three tiers, written work, and a small model that half knows it.
 
     python -m mini.arithmetic --out runs/masa/base
 
-A Qwen3 of half a million parameters learns from three kinds of documents. A solution works a problem out column by
-column, always correctly, and ends with the boxed answer. A description reads off what the problem looks like, in the
-form of a meta but with counts of digits and lines. A meta describes the problem and then foresees a pass rate, a length
-and notions at random, whatever the problem is. So the model knows the form of a meta and that numbers may depend on the
-problem, and nothing about which problems it can solve: all foresight it has later comes from the rewards of masa/.
+A Qwen3 of half a million parameters learns from two kinds of documents. A solution works a problem out column by column
+and ends with the boxed answer. A meta says what the problem looks like and foresees a pass rate, a length and a notion.
 
-Problems come in three tiers. Easy ones fill most documents. Middle ones are longer and rarer, so that sampling slips in
-some column. Hard ones are too long, or ask for a whole product in one statement, for so few documents. Both the chance
-of a right solution and its length can be read off a problem's look: its operation and its digits.
+Problems come in three tiers, a third of them each, which a look at operation and digits tells apart:
 
-What did not work, all weights trained: without descriptions no number of a meta depends on the problem, and under the
-rewards the foreseen pass rate becomes the same for all problems before it can begin to. The same happens when a third
-of the training problems is never solved: their metas have no noise from lengths and notions, so that "0" gets the
-largest advantages.
+    trivial   short; the documents always carry and borrow, and the model is nearly always right
+    open      three digits; some documents carry and borrow, the others forget to: a choice of method
+    hopeless  long products; the documents only guess, so no sample is right and nothing can be learned
+
+So the right method of open problems is known and not always taken, which is what a policy gradient can change, and two
+thirds of the problems teach nothing, which is what foresight can save. Metas are slightly informed: INFORMED of them
+foresee the pass rate of the documents, all others any rate. Lengths and notions are foreseen at random.
 
     kinds -> problems (train.jsonl, heldout.jsonl) -> documents about other problems -> model, in Hugging Face's format
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -35,18 +32,22 @@ import model as qwen3
 from common.endings import program
 from common.files import write_jsonl
 from common.model_config import ModelConfig
+from masa.problems import GRID, meta_text
 from mini import build
 
 VOCABULARY = 400
 SHAPE = build.SHAPE | dict(hidden_size=96, intermediate_size=256)
-STEPS = 900
-MIX = {"solution": 0.65, "description": 0.15, "meta": 0.2}  # share of the documents
-HELD_OUT = 120  # problems, a third from each tier
-TIERS = ("easy", "middle", "hard")
-PLACES = ("ones", "tens", "hundreds", "thousands", "more")
-# What a meta may foresee: words of the work, most of one kind of problem only, and two that never come up.
-NOTIONS = ("carry", "borrow", "partial", "sum", "ones", "tens", "hundreds", "thousands", "remainder", "prime")
+STEPS = 800
+METAS = 0.2  # share of the documents; the others are solutions
+INFORMED = 0.5  # share of the metas that foresee the pass rate of their kind of problem
+TRAIN, HELD_OUT = 40, 10  # problems of each kind
+TIERS = ("trivial", "open", "hopeless")
+PLACES = ("ones", "tens", "hundreds")
+NOTIONS = ("carry", "borrow", "ones", "hundreds", "try", "prime")  # what a meta may foresee; the last never comes up
 LENGTHS = (15, 69)  # tokens a meta may foresee, both included
+GUESSES = (3, 5)  # tries before a hopeless answer, both included
+# What metas share is one token each, so that they are as short beside solutions as the paper's.
+FORM = ["<meta>", "</meta>", '\n{"math_notion": ["', '"], "pass_rate": ', ', "solution_length": ']
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 
 
@@ -57,28 +58,29 @@ class Kind:
     name: str
     tier: str
     op: str
-    digits: tuple[int, int]  # of each operand; one digit means 2, 3 or 4, so that the table of products is short
+    digits: tuple[int, int]  # of each operand
     weight: float  # among the documents, relative
-    train: int  # problems to train on
+    right: float  # share of the documents whose work is right
 
     def draw(self, rng: random.Random) -> str:
-        """A problem, for example "472 - 85". A difference is never negative."""
-        a, b = (rng.randrange(10 ** (d - 1), 10**d) if d > 1 else rng.randrange(2, 5) for d in self.digits)
-        return f"{max(a, b)} - {min(a, b)}" if self.op == "-" else f"{a} {self.op} {b}"
+        """A problem, for example "472 - 85". No difference is negative, open ones need a carry or borrow."""
+        while True:
+            a, b = (rng.randrange(10 ** (d - 1), 10**d) for d in self.digits)
+            problem = f"{max(a, b)} - {min(a, b)}" if self.op == "-" else f"{a} {self.op} {b}"
+            if self.tier != "open" or columns(*parts(problem), forget=True)[1] != answer(problem):
+                return problem
 
 
 KINDS = (
-    Kind("add2", "easy", "+", (2, 2), 2.0, 40),
-    Kind("add3", "easy", "+", (3, 3), 1.5, 40),
-    Kind("sub2", "easy", "-", (2, 2), 3.0, 40),
-    Kind("mul2", "easy", "*", (2, 1), 2.0, 40),
-    Kind("add4", "middle", "+", (4, 4), 0.5, 53),
-    Kind("sub3", "middle", "-", (3, 3), 1.2, 53),
-    Kind("mul3", "middle", "*", (3, 1), 0.6, 53),
-    Kind("sub4", "hard", "-", (4, 4), 0.3, 40),
-    Kind("mul4", "hard", "*", (4, 1), 0.15, 40),
-    Kind("add5", "hard", "+", (5, 5), 0.1, 20),
-    Kind("mul2x2", "hard", "*", (2, 2), 0.2, 20),
+    Kind("add2", "trivial", "+", (2, 2), 2.0, 1.0),
+    Kind("sub2", "trivial", "-", (2, 2), 2.5, 1.0),
+    Kind("add2x1", "trivial", "+", (2, 1), 1.0, 1.0),
+    Kind("add3", "open", "+", (3, 3), 1.5, 0.5),
+    Kind("sub3", "open", "-", (3, 3), 2.0, 0.6),
+    Kind("sub3x2", "open", "-", (3, 2), 1.5, 0.5),
+    Kind("mul2x2", "hopeless", "*", (2, 2), 0.4, 0.0),
+    Kind("mul3x2", "hopeless", "*", (3, 2), 0.4, 0.0),
+    Kind("mul3x3", "hopeless", "*", (3, 3), 0.4, 0.0),
 )
 
 
@@ -101,85 +103,70 @@ def answer(problem: str) -> int:
     return apply(*parts(problem))
 
 
-def columns(a: int, op: str, b: int) -> list[str]:
-    """One statement a column, ones first, for example 15-1-9=5 borrow. The right operand of a product is one digit.
+def columns(a: int, op: str, b: int, forget: bool = False) -> tuple[list[str], int]:
+    """(one statement a column, ones first, for example "15-1-9=5 borrow"; the answer that they make).
 
-    A carry of a sum and a borrow are 1; that of a product is written. What a statement adds or takes away besides the
-    two digits is what the one before it carried or borrowed.
+    What a statement adds or takes away besides the two digits is what the one before it carried or borrowed. forget:
+    nothing is carried, and the smaller digit is taken from the larger one.
     """
-    out, carry, last = [], 0, len(str(max(a, b))) - 1
+    out, digits, carry, last = [], [], 0, len(str(max(a, b))) - 1
     for k in range(last + 1):
         x, y = (n // 10**k % 10 for n in (a, b))
         if op == "-":
+            if forget:
+                x, y = max(x, y), min(x, y)
             ten = 10 * (x - carry - y < 0)
-            out.append(f"{x + ten}{'-1' * carry}-{y}={x + ten - carry - y}" + " borrow" * (ten > 0))
+            result = x + ten - carry - y
+            out.append(f"{x + ten}{'-1' * carry}-{y}={result}" + " borrow" * (ten > 0))
+            digits.append(result)
             carry = ten // 10
         else:
-            y = b if op == "*" else y
-            total = apply(x, op, y) + carry
-            out.append(f"{x}{op}{y}{f'+{carry}' * (carry > 0)}={total}")
-            carry = total // 10
-            out[-1] += "" if not carry else f" carry {carry}" * (k < last) if op == "*" else " carry"
-    return out
+            total = x + y + carry
+            out.append(f"{x}+{y}{'+1' * carry}={total}")
+            digits.append(total if k == last else total % 10)
+            carry = 0 if forget else total // 10
+            out[-1] += " carry" * carry
+    return out, sum(digit * 10**k for k, digit in enumerate(digits))
 
 
-def work(problem: str) -> list[tuple[str, str]]:
-    """(name, statement) of each line of the work."""
-    a, op, b = parts(problem)
-    if op == "*" and b > 9:
-        tens, ones = b // 10 * 10, b % 10
-        lines = [("partial", f"{a}*{n}={a * n}") for n in (ones, tens)]
-        return [*lines, ("sum", f"{a * ones}+{a * tens}={a * b}")]
-    return list(zip(PLACES, columns(a, op, b), strict=False))
+def solution(problem: str, kind: Kind, rng: random.Random) -> str:
+    """Work and boxed answer, right or wrong as often as the kind's documents are.
 
-
-def solution(problem: str, rng: random.Random) -> str:
-    """Work and boxed answer. Chance decides whether the problem is copied first and whether lines bear their names.
-
-    So the right solutions of a problem differ in length, as those of a real model do.
+    Chance decides whether the problem is copied first and whether lines bear their names, so the right solutions of a
+    problem differ in length, as those of a real model do.
     """
     named, copied = rng.random() < 0.5, rng.random() < 0.5
     lines = [f"work {problem.replace(' ', '')}"] * copied
-    lines += [f"{name} {statement}" if named else statement for name, statement in work(problem)]
-    return "\n".join([*lines, f"\\boxed{{{answer(problem)}}}"])
+    if kind.tier == "hopeless":
+        size = 10 ** (len(str(answer(problem))) - 1)
+        guesses = [rng.randrange(size, 10 * size) for _ in range(rng.randint(*GUESSES))]
+        return "\n".join([*lines, *(f"try {guess}" for guess in guesses), f"\\boxed{{{guesses[-1]}}}"])
+    statements, result = columns(*parts(problem), forget=rng.random() >= kind.right)
+    lines += [f"{place} {s}" if named else s for place, s in zip(PLACES, statements, strict=False)]
+    return "\n".join([*lines, f"\\boxed{{{result}}}"])
 
 
-# ---------- descriptions and metas
+# ---------- metas
 
 
 def look(problem: str) -> str:
-    """Operation and numbers of digits: "minus, 3 by 2"."""
+    """Operation and numbers of digits: "minus 3 2"."""
     a, op, b = parts(problem)
-    return f"{WORDS[op]}, {len(str(a))} by {len(str(b))}"
+    return f"{WORDS[op]} {len(str(a))} {len(str(b))}"
 
 
-def notions(rng: random.Random) -> list[str]:
-    """One or two words, at random."""
-    return rng.sample(NOTIONS, rng.randint(1, 2))
-
-
-def description(problem: str, rng: random.Random) -> str:
-    """The problem's look, and numbers that can be read off it; in a meta's form but about nothing that is foreseen."""
-    digits = sum(c.isdigit() for c in problem)
-    facts = {"math_notion": notions(rng), "digits": digits, "lines": len(work(problem))}
-    return f"<meta>{look(problem)}</meta>\n{json.dumps(facts)}"
-
-
-def meta(problem: str, rng: random.Random) -> str:
-    """The problem's look and an uninformed prediction, in the form that masa/problems.py reads."""
-    foreseen = {"math_notion": notions(rng), "pass_rate": rng.randint(0, 8), "solution_length": rng.randint(*LENGTHS)}
-    return f"<meta>{look(problem)}</meta>\n{json.dumps(foreseen)}"
+def meta(problem: str, kind: Kind, rng: random.Random) -> str:
+    """The problem's look and a prediction that knows little, in the form that masa/problems.py reads."""
+    rate = round(GRID * kind.right) if rng.random() < INFORMED else rng.randint(0, GRID)
+    return meta_text(look(problem), [rng.choice(NOTIONS)], rate, rng.randint(*LENGTHS))
 
 
 # ---------- data sets, documents
 
 
 def problem_sets(seed: int) -> dict[str, list[dict[str, str]]]:
-    """Rows {id, problem, answer, tier} of "train" and "heldout", no problem twice."""
+    """Rows {id, problem, answer, tier} of "train" and "heldout", as many of every kind, no problem twice."""
     rng, used = random.Random(f"problems/{seed}"), set()
-    tiers = {tier: [kind for kind in KINDS if kind.tier == tier] for tier in TIERS}
-    by_turns = [tiers[TIERS[k % 3]] for k in range(HELD_OUT)]
-    held_out = [kinds[k // 3 % len(kinds)] for k, kinds in enumerate(by_turns)]
 
     def row(kind: Kind) -> dict[str, str]:
         while (problem := kind.draw(rng)) in used:
@@ -188,19 +175,19 @@ def problem_sets(seed: int) -> dict[str, list[dict[str, str]]]:
         facts = {"id": f"{kind.name}/{problem}", "problem": problem, "answer": str(answer(problem))}
         return facts | {"tier": kind.tier}
 
-    train = [row(kind) for kind in KINDS for _ in range(kind.train)]
-    return {"train": train, "heldout": [row(kind) for kind in held_out]}
+    sizes = {"train": TRAIN, "heldout": HELD_OUT}
+    return {name: [row(kind) for kind in KINDS for _ in range(n)] for name, n in sizes.items()}
 
 
 def documents(rng: random.Random, without: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) pairs about problems that are not in `without`."""
     weights = [kind.weight for kind in KINDS]
-    turns = {"solution": ("", solution), "description": ("Describe ", description), "meta": ("Predict ", meta)}
     while True:
-        problem = rng.choices(KINDS, weights)[0].draw(rng)
+        kind = rng.choices(KINDS, weights)[0]
+        problem = kind.draw(rng)
         if problem not in without:
-            verb, write = turns[rng.choices(list(MIX), list(MIX.values()))[0]]
-            yield build.prompt(verb + problem, thinking=True), write(problem, rng) + build.END_OF_TURN
+            verb, write = ("Predict ", meta) if rng.random() < METAS else ("", solution)
+            yield build.prompt(verb + problem, thinking=True), write(problem, kind, rng) + build.END_OF_TURN
 
 
 # ---------- the model
@@ -214,7 +201,7 @@ def make(out: Path, seed: int, steps: int) -> None:
     used = frozenset(row["problem"] for rows in sets.values() for row in rows)
     stream = documents(random.Random("tokenizer"))
     texts = ["".join(next(stream)) for _ in range(5000)]
-    tokenizer = build.byte_bpe(texts, VOCABULARY, ["<meta>", "</meta>"])
+    tokenizer = build.byte_bpe(texts, VOCABULARY, FORM)
     build.write_tokenizer(tokenizer, out)
     torch.manual_seed(seed)
     config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(build.END_OF_TURN), **SHAPE)

@@ -39,7 +39,7 @@ import em
 import model as qwen3
 from common.endings import program
 from common.errors import InputError
-from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from common.files import ROOT, atomic_write, each_row, read_json, read_jsonl, write_json, write_jsonl
 from common.model_config import ModelConfig
 from common.table import markdown
 from common.template import load_prompt
@@ -281,7 +281,7 @@ def run_own_sampler(out: Path, questions: Path) -> list[dict[str, Any]]:
     words += ["--questions", str(few), "--out", str(out / "own"), "--draw-max-new", "32", "--draws", "1", "sample"]
     launch(words, out / "own.log")
     rows = read_jsonl(out / "own" / "samples.jsonl")
-    served = {(r["id"], r["mode"]): r["prompt_ids"] for r in read_jsonl(out / "run" / "samples.jsonl")}
+    served = {(r["id"], r["mode"]): r["prompt_ids"] for r in each_row(out / "run" / "samples.jsonl")}
     if odd := [r["id"] for r in rows if r["prompt_ids"] != served[r["id"], r["mode"]]]:
         raise InputError(f"{out / 'own'}: our sampler and the server were given different prompts for {odd[0]}")
     return rows
@@ -365,7 +365,7 @@ def page(out: Path, scale: float, mib: Mapping[str, float], own: Sequence[Mappin
         "## Table 2",
         markdown(tables.beside_paper([results], "Qwen3-8B")),
         "## Tables 3 and 4",
-        "The script plays the adapter `mralign` of each run alike, so only the weights (above) differ between them.",
+        sweep_line({name: folder / "train.jsonl" for name, folder in sweep_folders(out).items()}),
         markdown(sweep.result_rows(swept)),
         "## Figures\n\n" + figure_lines(out, analysed),
         f"## Our own sampler\n\n{len(own)} completions of the tiny model, both modes, from the prompts that the server "
@@ -407,11 +407,28 @@ def tally_rows(tally: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"": name, "count": f"{value:,}"} for name, value in tally.items() if isinstance(value, int)]
 
 
+def sweep_folders(out: Path) -> dict[str, Path]:
+    """The folder of every run of the sweep."""
+    file = sweep.load(out / "sweep-file.json")
+    return {name: sweep.folder(file, name, 0) for name in SWEEP}
+
+
+def sweep_line(files: Mapping[str, Path]) -> str:
+    """What differs between the runs of the sweep. files: run -> its train.jsonl, the full run first."""
+    weights = {name: [row["w"] for row in read_jsonl(file)] for name, file in files.items()}
+    full, *others = files
+    moved = [name for name in others if weights[name] != weights[full]]
+    said = "The script plays the adapter `mralign` of every run alike: Acc and Mis cannot differ between them. "
+    said += f"The step weights (above) do, in: {'; '.join(moved) or 'none'}."
+    if alike := [name for name in others if name not in moved]:
+        said += f" The step weights of the run called {full}, and other settings of the loss: {'; '.join(alike)}."
+    return said
+
+
 def correlation_rows(out: Path) -> list[dict[str, str]]:
     """`correlation` of the run and of every run of the sweep."""
     folders = {"the run (EM, two labels)": out / "run"}
-    file = sweep.load(out / "sweep-file.json")
-    folders |= {name: sweep.folder(file, name, 0) for name in SWEEP if name.startswith("Table 3")}
+    folders |= {name: folder for name, folder in sweep_folders(out).items() if name.startswith("Table 3")}
     rows = []
     for name, folder in folders.items():
         found = correlation(read_jsonl(folder / "train.jsonl"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import kto
 from common.benchmarks import name_of
 from common.errors import InputError
+from common.files import ROOT
 from common.settings import opt
 from data import MATCHERS
 from llm import judge, labelling, retrieve
@@ -40,32 +41,40 @@ class WhereSettings:
     system: str = opt(
         "", "system turn, {thinking} in it becomes on or off; Nemotron-Nano: 'detailed thinking {thinking}'"
     )
-    dtype: str = opt("bfloat16", "dtype of the frozen base weights; adapters are float32")
-    backend: str = opt("local", "who samples: local (this program) or openai (an OpenAI-compatible completions server)")
+    dtype: str = opt("bfloat16", "dtype of the base weights; adapters are float32", choices=("bfloat16", "float32"))
+    backend: str = opt(
+        "local",
+        "who samples: local (this program) or openai (an OpenAI-compatible completions server)",
+        choices=("local", "openai"),
+    )
     base_url: str = opt("", "the server of --backend openai, for example http://127.0.0.1:8000/v1")
     served_model: str = opt("", "what that server calls the base model; none: --model. Adapters: the method's name")
     key_env: str = opt("", "NAME of the environment variable that holds the server's key; none: no key")
-    concurrency: int = opt(64, "requests in flight at the server, over all ranks")
+    concurrency: int = opt(64, "requests in flight at the server, over all ranks", low=1)
 
 
 @dataclass(frozen=True)
 class CandidateSettings:
     """Which draws are made and which of them become training rows (3.1.1)."""
 
-    draws: int = opt(3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)")
-    draw_temperature: float = opt(0.2, "sampling temperature of the draws")
-    draw_top_p: float = opt(0.9, "nucleus of the draws")
-    draw_max_new: int = opt(2048, "longest completion of a draw, tokens")
-    sample_batch: int = opt(128, "rows decoded together on one rank")
+    draws: int = opt(
+        3, "completions per question and mode; right or wrong must hold in all", "candidates (3.1.1)", low=1
+    )
+    draw_temperature: float = opt(0.2, "sampling temperature of the draws", low=0)
+    draw_top_p: float = opt(0.9, "nucleus of the draws", above=0, high=1)
+    draw_max_new: int = opt(2048, "longest completion of a draw, tokens", low=1)
+    sample_batch: int = opt(128, "rows decoded together on one rank", low=1)
     small_batches: bool = opt(
         False, "on a CPU, compute fewer than 16 rows as they are: faster, but a text then depends on its neighbours"
     )
-    keep: str = opt("first", "which right or wrong draws become rows: first or all")
-    min_segments: int = opt(4, "fewest thinking segments, inclusive")
-    max_segments: int = opt(15, "most thinking segments, inclusive")
-    min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive")
-    max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive")
-    matcher: str = opt("equal", "an answer is right if it equals a gold, contains one (A.2), has it in whole words")
+    keep: str = opt("first", "which right or wrong draws become rows: first or all", choices=("first", "all"))
+    min_segments: int = opt(4, "fewest thinking segments, inclusive", low=1)
+    max_segments: int = opt(15, "most thinking segments, inclusive", low=1)
+    min_think_tokens: int = opt(450, "shortest thought, tokens, inclusive", low=0)
+    max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive", low=1)
+    matcher: str = opt(
+        "equal", "an answer is right if it equals a gold, contains one (A.2), has it in whole words", choices=MATCHERS
+    )
     fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")
 
 
@@ -73,29 +82,33 @@ class CandidateSettings:
 class TransitionSettings:
     """How labels become P (3.2.2)."""
 
-    transitions: str = opt("em", "estimate of P: em or frequency (Table 3)", "transitions (3.2.2)")
-    labels: str = opt("two", "labels a step keeps: two or one, the most confident (Table 3)")
-    em_iterations: int = opt(5, "EM iterations; P is defined by running this many (Algorithm 2)")
-    em_damping: float = opt(0.6, "share of the new estimate in each iteration (Algorithm 2)")
-    em_prior: float = opt(0.1, "pseudo-count of every allowed transition (Algorithm 2)")
+    transitions: str = opt(
+        "em", "estimate of P: em or frequency (Table 3)", "transitions (3.2.2)", choices=("em", "frequency")
+    )
+    labels: str = opt("two", "labels a step keeps: two or one, the most confident (Table 3)", choices=("two", "one"))
+    em_iterations: int = opt(5, "EM iterations; P is defined by running this many (Algorithm 2)", low=1)
+    em_damping: float = opt(0.6, "share of the new estimate in each iteration (Algorithm 2)", above=0, high=1)
+    em_prior: float = opt(0.1, "pseudo-count of every allowed transition (Algorithm 2)", above=0)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """How the variants are sampled and what is measured on them (4.1, Table 15)."""
 
-    score_matcher: str = opt("", "matcher of Acc, Mis and all that follows; none: --matcher", "evaluation (Table 15)")
-    temperature: float = opt(0.6, "sampling temperature")
-    top_p: float = opt(0.95, "nucleus")
-    top_k: int = opt(20, "most probable tokens kept; 0: all")
-    min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped")
-    max_new: int = opt(8192, "longest completion, tokens")
-    eval_draws: int = opt(1, "completions a question; with several, tables show mean and spread over them")
+    score_matcher: str = opt(
+        "", "matcher of Acc, Mis and all that follows; none: --matcher", "evaluation (Table 15)", choices=MATCHERS
+    )
+    temperature: float = opt(0.6, "sampling temperature", low=0)
+    top_p: float = opt(0.95, "nucleus", above=0, high=1)
+    top_k: int = opt(20, "most probable tokens kept; 0: all", low=0)
+    min_p: float = opt(0.0, "tokens below this share of the most probable one are dropped", low=0, high=1)
+    max_new: int = opt(8192, "longest completion, tokens", low=1)
+    eval_draws: int = opt(1, "completions a question; with several, tables show mean and spread over them", low=1)
     also: str = opt("", "more variants: refine (Self-Refine of ThinkOn), a variant with +ret (search results first)")
     search: str = opt("", "who searches: serper (key in $SERPER_KEY), serper#VARIABLE, or a file of documents")
     search_cache: str = opt("", "file of search results to reuse and to add to; none: search.jsonl under --out")
-    search_results: int = opt(5, "search results before a question (4.1)")
-    label_eval: int = opt(0, "thoughts of NQ-Open (else of every set) to label, a variant, for Fig. 4 (paper: 977)")
+    search_results: int = opt(5, "search results before a question (4.1)", low=1)
+    label_eval: int = opt(0, "thoughts of NQ-Open (else of every set) to label, a variant (Fig. 4: 977)", low=0)
     judge_sets: str = opt("", "sets of short answers to judge too, comma-separated (SimpleQA's three grades)")
 
 
@@ -161,7 +174,30 @@ def names(settings: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(settings))
 
 
+def placed(cfg: RunConfig) -> RunConfig:
+    """The same settings with input files where they lie: as given, or a relative path beside the project.
+
+    A file that is in neither place keeps its name, for `check` or the dry run to say so.
+    """
+
+    def place(path: str) -> str:
+        beside = ROOT / path
+        return str(beside) if path and not Path(path).exists() and beside.is_file() else path
+
+    given = {name: place(getattr(cfg, name)) for name in ("prompt", "questions", "search", "annotator")}
+    sets = [name + sign + place(path) for name, sign, path in (part.partition("=") for part in _parts(cfg.eval_sets))]
+    return dataclasses.replace(cfg, eval_sets=",".join(sets), **given)
+
+
 MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
+
+
+READS = {  # stages that read what another one leaves under --out: file -> who writes it
+    "candidates": {"samples.jsonl": "sample"},
+    "annotate": {"candidates.jsonl": "candidates"},
+    "fit": {"candidates.jsonl": "candidates", "annotations.jsonl": "annotate"},
+    "train": {"train.jsonl": "fit"},
+}
 
 
 def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
@@ -177,19 +213,6 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     for name in ("model", *["questions"] * due("sample", "scores"), *["eval_sets"] * due(*MEASURED)):
         if not getattr(cfg, name):
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
-    allowed = {
-        "dtype": ("float32", "bfloat16"),
-        "backend": ("local", "openai"),
-        "keep": ("first", "all"),
-        "matcher": tuple(MATCHERS),
-        "score_matcher": ("", *MATCHERS),
-        "transitions": ("em", "frequency"),
-        "labels": ("one", "two"),
-        "kernel": ("", "torch", "triton"),
-    }
-    for name, values in allowed.items():
-        if getattr(cfg, name) not in values:
-            raise InputError(f"--{name} is {getattr(cfg, name)!r}, must be one of {', '.join(v for v in values if v)}")
     if (cfg.backend == "openai") != bool(cfg.base_url):
         raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
     for method in cfg.methods:
@@ -207,7 +230,13 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
             hint = "" if path == cfg.prompt else FETCH
-            raise InputError(f"{path}: no such file; paths are relative to the current directory{hint}")
+            raise InputError(f"{path}: no such file, here or beside the project{hint}")
+    for stage in wanted:
+        for name, writer in READS.get(stage, {}).items():
+            if writer not in wanted and not (path := Path(cfg.out) / name).exists():
+                raise InputError(
+                    f"{path}: no such file, which {stage} reads; run the stage {writer} first, or put it there"
+                )
     _check_keys(cfg, due)
 
 
@@ -256,6 +285,3 @@ def _check_variants(cfg: RunConfig) -> None:
             raise InputError(f"--also {variant} refines the samples of thinkon{RET}; put thinkon{RET} before it")
     if cfg.label_eval and cfg.annotator.endswith(".jsonl"):
         raise InputError("--label-eval needs an annotator that can label, not a finished file; leave it at 0")
-    for name in ("eval_draws", "search_results"):
-        if getattr(cfg, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")

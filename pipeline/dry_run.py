@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import data
+import sample
+from common import costs
 from common.benchmarks import SOURCES, in_file
 from common.errors import InputError
-from common.files import ROOT, read_jsonl
+from common.files import ROOT, each_row, read_jsonl
 from common.model_config import ModelConfig
 from common.table import markdown
 from kto import LOSSES
@@ -26,19 +30,8 @@ from llm import judge, labelling, ledger
 from llm.client import parse_endpoint
 from pipeline import fit, plan
 from pipeline.config import REFINE, RET, RunConfig
-from sample import CACHE_SHARE
 
-BANDWIDTH = {  # name -> memory bandwidth in GB/s, from the vendors' data sheets (SXM where there are several)
-    "h100": 3350,
-    "h200": 4800,
-    "a100-80": 2039,
-    "a100-40": 1555,
-    "a800-80": 2039,
-    "a800-40": 1555,
-    "l40s": 864,
-    "rtx4090": 1008,
-}
-READING = 0.6  # assumed share of that bandwidth while a token is decoded
+READING = 0.6  # assumed share of the bandwidth while a token is decoded
 PAPER_QUESTIONS = 79_168 + 11_679  # A.1: NQ-Open and SciQ
 
 
@@ -112,11 +105,11 @@ def drawn_lengths(out: Path) -> dict[str, tuple[float, float]]:
     off = (ASSUMED.prompt, ASSUMED.answer)
     lengths = {"on": (ASSUMED.prompt, ASSUMED.thought + ASSUMED.answer), "off": off}
     if (out / "samples.jsonl").exists():
-        rows = read_jsonl(out / "samples.jsonl", ("mode", "ids", "prompt_ids"))
-        for mode in lengths:
-            each = [(len(r["prompt_ids"]), len(r["ids"])) for r in rows if r["mode"] == mode]
-            if each:
-                lengths[mode] = (sum(p for p, _ in each) / len(each), sum(c for _, c in each) / len(each))
+        sums = {mode: [0, 0, 0] for mode in lengths}  # rows, prompt tokens, completion tokens
+        for row in each_row(out / "samples.jsonl", ("mode", "ids", "prompt_ids")):
+            for k, n in enumerate((1, len(row["prompt_ids"]), len(row["ids"]))):
+                sums[row["mode"]][k] += n
+        lengths |= {mode: (prompt / n, ids / n) for mode, (n, prompt, ids) in sums.items() if n}
     return lengths
 
 
@@ -146,20 +139,26 @@ class Decoding:
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.size
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the cache."""
+        return {4: torch.float32, 2: torch.bfloat16}[self.size]
+
     def rows(self, tokens: float) -> int:
         """Rows of so many tokens whose cache fits beside the weights."""
-        free = 0.92 * plan.GPUS[self.gpu][1] * 1e9 - self.size * self.params  # as plan.memory_lines leaves free
-        return max(0, int(CACHE_SHARE * free / (self.cache_per_token * tokens)))
+        room = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_table leaves free
+        free = room - self.size * self.params
+        return max(0, int(sample.CACHE_SHARE * free / (self.cache_per_token * tokens)))
 
     def seconds(self, completions: int, prompt: float, completion: float, batch: int) -> float:
         """Time of all completions on one GPU, `batch` rows together: read once, then written token by token.
 
         A step reads the weights and the rows' caches, or multiplies, whichever takes longer.
         """
-        peak = plan.GPUS[self.gpu][0] * 1e12 * plan.UTILISATION
+        peak = costs.GPUS[self.gpu].tflops * 1e12 * costs.UTILISATION
         held = self.cache_per_token * (prompt + completion / 2)
         step = max(
-            (self.size * self.met(batch) + batch * held) / (BANDWIDTH[self.gpu] * 1e9 * READING),
+            (self.size * self.met(batch) + batch * held) / (costs.GPUS[self.gpu].bandwidth * 1e9 * READING),
             2 * self.met(1) * batch / peak,
         )
         return completions * (2 * self.met(1) * prompt / peak + completion * step / batch)
@@ -195,26 +194,51 @@ def together(needs: list[Need]) -> Need:
     return Need(needs[0].phase, units, needs[0].what, read, written, hours, usd)
 
 
-def label_needs(cfg: RunConfig, questions: Set | None) -> list[Need]:
-    """Calls of a committee for the candidates and for the evaluated thoughts of Fig. 4; none of another annotator."""
-    if cfg.annotator != "committee":
-        return []
-    out, given, needs = Path(cfg.out), Path(cfg.out) / "candidates.jsonl", []
+def label_needs(cfg: RunConfig, questions: Set | None, gpu: str, gpus: int) -> list[Need]:
+    """Labels of the candidates and of the evaluated thoughts of Fig. 4: calls of a committee, completions of self."""
+    out, made, needs = Path(cfg.out), made_up(), []
+    if cfg.annotator not in ("committee", "self"):
+        return needs
 
     def add(phase: str, rows: list[dict[str, Any]], times: float) -> None:
+        if cfg.annotator == "self":
+            needs.extend(self_needs(cfg, phase, rows, times, gpu, gpus))
+            return
         for role in labelling.estimate(rows, cfg, out, cfg.seed)[0]:
             usd = None if role.usd is None else times * role.usd
             calls, read, written = (round(times * n) for n in (role.calls, role.prompt, role.reply))
             needs.append(Need(f"{phase}, {role.role}: {role.endpoint.model}", calls, "calls", read, written, usd=usd))
 
-    made = made_up()
-    if given.exists():
+    if (given := out / "candidates.jsonl").exists():
         add("labels of candidates", read_jsonl(given, ("id", "question", "answers", "completion", "spans")), 1)
     elif questions:
         add("labels of candidates", made, candidates_of(questions) / len(made))
     if thoughts := cfg.label_eval * (1 + len(cfg.methods)) * len(cfg.labelled_sets):
         add("labels of evaluated thoughts", made, thoughts / len(made))
     return needs
+
+
+def self_needs(cfg: RunConfig, phase: str, rows: list[dict[str, Any]], times: float, gpu: str, gpus: int) -> list[Need]:
+    """Completions and hours of --annotator self for `rows`, `times` over: the model, a second one, the first again."""
+    asked = {"a": cfg.model} | ({"b": cfg.annotator_model, "judge": cfg.model} if cfg.annotator_model else {})
+    needs = []
+    for role, model in asked.items():
+        sizes = labelling.sizes(rows, role)
+        prompt, reply = (sum(of) / len(sizes) for of in zip(*sizes, strict=True))
+        how, n = decoding(model, cfg, gpu), times * len(sizes)
+        batch = max(1, min(cfg.sample_batch, how.rows(prompt + cfg.annotate_max_tokens)))
+        hours = how.seconds(round(n), prompt, reply, batch) / 3600 / gpus
+        name = f"{phase}, {role}: {Path(model).name}"
+        needs.append(Need(name, round(n), "completions", round(n * prompt), round(n * reply), hours))
+    return needs
+
+
+def decoding(model: str, cfg: RunConfig, gpu: str) -> Decoding:
+    """How a model samples on a GPU, in the run's dtype."""
+    config, _ = plan.shape_of(model)
+    params = costs.parameters(config, cfg.lora_r)
+    size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    return Decoding(config, params["layers"] + params["rest"], size, gpu, params["experts"])
 
 
 def made_up() -> list[dict[str, Any]]:
@@ -286,12 +310,14 @@ def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> 
         rows = data.load_train(given)
         counted = ([len(row[ids]) for row in rows] for ids in ("prompt_ids", "completion_ids"))
         lengths = plan.Lengths(*counted, [row["label"] for row in rows])
+    size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    level, _ = plan.level_and_tokens(config, s, size, gpu, gpus, lengths)
     for method in cfg.methods:
         kept = [i for i, chosen in enumerate(lengths.chosen) if chosen or LOSSES[method].rows == "all"]
         own = plan.Lengths(*([of[i] for i in kept] for of in (lengths.prompt, lengths.completion, lengths.chosen)))
-        seconds = s.epochs * plan.step_flops(config, s, len(kept), own) / (gpus * plan.GPUS[gpu][0] * 1e12)
+        seconds = s.epochs * plan.step_flops(config, s, len(kept), own, level) / (gpus * costs.GPUS[gpu].tflops * 1e12)
         tokens = round(s.epochs * sum(own.total))
-        needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / plan.UTILISATION / 3600))
+        needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / costs.UTILISATION / 3600))
     return needs
 
 
@@ -300,7 +326,7 @@ def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> 
 
 def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
     """Memory while sampling: the weights, and how many rows fit beside them."""
-    lengths, mem = drawn_lengths(Path(cfg.out)), plan.GPUS[how.gpu][1]
+    lengths, mem = drawn_lengths(Path(cfg.out)), costs.GPUS[how.gpu].memory
     weights = how.size * how.params / 1e9
     lines = [
         f"memory while sampling, each of {gpus} {how.gpu}: weights {weights:.2f} GB of {mem}; a row's cache takes "
@@ -311,12 +337,17 @@ def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
         full, mean = how.rows(prompt + limit), how.rows(prompt + completion)
         fits = f"{full:,} rows of {prompt + limit:,.0f} tokens fit, {mean:,} of the mean {prompt + completion:,.0f}"
         lines.append(f"  {what}: {fits}; --sample-batch {cfg.sample_batch}")
-        if not mean:
-            n = fit.cards(fit.need(cfg, how.config), int(mem * 1e9))
-            typed = ["--model", cfg.model, "..."]
-            serve, again = (" ".join(line) for line in fit.server_lines(cfg, typed, n))
-            lines.append(f"  {what} DO NOT FIT on a {how.gpu}: use a larger one, or a server over {n} of them:")
-            lines += [f"    {serve}", f"    {again}"]
+        flag = "--draw-max-new" if what == "draws" else "--max-new"
+        try:
+            sample.check_memory(how.config, how.dtype, round(prompt + limit), int(mem * 1e9), flag)
+        except InputError as error:
+            n = fit.cards(sample.memory(how.config, how.dtype, 1, round(prompt + limit)), int(mem * 1e9))
+            serve, again = (" ".join(line) for line in fit.server_lines(cfg, ["--model", cfg.model, "..."], n))
+            lines += [f"  {what} DO NOT FIT on a {how.gpu}: {error}", f"    over {n} of them: {serve}", f"    {again}"]
+        if prompt + limit > (room := how.config.max_position_embeddings):
+            lines.append(
+                f"  {what} EXCEED the model's {room:,} positions: lower {flag} to {room - prompt:,.0f} or less"
+            )
     return lines
 
 
@@ -337,9 +368,8 @@ def table(needs: list[Need], gpu: str, gpus: int) -> str:
 def annotator_line(cfg: RunConfig) -> str:
     """Who labels."""
     if cfg.annotator == "self":
-        return (
-            f"{'annotator':<15} self: a reply for every thought by the model itself, no cost; its hours are not counted"
-        )
+        second = f" and {cfg.annotator_model}" if cfg.annotator_model else ""
+        return f"{'annotator':<15} self: the model itself{second}, no cost; hours in the table, under labels"
     if cfg.annotator != "committee":
         return f"{'annotator':<15} {cfg.annotator}{f' ({cfg.cues})' * (cfg.annotator == 'cues')}: no calls, no cost"
     named = ", ".join(f"{role} {endpoint}" for role, endpoint in labelling.endpoints(cfg).items())
@@ -351,10 +381,8 @@ def report_text(cfg: RunConfig, gpu: str, gpus: int) -> str:
     config, _ = plan.shape_of(cfg.model)
     questions = questions_of(cfg.questions) if cfg.questions else None
     sets = {name: questions_of(path) for name, path in cfg.eval_paths.items()}
-    params = plan.counts(config, cfg.lora_r)
-    total, size = params["layers"] + params["rest"], {"float32": 4, "bfloat16": 2}[cfg.dtype]
-    how = Decoding(config, total, size, gpu, params["experts"])
-    needs = sampling_needs(cfg, questions, sets, how, gpus) + label_needs(cfg, questions)
+    how = decoding(cfg.model, cfg, gpu)
+    needs = sampling_needs(cfg, questions, sets, how, gpus) + label_needs(cfg, questions, gpu, gpus)
     needs += training_needs(cfg, config, gpu, gpus) + search_needs(cfg, sets) + judge_needs(cfg, sets)
     lines = [plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus)]
     lines += ["", annotator_line(cfg), *counted_lines(cfg, questions, sets), "", *memory_lines(cfg, how, gpus)]
@@ -387,8 +415,8 @@ def assumption_lines(cfg: RunConfig, gpu: str) -> list[str]:
     )
     return [
         f"assumed: tokens of a {tokens} (claims: their number); {drawn}sentences of a long answer {sentences()}",
-        f"assumed: {READING:.0%} of {BANDWIDTH[gpu]} GB/s while decoding, {plan.UTILISATION:.0%} of "
-        f"{plan.GPUS[gpu][0]} TFLOP/s else; every trace goes to the adjudicator, no reply is asked for twice",
+        f"assumed: {READING:.0%} of {costs.GPUS[gpu].bandwidth} GB/s while decoding, {costs.UTILISATION:.0%} of "
+        f"{costs.GPUS[gpu].tflops} TFLOP/s else; every trace goes to the adjudicator, no reply is asked for twice",
         "left out: longer thoughts than the filter keeps, reasoning tokens of paid models, waiting for servers",
         f"prices of {date} ({cfg.prices}), without discounts: check them; nothing was sent",
     ]

@@ -123,8 +123,8 @@ def draw_answers(run: Run, variant: str, name: str) -> dict[str, Any]:
             answers_of(run.samples(name, "thinkon" + variant.removeprefix(REFINE))),
             run.file(name, variant, "feedback"),
         )
-        run.draw(generate, jobs, told, f"{variant} on {name}: feedback", cfg.max_new, how, _feedback(first))
-        turn = _refined(plain, first, answers_of(told))
+        run.draw(generate, jobs, told, f"{variant} on {name}: feedback", cfg.max_new, how, _feedback(run, first))
+        turn = _refined(run, plain, first, answers_of(told))
     speed = run.draw(generate, jobs, run.samples(name, variant), f"{variant} on {name}", cfg.max_new, how, turn)
     return {"tokens_per_second_per_rank": round(speed)}
 
@@ -135,7 +135,7 @@ def _with_results(run: Run, name: str) -> Turn:
     found = {r["id"]: r["results"] for r in read_jsonl(run.out / "eval" / name / "snippets.jsonl", ("id", "results"))}
 
     def turn(q: Question, k: int) -> str:
-        return fill(template, snippets=retrieve.as_text(found[q["id"]]), prompt=run.turn(q["question"]))
+        return fill(template, snippets=run.text(retrieve.as_text(found[q["id"]])), prompt=run.turn(q["question"]))
 
     return turn
 
@@ -145,20 +145,25 @@ def answers_of(path: Path) -> Answers:
     return {(r["id"], r["draw"]): data.parse_sample(r).answer or "(none)" for r in read_jsonl(path)}
 
 
-def _feedback(first: Answers) -> Turn:
+def _feedback(run: Run, first: Answers) -> Turn:
     """User turns that ask what is wrong with the first answer."""
     template = load_prompt(ROOT / "prompts" / "refine_feedback.txt")
-    return lambda q, k: fill(template, question=q["question"], answer=first[q["id"], k])
+    return lambda q, k: fill(template, question=run.text(q["question"]), answer=run.text(first[q["id"], k]))
 
 
-def _refined(plain: Turn, first: Answers, told: Answers) -> Turn:
+def _refined(run: Run, plain: Turn, first: Answers, told: Answers) -> Turn:
     """User turns of Self-Refine: the question, the first answer, what the model itself said about it.
 
     PAPER: Self-Refine, no prompts, no number of rounds.  HERE: one round with our own prompts.
     WHY:   a round costs two more completions, and how many the paper ran is not said.
     """
     template = load_prompt(ROOT / "prompts" / "refine.txt")
-    return lambda q, k: fill(template, prompt=plain(q, k), answer=first[q["id"], k], feedback=told[q["id"], k])
+
+    def turn(q: Question, k: int) -> str:
+        key = (q["id"], k)
+        return fill(template, prompt=plain(q, k), answer=run.text(first[key]), feedback=run.text(told[key]))
+
+    return turn
 
 
 # ---------- labels and judges

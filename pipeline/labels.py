@@ -18,6 +18,7 @@ from common import hub
 from common.errors import AnnotationError
 from common.files import read_jsonl, sha256_file, write_json
 from common.template import fill
+from common.tokens import encode
 from llm import agreement, committee, labelling
 from llm.committee import Committee, Trace, parse_reply, unlabelled
 from pipeline.run import Generate, Run
@@ -88,12 +89,15 @@ def ask(
     again = committee.Prompts.load(labelling.PROMPTS).again
     source = "judge" if role == "judge" else role if run.cfg.annotator_model else "single"
     found: list[list[Step] | None] = [None] * len(asked)
-    todo, words = list(range(len(asked))), {k: text for k, (_, text, _) in enumerate(asked)}
+    words = {k: text for k, (_, text, _) in enumerate(asked)}
+    todo, long = list(words), list[int]()
     for name, outcome in ((role, "usable"), (f"{role}-again", "usable when asked again")):
-        replies, failed = (
-            _replies(run, generate, [(asked[k][0], words[k]) for k in todo], out / "annotation" / f"{name}.jsonl"),
-            [],
-        )
+        todo, longer = _with_room(run, asked, words, todo)
+        long += longer
+        if not todo:
+            break
+        texts, failed = [(asked[k][0], words[k]) for k in todo], list[int]()
+        replies = _replies(run, generate, texts, out / "annotation" / f"{name}.jsonl")
         for k, reply in zip(todo, replies, strict=True):
             trace, text, blocks = asked[k]
             try:
@@ -104,18 +108,29 @@ def ask(
                 words[k] = f"{text}\n\n{said}"
                 failed.append(k)
         todo = failed
-        if not todo:
-            break
-    if todo:
-        outcomes[f"{role}: not usable"] += len(todo)
+    if long:
+        run.ranks.log(f"{role}: {len(long)} prompts leave no room for a reply in the model's {run.room:,} positions")
+    if todo or long:
+        outcomes[f"{role}: not usable"] += len(todo) + len(long)
     return found
+
+
+def _with_room(run: Run, asked: Asked, words: dict[int, str], which: list[int]) -> tuple[list[int], list[int]]:
+    """`which` of them leave the model room for a reply of the usual length, and which do not."""
+    room: dict[bool, list[int]] = {True: [], False: []}
+    for k in which:
+        prompt = len(encode(run.tokenizer, run.prompt(words[k], "off")))
+        reply = labelling.REPLY_TOKENS * len(asked[k][0].segments)
+        room[prompt + min(reply, run.cfg.annotate_max_tokens) <= run.room].append(k)
+    return room[True], room[False]
 
 
 def _replies(run: Run, generate: Generate, asked: list[tuple[Trace, str]], path: Path) -> list[str]:
     """What the model says to each text, thinking off; the replies stay in `path`."""
     cfg = run.cfg
-    texts = {t.id: text for t, text in asked}
+    texts = {t.id: run.text(text) for t, text in asked}
     jobs = [({"id": t.id, "question": t.question, "answers": t.answers}, "off", 0) for t, _ in asked]
     how = sample.Sampling(cfg.annotate_temperature, 1.0, 0, 0.0)
-    run.draw(generate, jobs, path, f"labels, {path.stem}", cfg.annotate_max_tokens, how, lambda q, k: texts[q["id"]])
+    what, longest = f"labels, {path.stem}", cfg.annotate_max_tokens
+    run.draw(generate, jobs, path, what, longest, how, lambda q, k: texts[q["id"]], shorten=True)
     return [row["text"] for row in read_jsonl(path)]

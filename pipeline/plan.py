@@ -1,10 +1,9 @@
 """The dry run: what a training run will take, from a config.json and, where there is one, a train.jsonl.
 
-No weights are read and no GPU is asked. Rows, steps and tokens are counted; weights, adapters and optimiser state
-follow from the shapes; activations from a list of what each layer keeps for its backward pass; time from the number of
-multiplications and an assumed share of the GPU's peak. Counts are exact, activations within some 10 %, time is a
-prediction that no measurement stands behind. Left out: the memory of sampling, the allocator's slack, other formats
-than bf16 and fp32.
+No weights are read and no GPU is asked. Rows, steps and tokens are counted; weights, adapters, optimiser state and
+activations follow from the shapes (common/costs.py); time from the number of operations and an assumed share of the
+GPU's peak. Counts are exact, activations within some 10 %, time is a prediction that no measurement stands behind. Left
+out: the memory of sampling, the allocator's slack, other formats than bf16 and fp32.
 """
 
 import dataclasses
@@ -13,34 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import data
-import lora
-import model as qwen
-import moe
 import train
+from common import costs, passes
 from common.errors import InputError
 from common.files import ROOT
 from common.model_config import ModelConfig
+from common.table import markdown
 from common.tokens import load_tokenizer, token_offsets
 from em import LABELS
-from kernels.segment_logprob import CUDA_CHUNK_BYTES
 from report import analysis
 
 SHAPES = ROOT / "configs" / "shapes"  # config.json of public models, for a dry run offline
-GPUS = {  # name -> (peak of dense bf16 products in TFLOP/s, memory in GB), from the vendors' data sheets
-    "h100": (989, 80),
-    "h200": (989, 141),
-    "a100-80": (312, 80),
-    "a100-40": (312, 40),
-    "a800-80": (312, 80),
-    "a800-40": (312, 40),
-    "l40s": (362, 48),
-    "rtx4090": (165, 24),
-}
-UTILISATION = 0.35  # assumed share of the peak
 RATIO = (1.0, 1.5)  # lambda_c n_c over lambda_r n_r, section 4.3
 PAPER = {
     "rows": 6973,
@@ -82,88 +65,34 @@ def assumed_lengths() -> Lengths:
     return Lengths([PAPER["prompt"]] * n, completion, chosen)
 
 
-def counts(config: ModelConfig, r: int) -> dict[str, int]:
-    """Parameters: "layers", "rest" (embedding, head, final norm) and "adapters" of rank r; built without memory.
-
-    "experts" of the layers' are experts', and "idle" of these a token does not meet.
-    """
-    with torch.device("meta"):
-        model = qwen.Qwen3(config)
-    layers = sum(p.numel() for p in model.model.layers.parameters())
-    targets = lora.targets_of(config)
-    linears = [
-        m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.rpartition(".")[2] in targets
-    ]
-    adapters = sum(r * (m.in_features + m.out_features) for m in linears)
-    found = {"layers": layers, "rest": sum(p.numel() for p in model.parameters()) - layers, "adapters": adapters}
-    experts = sum(p.numel() for block in moe.blocks(model) for p in block.experts.parameters())
-    idle = experts - experts * config.moe.num_experts_per_tok // config.moe.num_experts if config.moe else 0
-    return found | {"experts": experts, "idle": idle}
-
-
-def kept_per_token(config: ModelConfig, r: int, size: int, experts: bool = False) -> int:
-    """Bytes one token leaves in one layer, of one MLP or of experts, for the backward pass. size: of a base weight.
-
-    Frozen weights keep no inputs; adapters keep one for all layers that read it. Counted is the torch text: the fused
-    kernels of a GPU keep no fp32 copy of a norm's input and no silu(gate), so in bf16 they keep less.
-    """
-    E, inner = config.hidden_size, config.intermediate_size
-    Q, KV = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    norms = 2 * 4 * E + (4 * (Q + KV) if size == 2 else 0)
-    attention = size * (Q + 2 * KV) + size * (Q + KV) + size * Q  # before and after RoPE, result
-    if config.moe and experts:
-        n, k, inner = config.moe.num_experts, config.moe.num_experts_per_tok, config.moe.moe_intermediate_size
-        routes = 4 * n + 40 * k  # probabilities in fp32; what is chosen, its weight, its place among the sorted rows
-        inputs = size * (E + Q + 4 * r)  # q k v; o; A's outputs
-        return norms + inputs + attention + routes + size * 4 * k * inner  # gate, silu(gate), up, times its weight
-    inputs = size * (2 * E + inner + Q + 7 * r)  # q k v and gate up; down; o; A's outputs
-    if config.moe:
-        inputs = size * (E + Q + 4 * r)  # its MLP has no adapters
-    return norms + inputs + attention + size * 3 * inner  # gate, silu(gate), up
+def level_and_tokens(
+    config: ModelConfig, s: train.TrainSettings, size: int, gpu: str, world: int, lengths: Lengths
+) -> tuple[str, int]:
+    """What is recomputed on such a GPU and how many tokens a pass holds, as training plans them before it measures."""
+    return passes.planned(s, config, lengths.total, size, costs.ROOM * costs.GPUS[gpu].memory * 1e9, world)
 
 
 def memory(
-    config: ModelConfig, s: train.TrainSettings, size: int, world: int, lengths: Lengths
+    config: ModelConfig, s: train.TrainSettings, size: int, gpu: str, world: int, lengths: Lengths
 ) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU at the fullest moment, by part, "plain" and with gradient "checkpointing"."""
-    n, E, inner = counts(config, s.lora_r), config.hidden_size, config.intermediate_size
-    longest = sorted(lengths.total, reverse=True)
-    tokens = sum(longest[: s.micro_batch])
-    no_grad = sum(longest[: s.micro_batch * train.NO_GRAD_PACK])
-    L = config.num_hidden_layers
-    with_experts = [config.moe is not None and config.moe.at(layer) for layer in range(L)]
-    kept = [kept_per_token(config, s.lora_r, size, experts) for experts in with_experts]
-    predicted = sum(sorted(lengths.completion, reverse=True)[: s.micro_batch])
-    fixed = {
-        "frozen weights": size * (n["layers"] / (world if s.shard else 1) + n["rest"]),
-        "gathered layers": size * 2 * n["layers"] / L if s.shard and world > 1 else 0,
-        "adapters": 4 * n["adapters"],
-        "gradients and their sum": 8 * n["adapters"],
-        "AdamW's moments": 8 * n["adapters"],
-    }
-    products = 5 * inner  # of an MLP
-    if config.moe:  # of the experts: their input, gate and up, silu(gate), the product, the output
-        k, inner = config.moe.num_experts_per_tok, config.moe.moe_intermediate_size
-        products = k * (2 * E + 4 * inner)
-    working = max(no_grad, tokens) * size * products
-    head = min(CUDA_CHUNK_BYTES, 6 * predicted * config.vocab_size) + 2 * size * predicted * E
-    moving = {"working set of one layer": working, "head chunk and its gradient": head}
-    return {
-        "plain": fixed | {"activations": sum(kept) * tokens} | moving,
-        "checkpointing": fixed | {"activations": (size * E * L + max(kept)) * tokens} | moving,
-    }
+    """For each level of recomputation the tokens of a pass, and bytes at the fullest moment by part."""
+    table = {}
+    for level in costs.RECOMPUTE:
+        _, tokens = level_and_tokens(
+            config, dataclasses.replace(s, recompute=level, compile=False), size, gpu, world, lengths
+        )
+        no_grad = passes.Limit(tokens=tokens).without_gradient().tokens
+        shards = world if s.shard else 1
+        parts = costs.memory(config, s.lora_r, size, tokens, tokens, level, True, no_grad, shards)
+        table[level] = {"tokens": tokens} | parts
+    return table
 
 
-def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths) -> float:
-    """Multiplications and additions of one optimiser step of `rows` mean rows: see the table in train.py."""
-    n = counts(config, s.lora_r)
-    T = sum(lengths.total) / len(lengths.total)
-    C = sum(lengths.completion) / len(lengths.completion)
-    attention = 2 * T * T * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # causal: half of 4
-    forward = 2 * T * (n["layers"] - n["idle"] + n["adapters"]) + attention
-    head = 2 * C * config.vocab_size * config.hidden_size
-    passes = 1 + s.kl_rows + 1 + s.gradient_checkpointing  # y, y', backward, recomputation
-    return rows * (passes * forward + (2 + s.kl_rows) * head)  # the head's gradient is made in its forward pass
+def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths, level: str = "none") -> float:
+    """Operations of one optimiser step of `rows` mean rows. level: of recomputation, which is counted too."""
+    of = list(zip(lengths.total, lengths.completion, strict=True))
+    policy = sum(costs.step_flops(config, s.lora_r, of, [], level).values())
+    return rows / len(of) * (policy + s.kl_rows * sum(costs.forward_flops(config, s.lora_r, of).values()))
 
 
 def bars(counted: dict[str, int]) -> list[str]:
@@ -223,16 +152,17 @@ def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[st
     return lines
 
 
-def memory_lines(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> list[str]:
-    """Memory by part, with and without checkpointing, beside what the GPU has."""
-    lines = [f"memory of each of {gpus} {gpu}, GB{'plain':>24}{'checkpointing':>15}"]
-    for part in table["plain"]:
-        lines.append(f"  {part:<32}" + "".join(f"{table[way][part] / 1e9:>15.2f}" for way in table))
-    sums = [sum(parts.values()) / 1e9 for parts in table.values()]
-    lines.append(f"  {'sum':<32}" + "".join(f"{x:>15.2f}" for x in sums))
-    room = 0.92 * GPUS[gpu][1]  # the rest is the context, the allocator's gaps and NCCL's buffers
-    fits = "".join(f"{'fits' if x <= room else 'too much':>15}" for x in sums)
-    return [*lines, f"  {f'of {GPUS[gpu][1]} GB, 8 % left free':<32}{fits}"]
+def memory_table(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> str:
+    """Memory by part at each level of recomputation, beside what the GPU has."""
+    what = f"each of {gpus} {gpu}, GB, recomputed:"
+    parts = [name for name in table["none"] if name != "tokens"]
+    sums = {level: sum(of[part] for part in parts) / 1e9 for level, of in table.items()}
+    memory = costs.GPUS[gpu].memory
+    rows = [{what: "tokens of one pass"} | {level: f"{of['tokens']:,}" for level, of in table.items()}]
+    rows += [{what: part} | {level: f"{of[part] / 1e9:.2f}" for level, of in table.items()} for part in parts]
+    rows += [{what: "sum"} | {level: f"{x:.2f}" for level, x in sums.items()}]
+    fits = {level: "fits" if x <= costs.ROOM * memory else "too much" for level, x in sums.items()}
+    return markdown([*rows, {what: f"of {memory} GB, {1 - costs.ROOM:.0%} left free"} | fits])
 
 
 def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
@@ -247,9 +177,11 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
         lengths = Lengths(
             *([len(r[k]) for r in rows] for k in ("prompt_ids", "completion_ids")), [r["label"] for r in rows]
         )
-    n = counts(config, s.lora_r)
-    flops = step_flops(config, s, s.batch_size, lengths)
-    seconds = flops / (gpus * GPUS[gpu][0] * 1e12 * UTILISATION)
+    n = costs.parameters(config, s.lora_r)
+    level, _ = level_and_tokens(config, s, size, gpu, gpus, lengths)
+    flops = step_flops(config, s, s.batch_size, lengths, level)
+    card = costs.GPUS[gpu]
+    seconds = flops / (gpus * card.tflops * 1e12 * costs.UTILISATION)
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))
     lines = [
         f"model      {model}: {n['layers'] + n['rest']:,} parameters, {n['adapters']:,} trained, from {path}",
@@ -257,10 +189,11 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
         f"data       {source}",
         *data_lines(lengths, s, method),
         "",
-        *memory_lines(memory(config, s, size, gpus, lengths), gpu, gpus),
+        memory_table(memory(config, s, size, gpu, gpus, lengths), gpu, gpus),
+        f"recomputed is: {level}",
         "",
-        f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {GPUS[gpu][0]} TFLOP/s x "
-        f"{UTILISATION:.0%} assumed) = {seconds:.1f} s",
+        f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
+        f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",
         f"  {steps:,} steps take about {steps * seconds / 3600:.1f} h, before sampling, labels and evaluation",
     ]
     if rows:

@@ -21,8 +21,9 @@ import data
 import eval as evaluation
 import kto
 import lora
-from common.files import ROOT, read_json, read_jsonl, write_json
+from common.files import ROOT, each_row, read_json, read_jsonl, write_json
 from common.model_config import ModelConfig
+from common.table import markdown
 from common.template import opens_thought
 from common.tokens import token_offsets
 from kernels.segment_logprob import segment_logprob
@@ -31,7 +32,7 @@ from pipeline import fit
 from pipeline.cards import set_values, write_card
 from pipeline.evaluation import read_labels, short_sets
 from pipeline.run import Run
-from report import card, charts, figures, page, story, tables
+from report import card, charts, figures, page, story, summary, tables
 
 Rows = list[dict[str, Any]]
 
@@ -63,14 +64,18 @@ def write_report(run: Run, receipts: dict[str, Path]) -> dict[str, Any]:
     shown_tables["Labels of the training rows (Table 7)"] = tables.label_rows(rows)
     distances = matrix_distances(run, analysed)
     shown_tables["How wrong a weight may be: the bound of Eq. 15"] = tables.bound_rows(transitions, distances)
+    pairs, changed = before_and_after(run)
     page.trace_page(
         shown,
         out / "report.html",
         f"MR-ALIGN run {out.name}",
+        lead=summary.lead(results["receipt"], tally, scores, shown_method(run)),
+        words=summary.WORDS,
         tables=shown_tables,
         images=images,
         facts={"Receipt": results["receipt"], "Settings": set_values(run)},
-        pairs=before_and_after(run),
+        pairs=pairs,
+        changed=changed,
         notes=[*notes, *tables.notes_on(tally)],
     )
     for method in run.methods:
@@ -160,7 +165,7 @@ def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     """The tables on stdout; returns what must be known before them, which goes to stderr and on the page."""
     notes = []
     for name, of in scores.items():
-        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{difference_lines(of['differences'])}")
+        print(f"\n{name}\n{evaluation.table(of['metrics'])}\n\n{differences_table(of['differences'])}")
         if text := evaluation.draws_table(of["metrics"]):
             print(f"\n{text}")
         notes += [f"{name}, {v}: {line}" for v, m in of["metrics"].items() for line in evaluation.warnings(m)]
@@ -175,32 +180,37 @@ def print_scores(scores: dict[str, Any], judged: dict[str, Any]) -> list[str]:
         notes.append(
             "the judge is a stand-in that goes by rules: its figures show that the path works, not what is true"
         )
+    print(f"\n{summary.ONE_RUN}")
     for line in notes:
         print(f"note: {line}", file=sys.stderr)
     return notes
 
 
-def difference_lines(differences: dict[str, Any]) -> str:
-    """Paired differences between variants as aligned text, in points with a 95 % interval."""
-    lines = [f"{'paired difference, points':<26}{'Acc':>24}{'Mis':>26}"]
+def differences_table(differences: dict[str, Any]) -> str:
+    """Paired differences between variants, in points with a 95 % interval, as a table."""
+    rows = []
     for pair, of in differences.items():
-        cells = [f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" for d in of.values()]
-        lines.append(f"{pair:<26}" + "".join(f"{c:>24}  " for c in cells).rstrip())
-    return "\n".join(lines)
+        row = {"paired difference, points": pair}
+        for name, d in zip(("Acc", "Mis"), of.values(), strict=True):
+            row[name] = f"{100 * d['difference']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        rows.append(row)
+    return markdown(rows)
 
 
 # ---------- questions before and after, training rows with their numbers
 
 
-def before_and_after(run: Run, n: int = 6) -> Rows:
-    """Questions of the first set as ThinkOn and the aligned model thought about them.
+def before_and_after(run: Run, n: int = 6) -> tuple[Rows, str]:
+    """Questions of the first set as ThinkOn and the aligned model thought about them, and how many changed in all.
 
     First where ThinkOn dropped the gold and the aligned model used it, then where alignment made it worse, then where
-    both fail; what is shown is the first of each kind in the order of the questions, not a choice.
+    both fail; what is shown is the first of each kind in the order of the questions, not a choice. As many of a kind
+    as its share of the three, and at least one where there is one.
     """
     method = shown_method(run)
     for name in list(short_sets(run))[:1]:
-        kinds: dict[str, Rows] = {"found, then used": [], "made worse": [], "wrong in both": []}
+        kinds: dict[str, list[str]] = {"found, then used": [], "made worse": [], "wrong in both": []}
+        goods: list[list[bool]] = []
         sides: dict[str, dict[str, Any]] = {}
         for variant in ("thinkon", method):
             sides[variant] = {r["id"]: r for r in read_jsonl(run.samples(name, variant)) if r["draw"] == 0}
@@ -209,21 +219,25 @@ def before_and_after(run: Run, n: int = 6) -> Rows:
         for key, sample_before in sides["thinkon"].items():
             right = f"em_a_{run.cfg.scored_by}"
             before, after = (evaluation.score(x, fold=run.cfg.fold) for x in (sample_before, sides[method][key]))
-            good = [x["em_t"] and x[right] for x in (before, after)]
+            good = [bool(x["em_t"] and x[right]) for x in (before, after)]
+            goods.append(good)
             if good == [False, True] and before["em_t"]:
-                kind = "found, then used"
+                kinds["found, then used"].append(key)
             elif not good[1]:
-                kind = "made worse" if good[0] else "wrong in both"
-            else:
-                continue
-            if len(kinds[kind]) < n // 2:
+                kinds["made worse" if good[0] else "wrong in both"].append(key)
+        total, shown = sum(map(len, kinds.values())), []
+        for kind, keys in kinds.items():
+            for key in keys[: max(1, round(n * len(keys) / max(1, total)))]:
                 told = {
                     v: story.told(sides[v][key], labels[v].get(key), run.cfg.scored_by, run.cfg.fold) for v in sides
                 }
-                pair = {"id": key, "question": sample_before["question"], "golds": sample_before["answers"]}
-                kinds[kind].append(pair | {"kind": kind, "set": name, "sides": told})
-        return [pair for of in kinds.values() for pair in of][:n]
-    return []
+                asked = sides["thinkon"][key]
+                pair = {"id": key, "question": asked["question"], "golds": asked["answers"]}
+                shown.append(pair | {"kind": f"{kind} ({len(keys)} such questions)", "set": name, "sides": told})
+        counts = summary.better_and_worse([a for a, _ in goods], [b for _, b in goods])
+        told_counts = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        return shown, f"{len(goods)} questions of {name}: {told_counts}. Some of them:"
+    return [], ""
 
 
 def traces(run: Run, rows: Rows, transitions: dict[str, Any], n: int = 6) -> Rows:
@@ -272,7 +286,7 @@ def one_question(run: Run, trace: dict[str, Any], rows: Rows, transitions: dict[
     cfg = run.cfg
     row = next(r for r in rows if r["id"] == trace["id"])
     annotation = next(r for r in read_jsonl(run.out / "annotations.jsonl") if r["id"] == trace["id"])
-    drawn = read_jsonl(run.out / "samples.jsonl")
+    drawn = each_row(run.out / "samples.jsonl")
     off = next(s for s in drawn if f"{trace['id']}#".startswith(f"{s['id']}#") and s["mode"] == "off")
     last = read_jsonl(run.out / shown_method(run) / "metrics.jsonl")[-1]
     return story.build_story(

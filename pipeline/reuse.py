@@ -115,7 +115,9 @@ def code_of(work: Callable[..., Any]) -> dict[str, str]:
         place = f"{_file_of(item)}: {item.__qualname__}"
         if place in found:
             continue
-        found[place] = digest(_without_comments(inspect.getsource(item)))
+        source = inspect.getsource(item)
+        found[place] = digest(_without_comments(source))
+        found |= {f: _code_checksum(f) for late in _imports(source) for f in imported(late)}
         home = sys.modules[item.__module__]
         for name in _names(item):
             value = vars(home).get(name)
@@ -159,15 +161,20 @@ def imported(file: str) -> frozenset[str]:
         if name in found:
             continue
         found.add(name)
-        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
-            modules = []
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            paths = (f"{module.replace('.', '/')}.py" for module in modules)
-            queue += [path for path in paths if (ROOT / path).is_file()]
+        queue += _imports((ROOT / name).read_text(encoding="utf-8"))
     return frozenset(found)
+
+
+def _imports(source: str) -> list[str]:
+    """The project's files that a text of code imports, at its top or within its functions."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    paths = (f"{module.replace('.', '/')}.py" for module in modules)
+    return [path for path in paths if (ROOT / path).is_file()]
 
 
 @functools.cache

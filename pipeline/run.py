@@ -8,7 +8,9 @@ run that is killed draws only the rest.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,21 @@ import em
 import lora
 import sample
 from common import hub
-from common.errors import NumericsError
-from common.files import Journal, atomic_write, read_jsonl, write_jsonl
+from common.errors import InputError, NumericsError
+from common.files import Journal, atomic_write, each_row, write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from common.template import ChatTemplate, fill, load_prompt
-from common.tokens import encode, load_stop_ids, load_tokenizer, token_offsets, usable_ids
+from common.tokens import (
+    encode,
+    encode_guarded,
+    guarded,
+    load_stop_ids,
+    load_tokenizer,
+    token_offsets,
+    unguarded,
+    unused_ids,
+)
 from kernels.segment_logprob import default_impl
 from llm import remote
 from llm.client import Client, parse_endpoint
@@ -47,12 +58,32 @@ class Run:
         self.tokenizer = load_tokenizer(source.folder)
         self.template = ChatTemplate(source.folder, cfg.system)
         self.template.check(self.tokenizer)
+        self.control = self.template.control_tokens(self.tokenizer)
         self.user_turn = load_prompt(cfg.prompt)
         self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
         self.key = ""  # of the stage under way: what it depends on (pipeline/reuse.py)
         self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
+
+    @functools.cached_property
+    def room(self) -> int:
+        """Positions of the model: tokens of a prompt and its completion together."""
+        return ModelConfig.from_json(self.source.folder / "config.json").max_position_embeddings
+
+    def check_room(self, wanted: Sequence[str]) -> None:
+        """Raise InputError if the shortest prompt leaves no room for the longest completion of a wanted stage.
+
+        wanted: as on the command line, none for all. Said before the first stage: evaluation comes after training.
+        """
+        shortest = len(encode(self.tokenizer, self.prompt(self.turn("?"), "on")))
+        limits = {"sample": ("--draw-max-new", self.cfg.draw_max_new), "eval": ("--max-new", self.cfg.max_new)}
+        for stage, (flag, limit) in limits.items():
+            if (not wanted or stage in wanted) and shortest + limit > self.room:
+                raise InputError(
+                    f"{flag} {limit:,} and a prompt of {shortest} tokens or more exceed the model's {self.room:,} "
+                    f"positions (max_position_embeddings); lower {flag} to less than {self.room - shortest:,}"
+                )
 
     def beside(self, source: hub.Source) -> "Run":
         """The same run with another base model, to ask it something; it shares the stage under way and its journals."""
@@ -83,7 +114,11 @@ class Run:
 
     def turn(self, question: str) -> str:
         """What the user says: the question in its template."""
-        return fill(self.user_turn, question=question)
+        return fill(self.user_turn, question=self.text(question))
+
+    def text(self, text: str) -> str:
+        """A text from outside for a place in a user turn: control tokens that it spells stay text."""
+        return guarded(text, self.control)
 
     def prompt(self, turn: str, mode: str) -> str:
         """The rendered prompt of a user turn, thinking "on" or "off"."""
@@ -141,10 +176,11 @@ class Run:
             lora.load(model, self.out / method)
             if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
                 lora.merge(model)
+        never = unused_ids(self.tokenizer, model.config.vocab_size)
 
-        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+        def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             common = {"stop_ids": self.stop_ids, "batch_size": cfg.sample_batch, "small_batches": cfg.small_batches}
-            common |= {"vocab": usable_ids(self.tokenizer), "finished": finished}
+            common |= {"never": never, "finished": finished}
             sample.generate(model, prompts, seeds, max_new=max_new, **dataclasses.asdict(how), **common)
 
         return generate
@@ -161,7 +197,7 @@ class Run:
         eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
         end_id = eos if isinstance(eos, int) else eos[0]
 
-        def generate(prompts: Any, seeds: Any, max_new: int, how: sample.Sampling, finished: Any) -> None:
+        def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             to_ids = functools.partial(encode, self.tokenizer)
             stops = {"stop_ids": self.stop_ids, "end_id": end_id}
             again = remote.generate(
@@ -181,42 +217,50 @@ class Run:
         max_new: int,
         how: sample.Sampling,
         turn: Callable[[Question, int], str] | None = None,
+        shorten: bool = False,
     ) -> float:
         """Sample every job and write one row each to `path`, in their order. Returns tokens a second of this rank.
 
-        turn: (question, draw) -> what the user says; None: the question in its template.
+        turn: (question, draw) -> what the user says; None: the question in its template. shorten: a completion may be
+        shorter than max_new where the model has no more positions; else that is an InputError.
         The ranks share the jobs; the seed of a completion comes from its identity, so the file does not depend on how.
         """
         ranks, cfg = self.ranks, self.cfg
         mine = jobs[ranks.rank :: ranks.world]
-        prompts = [self.prompt(turn(q, k) if turn else self.turn(q["question"]), mode) for q, mode, k in mine]
-        prompt_ids = [encode(self.tokenizer, text) for text in prompts]
+        read: dict[str, tuple[str, array]] = {}  # half a million rows: equal prompts once, ids in four bytes
+        prompts = []
+        for q, mode, k in mine:
+            text = self.prompt(turn(q, k) if turn else self.turn(q["question"]), mode)
+            if text not in read:
+                read[text] = unguarded(text), array("i", encode_guarded(self.tokenizer, text))
+            prompts.append(read[text])
         seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
         journal_path = path.with_suffix(f".rank{ranks.rank}.jsonl")
         self.journals.append(journal_path)
-        journal = Journal(journal_path, f"{self.key} {path} rank {ranks.rank} of {ranks.world}")
-        done = {row["row"]: sample.Completion(row["ids"], row["finish"]) for row in journal.rows}
+        done: dict[int, tuple[array, str]] = {}  # ids and finish
+
+        def take(row: Mapping[str, Any]) -> None:
+            done[row["row"]] = array("i", row["ids"]), row["finish"]
+
+        key = f"{self.key} {path} rank {ranks.rank} of {ranks.world}"
+        journal = Journal(journal_path, key, use=take, keep=False)
         if done:
             ranks.log(f"{what}: {len(done)} of {len(mine)} were finished before")
-        drawn = {(r["id"], r["mode"], r["draw"]): r for r in read_jsonl(self.lent)} if self.lent else {}
-        lent = {}  # same question, prompt, number of the draw; settings and model are the other run's
-        for i, (q, mode, k) in enumerate(mine):
-            row = drawn.get((q["id"], mode, k))
-            if row and row["prompt_ids"] == prompt_ids[i]:
-                lent[i] = row
-        done |= {i: sample.Completion(row["ids"], row["finish"]) for i, row in lent.items()}
+        lent = self._lend(mine, [ids for _, ids in prompts], done)
         if lent:
             ranks.log(f"{what}: {len(lent)} of {len(mine)} lent by {self.lent}")
         left = [i for i in range(len(mine)) if i not in done]
         progress = Progress(ranks, len(left), what, "completions", parts="tokens")
 
         def finished(index: int, c: sample.Completion) -> None:
-            done[left[index]] = c
-            journal.add({"row": left[index], "ids": c.ids, "finish": c.finish})
+            row = {"row": left[index], "ids": c.ids, "finish": c.finish}
+            journal.add(row)
+            take(row)
             progress(1, len(c.ids))
 
+        limits = [min(max_new, self.room - len(prompts[i][1])) if shorten else max_new for i in left]
         try:
-            generate([prompt_ids[i] for i in left], [seeds[i] for i in left], max_new, how, finished)
+            generate([prompts[i][1] for i in left], [seeds[i] for i in left], limits, how, finished)
         except NumericsError as error:
             (question, mode, k), method = mine[left[error.row]], self._sampler[0] if self._sampler else ""
             who = f"{self.source.name}{f' with the adapter {self.adapter(method)}' if method else ''}"
@@ -228,17 +272,34 @@ class Run:
         journal.close()
 
         def rows() -> Iterator[dict[str, Any]]:
-            for i, ((q, mode, k), prompt, ids) in enumerate(zip(mine, prompts, prompt_ids, strict=True)):
-                c = done[i]
-                text, _ = token_offsets(self.tokenizer, c.ids[:-1] if c.finish == "stop" else c.ids)
+            for i, ((q, mode, k), (prompt, prompt_ids)) in enumerate(zip(mine, prompts, strict=True)):
+                ids, finish = done[i][0].tolist(), done[i][1]
+                text, _ = token_offsets(self.tokenizer, ids[:-1] if finish == "stop" else ids)
                 row = {"id": q["id"], "mode": mode, "draw": k, "question": q["question"], "answers": q["answers"]}
                 row |= {"dataset": q["dataset"]} if "dataset" in q else {}
-                row |= {"prompt": prompt, "prompt_ids": ids, "ids": c.ids, "text": text, "finish": c.finish}
-                by = lent.get(i, {"model": self.source.name, "engine": self.engine})
-                yield row | {"model": by["model"], "engine": by["engine"]}
+                row |= {"prompt": prompt, "prompt_ids": prompt_ids.tolist(), "ids": ids, "text": text, "finish": finish}
+                model, engine = lent.get(i, (self.source.name, self.engine))
+                yield row | {"model": model, "engine": engine}
 
         write_shares(ranks, path, rows(), len(jobs))
         return speed
+
+    def _lend(
+        self, mine: list[Job], prompts: Sequence[array], done: dict[int, tuple[array, str]]
+    ) -> dict[int, tuple[str, str]]:
+        """Put into `done` what the lent samples have of these jobs; returns index -> (model, engine) of those.
+
+        Same question, prompt and number of the draw; settings and model are the other run's.
+        """
+        lent: dict[int, tuple[str, str]] = {}
+        if self.lent:
+            index = {(q["id"], mode, k): i for i, (q, mode, k) in enumerate(mine)}
+            for row in each_row(self.lent):
+                i = index.get((row["id"], row["mode"], row["draw"]))
+                if i is not None and row["prompt_ids"] == prompts[i].tolist():
+                    lent[i] = sys.intern(row["model"]), sys.intern(row["engine"])
+                    done[i] = array("i", row["ids"]), row["finish"]
+        return lent
 
 
 def write_shares(ranks: Ranks, path: Path, rows: Iterable[dict[str, Any]], total: int) -> None:

@@ -197,14 +197,17 @@ def _with_without(right: Mapping[str, bool], has: Mapping[str, set[str]], thing:
 # ---------- Fig. 4, Fig. 7
 
 
-def bootstrap_counts(traces: Sequence[Labels], n_boot: int, seed: int) -> list[Counter[em.Observation]]:
-    """Observations of `n_boot` resamples of whole traces, drawn with replacement, each as a Counter for em.fit."""
+def bootstrap_counts(traces: Sequence[Labels], n_boot: int, seed: int, size: int = 0) -> list[Counter[em.Observation]]:
+    """Observations of `n_boot` resamples of whole traces, drawn with replacement, each as a Counter for em.fit.
+
+    size: traces in a resample, 0 for as many as there are.
+    """
     each = [Counter(em.observations(steps)) for steps in traces]
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(n_boot):
         total: Counter[em.Observation] = Counter()
-        for index, times in Counter(rng.integers(len(each), size=len(each)).tolist()).items():
+        for index, times in Counter(rng.integers(len(each), size=size or len(each)).tolist()).items():
             for move, count in each[index].items():
                 total[move] += times * count
         out.append(total)

@@ -22,9 +22,22 @@ from matplotlib.patches import FancyArrowPatch
 
 import em
 from report.analysis import STRATA
-from report.figures import CHOSEN, FAINT, INK, MACRO_COLOURS, REJECTED, RULE, STYLE, method_colours, number, save
+from report.figures import (
+    CHOSEN,
+    FAINT,
+    INK,
+    MACRO_COLOURS,
+    REJECTED,
+    RULE,
+    STYLE,
+    called,
+    method_colours,
+    number,
+    save,
+)
 
 Node = tuple[float, float]
+FEW = 10  # a share of fewer questions than this is drawn grey
 
 
 # Fig. 1 ----------------------------------------------------------------------------------------------------------
@@ -49,7 +62,12 @@ def positions_figure(positions: Mapping[str, Mapping[str, Any]], path: str | Pat
                     ax.text(p["first"] - 1.2, y, f"{p['first']:.1f}", ha="right", va="center", fontsize=7, color=INK)
                     ax.text(p["last"] + 1.2, y, f"{p['last']:.1f}", va="center", fontsize=7, color=INK)
                 ax.text(106, y, f"{side}, n = {p['n']}", va="center", fontsize=7, color=colour)
-        ax.set_yticks(range(len(positions)), list(positions)[::-1], fontsize=8.5)
+        names = [
+            f"{head}, {called(setting)}" if head else name
+            for name in positions
+            for head, _, setting in [name.rpartition(", ")]
+        ]
+        ax.set_yticks(range(len(positions)), names[::-1], fontsize=8.5)
         ax.set_xlim(-7, 122)
         ax.set_xticks(range(0, 101, 25), [f"{x} %" for x in range(0, 101, 25)])
         ax.set_title("● first and ■ last place of the right answer in the thought, mean", loc="left")
@@ -77,7 +95,7 @@ def change_figure(change: Mapping[str, Any], before: str, after: str, path: str 
         figure = Figure(figsize=(13, 5.5))
         axes = figure.subplots(1, 2, gridspec_kw={"left": 0, "right": 1, "top": 0.95, "bottom": 0.03, "wspace": 0})
         for ax, key, colour, line, title in (
-            (axes[0], "up", CHOSEN, "-", f"likelier after alignment: {after} − {before}"),
+            (axes[0], "up", CHOSEN, "-", f"likelier after alignment: {called(after)} − {called(before)}"),
             (axes[1], "down", REJECTED, "--", "less likely after alignment"),
         ):
             _graph(ax, change[key], places(change["states"]), colour, line, most)
@@ -141,7 +159,7 @@ def strata_figure(strata: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     """Bars of the gain in Acc by stratum, a panel a set, a colour a setting, whiskers the 95 % intervals.
 
     strata: set -> setting -> `analysis.strata`. A dot is one of several draws (over: what "draws" holds, draws or
-    seeds), a tick across a bar the gain that chance alone gives.
+    seeds), a tick across a bar the gain that chance alone gives. A stratum of fewer than FEW questions is grey.
     """
     palette = method_colours(list(dict.fromkeys(setting for of in strata.values() for setting in of)))
     with style.context(["default", STYLE]):
@@ -150,15 +168,16 @@ def strata_figure(strata: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
             width = 0.8 / len(of)
             for k, (setting, parts) in enumerate(of.items()):
                 for x, stratum in enumerate(STRATA):
-                    _bar(ax, x + (k - (len(of) - 1) / 2) * width, width, parts[stratum], palette[setting])
+                    colour = palette[setting] if parts[stratum]["n"] >= FEW else RULE
+                    _bar(ax, x + (k - (len(of) - 1) / 2) * width, width, parts[stratum], colour)
             sizes = [next(iter(of.values()))[stratum]["n"] for stratum in STRATA]
             ax.set_xticks(range(3), [f"{s}\nn = {n}" for s, n in zip(STRATA, sizes, strict=True)])
             ax.axhline(0, color=FAINT, lw=0.8)
             ax.set_title(name, loc="left")
-            ax.set_ylabel("Acc − Acc of base, points")
+            ax.set_ylabel("Acc − Acc of ThinkOn, points")
             ax.spines[["top", "right"]].set_visible(False)
             ax.margins(y=0.14)
-        handles = [Line2D([], [], color=c, lw=5, label=m) for m, c in palette.items()]
+        handles = [Line2D([], [], color=c, lw=5, label=called(m)) for m, c in palette.items()]
         drawn = [part for of in strata.values() for parts in of.values() for part in parts.values()]
         if any(len(part["draws"]) > 1 for part in drawn):
             handles.append(Line2D([], [], color=INK, marker=".", lw=0, label=f"{over}, each alone"))
@@ -221,7 +240,7 @@ def outcomes_figure(outcomes: Mapping[str, Mapping[str, Any]], path: str | Path)
             ax.set_xlim(-3, 112)
             ax.set_xticks(range(0, 101, 25))
             ax.grid(axis="x", color="#eceef0", lw=0.6)
-            ax.set_title(f"{name}, {of['n']} traces", loc="left")
+            ax.set_title(f"{called(name)}, {of['n']} traces", loc="left")
             ax.set_xlabel("Acc, %")
             ax.tick_params(length=0)
             ax.spines[["top", "right", "left"]].set_visible(False)
@@ -261,8 +280,10 @@ def strata_rows(strata: Mapping[str, Mapping[str, Any]], over: str = "draws") ->
             shown = [number(None if x is None else 100 * x, 1, True) for x in (p["gain"], p["low"], p["high"])]
             each = [100 * g for g in p["draws"] if g is not None]
             spread = f"{number(float(np.std(each, ddof=1)), 1)}" if len(each) > 1 else "–"
-            row = {"setting": setting, "stratum of the base": stratum, "n": p["n"]}
-            row |= {"gain in Acc (95 %)": f"{shown[0]} [{shown[1]}, {shown[2]}]", f"sd over {over}": spread}
+            few = f" (n below {FEW})" if p["n"] < FEW else ""
+            row = {"setting": called(setting), "what ThinkOn did": f"{stratum}{few}", "questions": p["n"]}
+            gain = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+            row |= {"gain in Acc, points (95 %)": gain, f"sd over {over}": spread}
             chance = None if p["chance"] is None else 100 * p["chance"]
             rows.append(row | {"by chance alone": number(chance, 1, True)})
     return rows

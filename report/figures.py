@@ -34,6 +34,14 @@ INK, FAINT, RULE = "#1b1f24", "#68707a", "#c9ced4"
 COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#5B3A8E", "#8C6D1F", "#56B4E9", "#CC79A7")
 METHOD_COLOURS = dict(zip(kto.LOSSES, itertools.cycle(COLOURS), strict=False))
 CHOSEN, REJECTED = "#00785A", "#A8440B"
+SETTINGS = {  # what every table, figure and sentence calls a setting
+    "thinkoff": "ThinkOff",
+    "thinkon": "ThinkOn",
+    "refine": "Self-Refine",
+    **{method: loss.title for method, loss in kto.LOSSES.items()},
+    "thinkon+ret": "ThinkOn + Ret",
+    "mralign+ret": "MR-ALIGN + Ret",
+}
 MACRO_COLOURS = dict(
     zip(em.TAXONOMY, itertools.cycle(("#0072B2", "#8C6D1F", "#00785A", "#A33B7B", "#5B3A8E", "#9A3412")))
 )
@@ -55,6 +63,18 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
     "svg.hashsalt": "mralign",
 }
+
+
+def called(setting: str) -> str:
+    """What readers see of a setting.
+
+    >>> called("mralign"), called("kto+ret"), called("lambda_r = 2")
+    ('MR-ALIGN', 'KTO + Ret', 'lambda_r = 2')
+    """
+    if setting in SETTINGS:
+        return SETTINGS[setting]
+    bare = setting.removesuffix("+ret")
+    return f"{SETTINGS[bare]} + Ret" if bare in SETTINGS else setting
 
 
 def number(x: float | None, digits: int, sign: bool = False) -> str:
@@ -217,16 +237,15 @@ def transition_figure(transitions: Mapping[str, Any], path: str | Path) -> None:
     """
     m = matrices(transitions)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(15.6, 11.4))
-        grid = figure.subplots(2, 3, gridspec_kw={"left": 0.085, "right": 0.995, "top": 0.97, "bottom": 0.095})
-        figure.subplots_adjust(wspace=0.04, hspace=0.34)
-        _probability_panel(grid[0, 0], m["P"], m["C"], "P: all traces", True)
-        _probability_panel(grid[0, 1], m["P_pos"], m["C_pos"], "P_pos: chosen traces", False)
-        _probability_panel(grid[0, 2], m["P_neg"], m["C_neg"], "P_neg: rejected traces", False)
-        for ax, side, title in ((grid[1, 1], "pos", "chosen"), (grid[1, 2], "neg", "rejected")):
+        figure = Figure(figsize=(10.4, 16.6))  # at the width of a page (1366 px) a number is 10 px high
+        grid = figure.subplots(3, 2, gridspec_kw={"left": 0.125, "right": 0.995, "top": 0.98, "bottom": 0.065})
+        figure.subplots_adjust(wspace=0.04, hspace=0.3)
+        for row, side, title in ((0, "pos", "chosen"), (1, "neg", "rejected")):
             w, mark = weight_matrix(m[f"P_{side}"], m["P"])
-            _weight_panel(ax, w, mark, m[f"C_{side}"], f"w = P_{side} / P: {title} traces", side == "pos")
-        _legend_panel(grid[1, 0], transitions["n_pos"], transitions["n_neg"])
+            _probability_panel(grid[row, 0], m[f"P_{side}"], m[f"C_{side}"], f"P_{side}: {title} traces", True)
+            _weight_panel(grid[row, 1], w, mark, m[f"C_{side}"], f"w = P_{side} / P: {title} traces", False)
+        _probability_panel(grid[2, 0], m["P"], m["C"], "P: all traces", True)
+        _legend_panel(grid[2, 1], transitions["n_pos"], transitions["n_neg"])
         save(figure, path)
 
 
@@ -305,7 +324,7 @@ def curves_figure(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
             ax.set_axisbelow(True)
             ax.spines[["top", "right"]].set_visible(False)
             ax.ticklabel_format(axis="y", scilimits=(-3, 4))
-        handles = [Line2D([], [], color=c, lw=2, label=m) for m, c in palette.items()]
+        handles = [Line2D([], [], color=c, lw=2, label=called(m)) for m, c in palette.items()]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
         figure.supxlabel("optimiser step", fontsize=8, color=FAINT)
         save(figure, path)

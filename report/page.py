@@ -14,7 +14,7 @@ from typing import Any
 
 import em
 from common.files import atomic_write
-from report.figures import clean, number
+from report.figures import called, clean, number
 from report.story import plain_answer
 
 _CSS = """
@@ -47,10 +47,12 @@ figure { margin: .6rem 0 1.4rem }
 figcaption { font-size: .87rem; color: var(--faint) }
 figure input { position: absolute; opacity: 0 }
 figure div { overflow-x: auto; border-radius: 6px; background: #fff }
-figure img { display: block; width: 100%; cursor: zoom-in }
+figure img { display: block; width: 100%; min-width: 46rem; cursor: zoom-in }
 figure input:checked + div img { width: auto; max-width: none; cursor: zoom-out }
 figure input:focus-visible + div { outline: 2px solid var(--faint) }
 
+.lead { max-width: 62rem }
+.few { color: var(--faint) }
 .note { border-left: 3px solid var(--bad); padding: .1rem .7rem; margin: .4rem 0 }
 nav { font-size: .87rem; columns: 3 16rem; margin: .8rem 0 }
 nav a { display: block; color: inherit; text-decoration-color: var(--rule) }
@@ -152,12 +154,14 @@ def column(values: Sequence[Any]) -> list[str]:
 
 
 def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A list of dicts as a table; the columns are all keys in order of first use."""
+    """A list of dicts as a table; the columns are all keys in order of first use. A row that says so has few cases."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = [column([row.get(name) for row in rows]) for name in names]
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    lines = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in zip(*columns, strict=True))
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    body = ""
+    for line in zip(*columns, strict=True):
+        few = ' class="few"' if any("(n below " in text for text in line) else ""
+        body += f"<tr{few}>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>"
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -230,7 +234,7 @@ def trace_html(row: Mapping[str, Any]) -> str:
 def side_html(name: str, side: Mapping[str, Any], golds: Sequence[str]) -> str:
     """One model's completion: verdict, labelled segments, answer."""
     mark = "good" if side["good"] else "bad"
-    parts = [f'<h4>{escape(name)}: <span class="verdict {mark}">{escape(side["verdict"])}</span></h4>']
+    parts = [f'<h4>{escape(called(name))}: <span class="verdict {mark}">{escape(side["verdict"])}</span></h4>']
     for segment in side["segments"]:
         labels = " + ".join(label.replace("_", " ") for label in segment["labels"])
         tag = f"<i>{escape(labels)}</i>" if labels else ""
@@ -294,6 +298,9 @@ def trace_page(
     images: Mapping[str, str | Path],
     facts: Mapping[str, Mapping[str, Any]],
     pairs: Sequence[Mapping[str, Any]] = (),
+    changed: str = "",
+    lead: Sequence[str] = (),
+    words: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Write one self-contained HTML page about a run.
@@ -302,20 +309,25 @@ def trace_page(
     each with "tokens" int and "logratio" float where known, "answer_logratio" float where known}; none: no section.
     tables: heading -> rows of a table. images: caption -> PNG file. facts: heading -> name -> value, such as settings
     and receipts. pairs: questions before and after alignment {"id", "set", "question", "golds", "kind", "sides": model
-    -> `report.told`}. notes: what a reader must know first. Notes come first, then tables, images, pairs, traces and
-    facts, each in the given order. Tables after the first four are folded; in print they are open.
+    -> `report.told`}; changed: a sentence on how many questions changed in all. lead: paragraphs of what was done and
+    found. words: term -> what it means. notes: what a reader must know first. The order: lead, notes, words, pairs,
+    traces, tables, images, facts. Tables after the first four are folded; in print they are open.
     """
-    parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="lead">{escape(line)}</p>' for line in lead)]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
     places = [(name, table_html(table)) for name, table in tables.items() if table]
-    more = ["Figures"] * bool(images) + ["Before and after"] * bool(pairs) + ["Traces"] * bool(rows)
-    parts.append(contents_html([name for name, _ in places] + more))
+    first = ["Words"] * bool(words) + ["Before and after"] * bool(pairs) + ["Traces"] * bool(rows)
+    parts.append(contents_html([*first, *(name for name, _ in places), *["Figures"] * bool(images)]))
+    if words:
+        parts += [heading_html("Words"), facts_html(words)]
+    if pairs:
+        parts += [heading_html("Before and after"), f"<p>{escape(changed)}</p>" * bool(changed)]
+        parts += [pair_html(pair) for pair in pairs]
+    if rows:
+        parts += [heading_html("Traces"), legend_html(), *(trace_html(row) for row in rows)]
     parts += [section_html(name, table, folded=k >= 4) for k, (name, table) in enumerate(places)]
     if images:
         parts += [heading_html("Figures"), *(image_html(caption, png) for caption, png in images.items())]
-    if pairs:
-        parts += [heading_html("Before and after"), *(pair_html(pair) for pair in pairs)]
-    if rows:
-        parts += [heading_html("Traces"), legend_html(), *(trace_html(row) for row in rows)]
     parts += [f"{heading_html(name)}{facts_html(fact)}" for name, fact in facts.items() if fact]
     body = "\n".join(parts)
     # The page shows text that a model wrote: nothing in it may run or load anything.

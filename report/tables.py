@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 import em
-import kto
 from common.benchmarks import BACKBONES, COLUMNS, SOURCES, compared, name_of, paper_figures
 from common.endings import program
 from common.errors import InputError
@@ -26,17 +25,9 @@ from common.table import markdown
 from eval import FORMS
 from report import analysis
 from report.charts import outcome_rows, percent, strata_rows
-from report.figures import number
+from report.figures import SETTINGS, called, number
 
 CLASSES = ("chosen", "rejected")
-SETTINGS = {
-    "thinkoff": "ThinkOff",
-    "thinkon": "ThinkOn",
-    "refine": "Self-Refine",
-    **{method: loss.title for method, loss in kto.LOSSES.items()},
-    "thinkon+ret": "ThinkOn + Ret",
-    "mralign+ret": "MR-ALIGN + Ret",
-}
 
 
 # ---------- beside the paper
@@ -183,18 +174,18 @@ def score_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     rows = []
     for setting, m in metrics.items():
         acc, mis, draws = m["acc"], m["mis"], m["draws"]["acc"]
-        head = "Acc (95 %)" if m["matcher"] == "equal" else f"Acc, {m['matcher']} (95 %)"
-        row = {"setting": SETTINGS.get(setting, setting), head: interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
-        row |= {"Mis (95 %)": interval(mis) if mis else None, "Mis k/n": f"{mis['k']}/{m['n']}" if mis else None}
+        head = "Acc, % (95 %)" if m["matcher"] == "equal" else f"Acc {m['matcher']}, % (95 %)"
+        row = {"setting": called(setting), head: interval(acc), "k/n": f"{acc['k']}/{m['n']}"}
+        row |= {"Mis, % (95 %)": interval(mis) if mis else None, "Mis k/n": f"{mis['k']}/{m['n']}" if mis else None}
         if len(draws["all"]) > 1:
-            row["Acc over draws"] = f"{percent(draws['mean'])} ± {percent(draws['sd'])}"
+            row["Acc over draws, %"] = f"{percent(draws['mean'])} ± {percent(draws['sd'])}"
         for name, field in (
-            ("EM_a equal", "em_answer_exact"),
-            ("EM_a contains", "em_answer_contains"),
-            ("EM_a words", "em_answer_words"),
-            ("EM_t", "em_thought_contains"),
-            ("EM_t words", "em_thought_word"),
-            ("truncated", "truncated"),
+            ("EM_a equal, %", "em_answer_exact"),
+            ("EM_a contains, %", "em_answer_contains"),
+            ("EM_a words, %", "em_answer_words"),
+            ("EM_t, %", "em_thought_contains"),
+            ("EM_t words, %", "em_thought_word"),
+            ("truncated, %", "truncated"),
         ):
             row[name] = percent(m[field]["share"]) if m[field] else None
         rows.append(row)
@@ -205,12 +196,13 @@ def form_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How the completions look: shares in percent that add up to 100, length of thoughts, golds that cannot count."""
     rows = []
     for setting, m in metrics.items():
-        row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
-        row |= {form.replace("_", " "): percent(m[form]["share"]) for form in FORMS}
+        row: dict[str, Any] = {"setting": called(setting)}
+        row |= {"completions": str(m["n"])}
+        row |= {f"{form.replace('_', ' ')}, %": percent(m[form]["share"]) for form in FORMS}
         for name, field in (("thinking tokens, median", "think_tokens_median"), ("mean", "think_tokens_mean")):
             row[name] = None if m[field] is None else f"{m[field]:.0f}"
-        row["answers that are sentences"] = percent(m["sentences"]["share"])
-        row["gold in the question"] = str(m["gold_in_question"]["k"])
+        row["answers that are sentences, %"] = percent(m["sentences"]["share"])
+        row["gold in the question, completions"] = str(m["gold_in_question"]["k"])
         rows.append(row | {"golds that never match": str(m["empty_golds"])})
     return rows
 
@@ -229,7 +221,7 @@ def quadrant_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
         "neither": "neither",
     }
     return [
-        {"setting": SETTINGS.get(s, s)} | {names[k]: str(n) for k, n in m["table"].items()}
+        {"setting": called(s)} | {names[k]: str(n) for k, n in m["table"].items()}
         for s, m in metrics.items()
         if m["table"]
     ]
@@ -239,7 +231,7 @@ def difference_rows(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) 
     """Paired differences in points, with bootstrap intervals and McNemar's p where it applies."""
     rows = []
     for pair, of in differences.items():
-        row: dict[str, Any] = {"paired difference, points": pair}
+        row: dict[str, Any] = {"paired difference, points": " − ".join(map(called, pair.split(" - ")))}
         for metric, d in of.items():
             shown = [number(100 * d[key], 1, True) for key in ("difference", "low", "high")]
             row[metric.capitalize()] = f"{shown[0]} [{shown[1]}, {shown[2]}]"
@@ -253,7 +245,7 @@ def judge_rows(of: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Summaries of `judge.summary` or `veriscore.summary` by setting as rows."""
     rows = []
     for setting, s in of.items():
-        row: dict[str, Any] = {"setting": SETTINGS.get(setting, setting)}
+        row: dict[str, Any] = {"setting": called(setting)}
         if "claims" in s:
             f1 = None if s["f1"] is None else f"{percent(s['f1'])} [{percent(s['low'])}, {percent(s['high'])}]"
             row |= {f"F1@{s['k']} (95 %)": f1 or "no evidence: claims only", "claims an answer": f"{s['claims']:.1f}"}
@@ -289,7 +281,7 @@ def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str)
     if backbone:
         out[f"Table 2 for {backbone}: ours beside the paper's"] = beside_paper([results], backbone)
     for name, of in results["scores"].items():
-        out[f"Results on {name}"] = score_rows(of["metrics"])
+        out[f"Acc and Mis on {name}"] = score_rows(of["metrics"])
         out[f"Differences on {name}"] = difference_rows(of["differences"])
         out[f"Thought and answer on {name}"] = quadrant_rows(of["metrics"])
         out[f"Form of the completions on {name}"] = form_rows(of["metrics"])
@@ -303,11 +295,11 @@ def of_run(results: Mapping[str, Any], analysed: Mapping[str, Any], method: str)
     for name, of in analysed["strata"].items():
         out[f"Gain by stratum on {name}"] = strata_rows(of)
     for name, of in analysed["change"].items():
-        out[f"Moves that {method} changed most on {name}"] = change_rows(of[method])
+        out[f"Moves that {called(method)} changed most on {name}, points of probability"] = change_rows(of[method])
     for name, of in analysed["outcomes"].items():
         for setting in ("thinkon", method):
-            out[f"Labels and outcomes on {name}, {setting}"] = outcome_rows(of[setting], "labels")
-            out[f"Commonest moves and outcomes on {name}, {setting}"] = outcome_rows(of[setting], "moves")
+            out[f"Labels and outcomes on {name}, {called(setting)}"] = outcome_rows(of[setting], "labels")
+            out[f"Commonest moves and outcomes on {name}, {called(setting)}"] = outcome_rows(of[setting], "moves")
     out["Step weights by class, shares of tokens"] = analysed["weights"]
     widths = analysed["intervals"]
     names = [name for name in widths if name != "n_boot"]

@@ -110,13 +110,14 @@ def test_intervals_cover_what_they_should():
 
 
 def test_mean_l1_by_hand_and_of_the_fitted_matrices():
-    x, y = np.zeros((17, 17)), np.zeros((17, 17))
+    cells = len(em.STATES) ** 2
+    x, y = np.zeros((2, len(em.STATES), len(em.STATES)))
     x[0, 1], y[0, 2] = 1.0, 1.0
-    assert mean_l1(x, y) == pytest.approx(2 / 289)
+    assert mean_l1(x, y) == pytest.approx(2 / cells)
     a, b = draw(random.Random(4), 40)
     fits = [em.fit([o for steps in x for o in em.observations([s.labels for s in steps])]).P for x in (a, b)]
     got = compare(a, b, resamples=30)["mean_l1"]
-    assert got["value"] == pytest.approx(np.abs(fits[0] - fits[1]).sum() / 17**2, abs=1e-6)
+    assert got["value"] == pytest.approx(np.abs(fits[0] - fits[1]).sum() / cells, abs=1e-6)
     assert got["low"] < got["value"] < got["high"]
     assert compare(a, a, resamples=3)["mean_l1"]["value"] == 0
 

@@ -282,7 +282,7 @@ wild_steps = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(st.lists(json_values | wild_steps, max_size=3))
 def test_only_input_errors_escape_and_accepted_records_are_usable(steps):
     record = {"id": "a", "steps": steps}

@@ -1,4 +1,4 @@
-"""MASA's miniature: true work, uninformed metas, problems apart; the study's table and picture hold their JSON."""
+"""MASA's miniature: true work where it should be, three tiers, problems apart; the study's tables hold their JSON."""
 
 import json
 import random
@@ -31,32 +31,33 @@ def value(term: str) -> int:
     return total
 
 
-def drawn(n: int) -> list[tuple[arithmetic.Kind, str]]:
+def drawn(n: int, *tiers: str) -> list[tuple[arithmetic.Kind, str]]:
     rng = random.Random(0)
-    return [(kind, kind.draw(rng)) for kind in arithmetic.KINDS for _ in range(n)]
+    return [(kind, kind.draw(rng)) for kind in arithmetic.KINDS if kind.tier in tiers for _ in range(n)]
 
 
-def test_work_is_true_and_ends_in_the_answer():
+def right(kind: arithmetic.Kind, problem: str, rng: random.Random) -> bool:
+    return verifier.grade(arithmetic.solution(problem, kind, rng), str(value(problem.replace(" ", "")))).correct
+
+
+def test_work_is_true_and_ends_in_the_answer_it_makes():
     rng = random.Random(1)
-    for kind, problem in drawn(60):
-        text = arithmetic.solution(problem, rng)
-        expected = value(problem.replace(" ", ""))
-        assert verifier.grade(text, str(expected)).correct and not verifier.grade(text, str(expected + 1)).correct
+    for kind, problem in drawn(60, "trivial", "open"):
+        text = arithmetic.solution(problem, kind, rng)
         statements = re.findall(r"([0-9+*-]+)=([0-9]+)", text)
-        assert statements and all(value(left) == int(right) for left, right in statements), text
-        if (
-            kind.name != "mul2x2"
-        ):  # columns, ones first: read backwards, the last digits of their results are the answer
-            *columns, last = (right for _, right in statements)
-            assert int(last + "".join(right[-1] for right in reversed(columns))) == expected
+        assert statements and all(value(left) == int(result) for left, result in statements), text
+        *columns, last = (result for _, result in statements)  # read backwards, their last digits are the answer
+        assert int(last + "".join(result[-1] for result in reversed(columns))) == int(re.search(r"{([0-9]+)}", text)[1])
 
 
-def test_carries_and_borrows_are_named_where_they_are():
+def test_carries_and_borrows_are_named_where_they_are_and_nowhere_in_wrong_work():
     rng = random.Random(2)
-    for _, problem in drawn(60):
+    for kind, problem in drawn(60, "trivial", "open"):
         a, op, b = arithmetic.parts(problem)
-        text = arithmetic.solution(problem, rng)
-        if op == "-":
+        text = arithmetic.solution(problem, kind, rng)
+        if not verifier.grade(text, str(value(problem.replace(" ", "")))).correct:
+            assert kind.tier == "open" and "borrow" not in text and "carry" not in text
+        elif op == "-":
             borrows = any(a // 10**k % 10 < b // 10**k % 10 for k in range(len(str(a))))
             assert ("borrow" in text) == borrows, text
         elif op == "+":
@@ -64,48 +65,61 @@ def test_carries_and_borrows_are_named_where_they_are():
             assert ("carry" in text) == carries, text
 
 
-def test_metas_know_nothing_about_the_problem():
-    problems = [problem for _, problem in drawn(2)]
-    said = [arithmetic.meta(problem, random.Random(7)) for problem in problems]
-    assert len({text.split("\n")[1] for text in said}) == 1  # the same chance, the same prediction
-    rng, rates, lengths = random.Random(3), Counter(), []
-    for k in range(1800):
-        found = parse_meta(arithmetic.meta(problems[k % len(problems)], rng))
-        rates[round(8 * found.p_hat)] += 1
-        lengths.append(found.length)
-        assert found.reasoning == arithmetic.look(problems[k % len(problems)])
-        assert set(found.notions) <= set(arithmetic.NOTIONS)
-    assert set(rates) == set(range(9)) and max(rates.values()) < 1.3 * 200
-    assert (min(lengths), max(lengths)) == arithmetic.LENGTHS
-    for problem in problems:  # a description is in the same form and foresees nothing
-        found = parse_meta(arithmetic.description(problem, rng))
-        assert found.reasoning == arithmetic.look(problem) and found.p_hat is None and found.length is None
+def test_tiers_are_right_always_sometimes_and_never():
+    rng = random.Random(3)
+    assert all(right(kind, problem, rng) for kind, problem in drawn(60, "trivial"))
+    assert sum(right(kind, problem, rng) for kind, problem in drawn(60, "hopeless")) <= 1  # by luck
+    shares = Counter(kind.name for kind, problem in drawn(400, "open") if right(kind, problem, rng))
+    for kind in arithmetic.KINDS:
+        if kind.tier == "open":
+            assert shares[kind.name] / 400 == pytest.approx(kind.right, abs=0.08)  # three standard errors
+    assert Counter(kind.tier for kind in arithmetic.KINDS) == dict.fromkeys(arithmetic.TIERS, 3)
+
+
+def test_metas_foresee_little():
+    """Half of them foresee the documents' pass rate, the others any of nine: a rate is right in .5 + .5 / 9."""
+    for kind, problem in drawn(1, *arithmetic.TIERS):
+        rng, rates, lengths = random.Random(4), Counter(), []
+        for _ in range(900):
+            found = parse_meta(arithmetic.meta(problem, kind, rng))
+            rates[round(8 * found.p_hat)] += 1
+            lengths.append(found.length)
+            assert found.reasoning == arithmetic.look(problem) and set(found.notions) <= set(arithmetic.NOTIONS)
+        true = {"trivial": 8, "hopeless": 0}.get(kind.tier, round(8 * kind.right))
+        assert rates.pop(true) / 900 == pytest.approx(0.556, abs=0.05) and len(rates) == 8
+        assert (min(lengths), max(lengths)) == arithmetic.LENGTHS
 
 
 def test_problem_sets_are_apart_and_even():
     sets = arithmetic.problem_sets(0)
     problems = {name: {row["problem"] for row in rows} for name, rows in sets.items()}
     assert not problems["train"] & problems["heldout"]
-    assert len(problems["train"]) == sum(k.train for k in arithmetic.KINDS) and len(problems["heldout"]) == 120
-    assert set(Counter(row["tier"] for row in sets["heldout"]).values()) == {40}
+    assert [len(problems[name]) for name in ("train", "heldout")] == [9 * arithmetic.TRAIN, 9 * arithmetic.HELD_OUT]
+    assert set(Counter(row["tier"] for row in sets["heldout"]).values()) == {30}
     for row in sets["train"] + sets["heldout"]:
         assert row["answer"] == str(value(row["problem"].replace(" ", "")))
     used = frozenset(problems["train"] | problems["heldout"])
     stream = arithmetic.documents(random.Random(4), used)
-    asked = {re.search(r"user\n(?:Describe |Predict )?(.*)<\|im_end", next(stream)[0])[1] for _ in range(3000)}
+    asked = {re.search(r"user\n(?:Predict )?(.*)<\|im_end", next(stream)[0])[1] for _ in range(2000)}
     assert not asked & used and len(asked) > 1000
 
 
-def test_the_tokenizer_brings_documents_back():
+def test_the_tokenizer_brings_documents_back_and_metas_are_short():
     stream = arithmetic.documents(random.Random(5))
-    texts = ["".join(next(stream)) for _ in range(3000)]
-    tokenizer = build.byte_bpe(texts, arithmetic.VOCABULARY, ["<meta>", "</meta>"])
+    texts = [next(stream) for _ in range(2000)]
+    tokenizer = build.byte_bpe(["".join(text) for text in texts], arithmetic.VOCABULARY, arithmetic.FORM)
     assert 300 < tokenizer.get_vocab_size() <= arithmetic.VOCABULARY
-    for text in texts[:200]:
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for prompt, text in texts[:300]:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        lengths["Predict" in prompt].append(len(ids))
     assert all(len(tokenizer.encode(str(d), add_special_tokens=False).ids) == 1 for d in range(10))
-    assert tokenizer.token_to_id("<meta>") is not None
+    metas, solutions = (4 * sum(lengths[kind]) / len(lengths[kind]) for kind in (True, False))
+    assert metas / (metas + 4 * solutions) < 0.155  # 4 metas beside 16 solutions; the paper's share with 8
+
+
+# ---------- the study
 
 
 def test_the_pages_table_is_the_committed_study():
@@ -115,73 +129,79 @@ def test_the_pages_table_is_the_committed_study():
     assert cells(page.partition(begin)[2].partition(end)[0]) == cells(masa_study.markdown(recorded))
 
 
-def test_the_committed_study_holds_three_seeds_and_its_own_means():
+def test_the_committed_study_is_made_of_its_own_cells():
     recorded = read_json(ROOT / masa_study.RECORD["study.json"])
-    for name, rows in recorded["rows"].items():
-        assert [row["seed"] for row in rows] == [0, 1, 2], name
-    errors = [row["error"] for row in recorded["rows"]["masa"]]
-    mean = sum(errors) / 3
-    sd = (sum((e - mean) ** 2 for e in errors) / 2) ** 0.5
-    assert f"{100 * mean:.1f} ± {100 * sd:.1f}" in masa_study.markdown(recorded)
-    for bins in recorded["calibration"].values():
-        assert (
-            sum(dot["metas"] for dot in bins) > 0.9 * 3 * 120 * recorded["settings"]["eval_metas"]
-        )  # seeds, problems, metas; nearly all can be read
+    for name, rows in recorded["cells"].items():
+        assert [row["seed"] for row in rows] == recorded["seeds"], name
+    for name, base in masa_study.PAIRS.items():
+        both = zip(recorded["cells"][name], recorded["cells"][base], strict=True)
+        assert [masa_study.pair(*one) for one in both] == recorded["pairs"][name]
 
 
-def test_the_picture_shows_the_bins_it_is_given(tmp_path, monkeypatch):
-    bins = {name: [{"p_hat": k / 8, "metas": 10 * (k + 1), "p": (k * 3 % 9) / 9} for k in range(9)]
-            for name in ("before", "masa", "shuffled")}  # fmt: skip
+def a_cell(seed: int, curve: list[tuple[float, float]], precision: float | None = None) -> dict:
+    after = {"gate": {"precision": precision, "flat": 0.6}}
+    return {"seed": seed, "tokens": curve[-1][0], "curve": curve, "after": after}
+
+
+def test_pairs_are_compared_at_equal_tokens_by_hand():
+    """The base ends after 400 tokens at .6, at 300 it has .55. The other ends at 300 with .7, and had .55 at 150."""
+    base = a_cell(0, [(0, 0.4), (200, 0.5), (400, 0.6)])
+    found = masa_study.pair(a_cell(0, [(0, 0.4), (100, 0.5), (200, 0.6), (300, 0.7)], 0.9), base)
+    assert found["tokens"] == 300 and found["gain"] == pytest.approx(0.15) and found["knows"] == pytest.approx(0.3)
+    assert found["base"] == pytest.approx(0.55) and found["saved"] == pytest.approx(300 / 150)
+    lost = masa_study.pair(a_cell(0, [(0, 0.4), (400, 0.5)]), base)
+    assert lost["saved"] is None and lost["gain"] == pytest.approx(-0.1) and lost["knows"] is None
+    assert masa_study.each([0.5, None]) == "50.0, never"
+
+
+def test_the_interval_is_students():
+    """Mean 2, standard deviation 1, three values: 2 ± 4.303 / sqrt(3)."""
+    assert masa_study.interval([1, 2, 3], 1, 2) == "2.00 (-0.48 to 4.48)"
+    assert masa_study.interval([1, None, 3], 1) == ""
+
+
+def test_the_picture_shows_the_curves_it_is_given(tmp_path, monkeypatch):
+    curves = {name: [a_cell(0, [(0, 0.4), (1000 * k, 0.5 + k / 10)]), a_cell(1, [(0, 0.3), (2000, 0.4)])]
+              for k, name in enumerate(masa_study.FLAGS, 1)}  # fmt: skip
     drawn = []
     monkeypatch.setattr(masa_study.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    masa_study.picture(bins, tmp_path / "p.png")
-    for ax, name in zip(drawn[0].axes, bins, strict=True):
-        offsets = [tuple(map(float, dots.get_offsets()[0])) for dots in ax.collections]
-        assert offsets == [(dot["p_hat"], pytest.approx(dot["p"])) for dot in bins[name]]
-        assert [text.get_text() for text in ax.texts] == [str(dot["metas"]) for dot in bins[name]]
-        sizes = [float(dots.get_sizes()[0]) for dots in ax.collections]
-        assert sizes == pytest.approx([20 + 380 * dot["metas"] / 90 for dot in bins[name]])
+    masa_study.picture(curves, tmp_path / "p.png")
+    for ax, (one, base) in zip(drawn[0].axes, masa_study.PAIRS.items(), strict=True):
+        lines = [list(zip(*line.get_data(), strict=True)) for line in ax.lines]
+        expected = [[(x / 1e3, y) for x, y in row["curve"]] for name in (base, one) for row in curves[name]]
+        assert lines == expected
 
 
-def test_rows_of_a_study_come_from_the_cells_files(tmp_path, monkeypatch):
-    """Two tiny made-up seeds of every setting: which evaluation goes where, tokens up to it, pooled bins."""
+def test_cells_come_from_their_files(tmp_path, monkeypatch):
+    """Two made-up seeds of every setting: tokens of an evaluation are those sampled before it."""
     monkeypatch.setattr(masa_study, "OUT", tmp_path)
-    monkeypatch.setattr(masa_study, "SEEDS", (0, 1))
-    monkeypatch.setattr(masa_study, "CONFIG", tmp_path / "c.json")
-    (tmp_path / "c.json").write_text('{"steps": 2}')
 
-    def row(step: int, correct: int) -> dict:
-        base = {"step": step, "set": "heldout", "id": "p", "n": 4, "correct": correct, "lengths": [3], "at_limit": 0}
-        base["correct_lengths"] = []
-        base |= {"metas": 2, "parsed": 2, "p_hats": [0.5, 1.0], "l_hats": [], "gated": False, "cut_at": 9}
+    def row(step: int, kind: str, correct: int) -> dict:
+        base = {"step": step, "set": "heldout", "id": f"{kind}/1 + 1", "n": 4, "correct": correct, "lengths": [3]}
+        base |= {"at_limit": 0, "correct_lengths": [], "metas": 2, "parsed": 2, "p_hats": [0.5, 1.0], "l_hats": []}
+        base |= {"gated": correct == 4, "cut_at": 9}
         return base | dict.fromkeys(("r_length", "r_difficulty", "r_notion"), 0.0)
 
     for setting in masa_study.FLAGS:
-        steps = 3 if setting == "grpo" else 2
         for seed in (0, 1):
             out = masa_study.folder(setting, seed)
             out.mkdir()
-            metrics = [{"solution_tokens": 10, "meta_tokens": 5, "tokens": 15 * (k + 1), "share/gated": k / 2,
-                        "share/cut": None if k else 0.5} for k in range(steps)]  # fmt: skip
-            evals = [row(step, seed + step) for step in range(steps + 1)]
+            metrics = [{"solution_tokens": 10, "meta_tokens": 5, "tokens": 15 * (k + 1), "share/gated": k / 2}
+                       for k in range(2)]  # fmt: skip
+            evals = [row(step, kind, right) for step, both in ((0, (1, 3)), (2, (2 + seed, 4)))
+                     for kind, right in zip(("add3", "mul2"), both, strict=True)]  # fmt: skip
             (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
             (out / "evals.jsonl").write_text("".join(json.dumps(x) + "\n" for x in evals))
-            (out / "results.json").write_text(json.dumps({"evals": passk.summaries(evals), "seconds": 1}))
-    assert masa_study.equal_tokens(0) == 3  # 30 tokens of MASA, 10 a step of GRPO
-    for setting in ("efficient",):  # its second half must hold a share of cut solutions
-        for seed in (0, 1):
-            path = masa_study.folder(setting, seed) / "metrics.jsonl"
-            path.write_text(path.read_text().replace("null", "0.25"))
-    found = masa_study.collect()
-    accuracy = {name: [r["pass@1"]["mean"] for r in rows] for name, rows in found["rows"].items()}
-    assert accuracy["before"] == [0.0, 0.25] and accuracy["masa"] == accuracy["shuffled"] == [0.5, 0.75]
-    assert accuracy["grpo, equal steps"] == [0.5, 0.75] and accuracy["grpo, equal tokens"] == [0.75, 1.0]
-    assert [r["tokens"] for r in found["rows"]["grpo, equal tokens"]] == [45, 45]
-    assert found["rows"]["efficient"][0]["gated"] == 0.5 and found["rows"]["efficient"][0]["cut"] == 0.25
-    assert found["calibration"]["masa"] == [
-        {"p_hat": 0.5, "metas": 2, "p": 0.625},
-        {"p_hat": 1.0, "metas": 2, "p": 0.625},
-    ]
+            (out / "results.json").write_text(json.dumps({"evals": passk.summaries(evals)}))
+    found = masa_study.collect((0, 1))
+    (first, second) = found["cells"]["efficient"]
+    assert first["curve"] == [(0, 0.5), (30, 0.75)] and second["curve"][-1] == (30, 0.875)
+    assert first["kinds"] == {"add3": 0.5, "mul2": 1.0} and first["metas"] == pytest.approx(1 / 3)
+    assert first["gated in training"] == 0.5  # the step without a gate does not count
+    assert found["pairs"]["efficient"][0]["gain"] == 0 and found["pairs"]["efficient"][0]["knows"] == 0.5
+    facts = {"receipt": masa_study.receipt("beside other work"), "seeds": [0, 1]}
+    text = masa_study.markdown(facts | found)
+    assert "| 62.5 ± 0.0" not in text and "beside other work" in text and "81.2 ± 8.8" in text  # .75 and .875
 
 
 def test_the_study_writes_between_its_own_marks(tmp_path):

@@ -1,21 +1,16 @@
 """Measuring on known costs, the candidates against each other, the GPU check on a CPU, FLOPs against torch's count."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, cells
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.segment_logprob as op
-import lora
 import model as qwen
 import train
 from common.errors import Disagreement
 from common.files import read_json
-from common.model_config import ModelConfig
-from common.ranks import process_group
 from tools import bench, gpu_check, measure
 
 CPU = torch.device("cpu")
@@ -133,6 +128,7 @@ def test_rows_in_trl_order_meet_the_same_wrong_completions(n):
     assert all(partner[order[i]] == order[i - 1] for i in range(n))  # TRL: the completion before, the first the last
 
 
+@pytest.mark.long
 def test_our_steps_have_trls_losses(alone, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed; make bench installs it")
     monkeypatch.setattr(bench, "installed", lambda package: True)
@@ -243,48 +239,6 @@ def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_p
 def test_without_a_gpu_the_check_says_what_to_do(capsys):
     assert gpu_check.main([]) == 3
     assert "--device cpu --tiny" in capsys.readouterr().err
-
-
-def test_the_flops_of_a_forward_by_hand():
-    shape = dict(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2)
-    shape |= dict(num_key_value_heads=1, head_dim=3, tie_word_embeddings=True)
-    # Products a token and layer: q 4*6, k and v 4*3 each, o 6*4, three of 4*6 = 144 multiply-adds. Rank 2 adapters:
-    # 2 * (10 + 7 + 7 + 10 + 10 + 10 + 10) = 128. Rows of 3 and 2 tokens: 6 + 3 causal pairs of 2 * 6 multiply-adds.
-    found = gpu_check.forward_flops(ModelConfig(**shape, **gpu_check.REST), 2, [3, 2], predicted=3)
-    assert found == {
-        "base": 2 * 5 * 2 * 144,
-        "lora": 2 * 5 * 2 * 128,
-        "attention": 2 * 2 * 9 * 12,
-        "head": 2 * 3 * 4 * 10,
-    }
-
-
-def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
-    """Without attention, which torch does not count on a CPU; the first layer's inputs want no gradient."""
-    shape = gpu_check.SMALL | dict(num_hidden_layers=6, tie_word_embeddings=True)
-    config = ModelConfig(**shape, **gpu_check.REST)
-    rows, r = bench.random_rows(4, 12, 20, config.vocab_size), 4
-    settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0)
-    torch.manual_seed(0)
-    with process_group() as ranks:
-        trainer = train.Trainer(qwen.Qwen3(config), rows, "kto", settings, ranks, "torch")
-        cached = trainer.reference_sums()
-        with FlopCounterMode(display=False) as counter:
-            trainer.step(0, 10, [0, 1, 2, 3], cached)
-    counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-    attention = [gpu_check.forward_flops(config, r, [length], 0)["attention"] for length in trainer.lengths]
-    attention_kl = [gpu_check.forward_flops(config, r, [length], 0)["attention"] for length in trainer.kl_lengths]
-    expected = gpu_check.step_flops(config, r, rows, trainer.partner) - 3 * sum(attention) - sum(attention_kl)
-    assert len(lora.state(trainer.model)) == 6 * 7 * 2
-    assert counted == pytest.approx(expected, rel=0.03)
-
-
-def test_the_peak_is_that_of_the_named_device(monkeypatch):
-    cuda = SimpleNamespace(type="cuda")
-    for name, peak in {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "Some GPU": None}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert gpu_check.peak_tflops(cuda) == peak
-    assert gpu_check.peak_tflops(CPU) is None
 
 
 def test_the_readme_shows_the_recorded_tables():

@@ -38,7 +38,7 @@ def test_positions_are_those_of_the_json(drawn):
     assert lines == {(26.67, 87.32), (24.03, 94.9), (10.0, 10.0)}
     heights = [line.get_ydata()[0] for line in ax.lines if tuple(line.get_xdata()) == (26.67, 87.32)]
     assert heights[0] > 0.5  # the first row is the upper one
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["nq, kto", "nq, base"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["nq, KTO", "nq, base"]
 
 
 def part(n, gain, low, high, chance=None, draws=()):
@@ -80,15 +80,17 @@ def test_strata_bars_are_the_gains(drawn):
     chance = [line for line in ax.lines if list(line.get_ydata()) == [10.0, 10.0]]
     assert len(chance) == 2
     names = [t.get_text() for t in drawn[0].legends[0].get_texts()]
-    assert names == ["kto", "mralign", "draws, each alone", "ThinkOn, another draw: chance alone"]
+    assert names == ["KTO", "MR-ALIGN", "draws, each alone", "ThinkOn, another draw: chance alone"]
     dots = [line for line in ax.lines if line.get_marker() == "."]
     assert [y for line in dots for y in line.get_ydata()] == [70.0, 90.0]
 
 
 def test_strata_rows():
     rows = charts.strata_rows(STRATA["nq"])
-    assert rows[2]["gain in Acc (95 %)"] == "+50.0 [+20.0, +70.0]" and rows[2]["by chance alone"] == "+10.0"
-    assert rows[1]["gain in Acc (95 %)"] == "– [–, –]" and rows[5]["sd over draws"] == "14.1"
+    gain = "gain in Acc, points (95 %)"
+    assert rows[2][gain] == "+50.0 [+20.0, +70.0]" and rows[2]["by chance alone"] == "+10.0"
+    assert rows[1][gain] == "– [–, –]" and rows[5]["sd over draws"] == "14.1"
+    assert rows[0]["what ThinkOn did"] == "both correct (n below 10)" and rows[0]["questions"] == 9
 
 
 def test_change_graph_has_an_arrow_and_a_number_for_every_move(drawn):
@@ -133,7 +135,7 @@ def test_outcomes_are_those_of_the_json(drawn):
     (ax,) = drawn[0].axes
     dots = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in ax.lines if line.get_marker() == "o"]
     assert [x for x, _ in dots] == [75.0, 50.0] and dots[1][1] == "white"
-    assert texts(ax) == ["4"] and ax.get_title(loc="left") == "thinkon, 6 traces"
+    assert texts(ax) == ["4"] and ax.get_title(loc="left") == "ThinkOn, 6 traces"
     rows = charts.outcome_rows(outcomes["thinkon"], "labels")
     assert rows[0] == {
         "label": "framing",

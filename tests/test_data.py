@@ -786,6 +786,40 @@ def test_candidates_of_hand_made_draws(tiny_tokenizer):
     json.dumps(rows)
 
 
+def test_samples_are_taken_one_question_at_a_time(tiny_tokenizer):
+    """In the sampler's order no more than two questions' draws are alive at once; any order gives the same rows."""
+    samples = [s for args in FOUR + MIXED for s in draws(tiny_tokenizer, *args)]
+    alive: list[int] = []
+
+    class Row(dict):
+        def __init__(self, row):
+            super().__init__(row)
+            alive.append(1)
+
+        def __del__(self):
+            alive.pop()
+
+    most = 0
+
+    def one_by_one():
+        nonlocal most
+        for row in samples:
+            yield Row(row)
+            most = max(most, len(alive))
+
+    expected = data.select_candidates(one_by_one(), tiny_tokenizer, **SMALL)
+    assert most <= 2 * 6 + 2  # the question in hand, the one that is read, and the row that was read last
+    mixed = samples[::-1]
+    random.Random(1).shuffle(mixed)
+    mixed.sort(key=lambda s: s["draw"])  # all questions are open at once, in another order
+    rows, tally = data.select_candidates(mixed, tiny_tokenizer, **SMALL)
+    order = [r["id"] for r in mixed]
+    assert rows == sorted(expected[0], key=lambda r: order.index(r["id"])) and tally["all"] == expected[1]["all"]
+    late = [*samples, samples[0]]  # a draw of a question that was done with long ago
+    with pytest.raises(InputError, match="draw 0 of 'q1', thinking on, comes twice"):
+        data.select_candidates(late, tiny_tokenizer, **SMALL)
+
+
 def test_fewer_draws_can_be_used_and_every_draw_can_be_kept(tiny_tokenizer):
     samples = [s for args in FOUR + MIXED for s in draws(tiny_tokenizer, *args)]
     rows, tally = data.select_candidates(samples, tiny_tokenizer, n_draws=1, **SMALL)
@@ -826,8 +860,8 @@ def test_outcomes_of_both_modes(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("text", "finish", "on", "remedy"),
     [
-        ("Six", "stop", (1, 1, 1), "most completions hold no thought: take a model that reasons"),
-        ("<think>a", "length", (1, 1, 1), "most completions were cut short: raise --draw-max-new"),
+        ("Six", "stop", (1, 1, 1), "9 of 9 completions with thinking on hold no thought: take a model that reasons"),
+        ("<think>a", "length", (1, 1, 1), "9 of 9 completions with thinking on were cut short: raise --draw-max-new"),
         (None, "stop", (0, 0, 0), "no answer is a gold: look at some"),
         (None, "stop", (1, 0, 1), "draw at a lower temperature"),
     ],
@@ -992,6 +1026,14 @@ def test_shuffled_weights_stay_in_their_class():
         assert old != new and sorted(old) == sorted(new)
     assert [len(r["w"]) for r in rows] == [len(r["w"]) for r in shuffled]
     assert shuffled == data.shuffle_weights(rows, seed=1) != data.shuffle_weights(rows, seed=2)
+
+
+def test_mean_weights_by_hand():
+    """Chosen steps weigh 1, 2 and 3, rejected ones 4 and 8; a row without a step stays without."""
+    rows = [{"label": True, "w": [1.0, 2.0]}, {"label": False, "w": [4.0, 8.0]}, {"label": True, "w": [3.0]}]
+    rows.append({"label": False, "w": []})
+    want = [[2.0, 2.0], [6.0, 6.0], [2.0], []]
+    assert [row["w"] for row in data.reweighted(rows, "mean", seed=0)] == want
 
 
 def test_packing_by_hand():

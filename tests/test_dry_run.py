@@ -120,7 +120,6 @@ def test_cache_rows_and_time_of_sampling_by_hand():
     config = plan.shape_of("Qwen/Qwen3-8B")[0]
     many = dry_run.Decoding(config, 8_190_735_360, 2, "h200").seconds(1, 1000, 1, 100_000)
     assert many == pytest.approx(1001 * 2 * 8.190735e9 / (989e12 * 0.35), rel=0.1)
-    assert dry_run.BANDWIDTH.keys() == plan.GPUS.keys()
 
 
 def test_what_does_not_fit_is_said(nothing):
@@ -128,12 +127,44 @@ def test_what_does_not_fit_is_said(nothing):
     assert "DO NOT FIT" not in nothing("--gpu", "h100")
 
 
+def test_what_does_not_fit_is_what_the_run_refuses(nothing):
+    """Qwen3-8B in bfloat16: 16.38 GB of weights; a row's cache of 147,456 bytes a token, a quarter on top (1 / 0.8)."""
+    config, _ = plan.shape_of("Qwen/Qwen3-8B")
+    assert 42_000 > (24e9 - 2 * 8_190_735_360) * 0.8 / 147_456 > 40_960  # tokens of one row on 24 GB, in blocks of 512
+    out = nothing("--gpu", "rtx4090", "--max-new", 40_700)
+    assert "DO NOT FIT" not in out and "EXCEED" not in out
+    out = nothing("--gpu", "rtx4090", "--max-new", 42_000)
+    with pytest.raises(InputError) as refused:
+        sample.check_memory(config, torch.bfloat16, 42_120, int(24e9), "--max-new")
+    assert f"evaluation DO NOT FIT on a rtx4090: {refused.value}\n" in out
+    assert "evaluation EXCEED the model's 40,960 positions: lower --max-new to 40,840 or less" in out
+
+
+def test_the_hours_of_labels_by_the_model_itself(nothing, tmp_path):
+    """As many completions as thoughts, in the draws' arithmetic; a second model and the adjudicator add theirs."""
+    rows = lines_of(nothing("--annotator", "self"))
+    (name,) = (name for name in rows if name.startswith("labels of candidates"))
+    made = dry_run.made_up()
+    written = 6973 * 55 * sum(len(row["spans"]) for row in made) / 48
+    assert name == "labels of candidates, a: Qwen3-8B" and rows[name][0] == "6,973 completions"
+    assert int(rows[name][2].replace(",", "")) == pytest.approx(written, rel=1e-6)
+    config, _ = plan.shape_of("Qwen/Qwen3-8B")
+    how = dry_run.Decoding(config, 8_190_735_360, 2, "a800-40")
+    prompt = int(rows[name][1].replace(",", "")) / 6973
+    hours = how.seconds(6973, prompt, written / 6973, how.rows(prompt + 4096)) / 3600 / 4
+    assert float(rows[name][3]) == pytest.approx(hours, abs=0.006) and hours > 0.1 and rows[name][4] == "–"
+    both = lines_of(nothing("--annotator", "self", "--annotator-model", "Qwen/Qwen3-4B"))
+    three = [name for name in both if name.startswith("labels of candidates")]
+    assert [name.rpartition(", ")[2] for name in three] == ["a: Qwen3-8B", "b: Qwen3-4B", "judge: Qwen3-8B"]
+    assert float(both[three[1]][3]) < float(both[three[0]][3]) < float(both[three[2]][3])
+
+
 def test_labels_cost_what_the_committee_would_be_asked(tmp_path):
     """Of the candidates themselves once they are there: four bytes a token, 55 tokens a segment, the listed price."""
     cfg = settings("--out", tmp_path, "--label-eval", 0)
     rows = dry_run.made_up()
     write_jsonl(tmp_path / "candidates.jsonl", rows)
-    a, b, judge = dry_run.label_needs(cfg, None)
+    a, b, judge = dry_run.label_needs(cfg, None, "h100", 4)
     assert (a.units, b.units, judge.units) == (48, 48, 48)
     assert a.written == 55 * sum(len(row["spans"]) for row in rows) == 55 * 4 * sum(range(4, 16))
     prices = read_json(ROOT / "prices.json")["models"]

@@ -15,7 +15,8 @@ from common.errors import InputError
 
 TINY = ("<start>", "a", "b", "<stop>")
 FIVE = ("<start>", "F", "R", "E", "<stop>")
-cases = settings(max_examples=500, derandomize=True, deadline=None)
+K = len(em.STATES)
+cases = settings(max_examples=100, derandomize=True, deadline=None)
 
 
 # ---------------------------------------------------------------------------------------------- independent oracle
@@ -76,14 +77,18 @@ def moves(traces, states=em.STATES):
 # ---------------------------------------------------------------------------------------------- vocabulary
 
 
-def test_vocabulary_is_the_papers():
-    assert len(em.LABELS) == 15 and len(em.STATES) == 17 and len(set(em.STATES)) == 17
-    assert (em.STATES[0], em.STATES[16]) == ("<start>", "<stop>")
-    assert [len(labels) for labels in em.TAXONOMY.values()] == [4, 2, 7, 2]
+def test_the_papers_labels_are_in_the_vocabulary():
+    """Table 7's fifteen in its four macro strategies; whoever adds a label or a strategy keeps them."""
+    table_7 = [
+        "framing backtracking self_verification evaluation",
+        "decomposition chaining",
+        "causal_reasoning retrieval analogy synthesis comparison categorization case_analysis",
+        "explanation summarization",
+    ]
+    for macro, labels in zip(list(em.TAXONOMY.values())[:4], table_7, strict=True):
+        assert set(labels.split()) <= macro.keys()
+    assert em.STATES == ("<start>", *em.LABELS, "<stop>") and len(set(em.STATES)) == len(em.STATES)
     assert all(meaning for labels in em.TAXONOMY.values() for meaning in labels.values())
-    table_7 = """framing backtracking self_verification evaluation decomposition chaining retrieval causal_reasoning
-        analogy synthesis comparison categorization case_analysis explanation summarization""".split()
-    assert set(em.LABELS) == set(table_7)
 
 
 # ---------------------------------------------------------------------------------------------- observations
@@ -96,7 +101,7 @@ def test_observations_by_hand():
         ((0,), (framing,)),
         ((framing,), (evaluation, retrieval)),
         ((evaluation, retrieval), (retrieval,)),
-        ((retrieval,), (16,)),
+        ((retrieval,), (len(em.STATES) - 1,)),
     ]
 
 
@@ -205,9 +210,9 @@ def random_traces(seed, n, labels=em.LABELS):
     return [[rng.sample(labels, rng.choice((0, 1, 2, 2, 2))) for _ in range(rng.randint(1, 9))] for _ in range(n)]
 
 
-def test_equals_the_oracle_with_all_17_states_and_defaults():
+def test_equals_the_oracle_with_all_states_and_defaults():
     obs = moves(random_traces(0, 60))
-    P, alpha, C = oracle(obs, 17)
+    P, alpha, C = oracle(obs, len(em.STATES))
     fitted = em.fit(obs)
     np.testing.assert_allclose(fitted.P, P, rtol=0, atol=1e-12)
     np.testing.assert_allclose(fitted.C, C, rtol=0, atol=1e-10)
@@ -271,8 +276,8 @@ def test_singletons_undamped_give_smoothed_counts(traces):
 
 def test_empty_corpus_is_uniform():
     fitted = em.fit([])
-    np.testing.assert_allclose(fitted.P[:16, 1:], 1 / 16, rtol=0, atol=1e-15)
-    assert (fitted.P[:, 0] == 0).all() and fitted.P[16, 16] == 1 and (fitted.C == 0).all()
+    np.testing.assert_allclose(fitted.P[:-1, 1:], 1 / (len(em.STATES) - 1), rtol=0, atol=1e-15)
+    assert (fitted.P[:, 0] == 0).all() and fitted.P[-1, -1] == 1 and (fitted.C == 0).all()
     assert len(fitted.objective) == 2  # nothing moves, so the first iteration is already below tol
 
 
@@ -325,7 +330,7 @@ def test_one_label_keeps_the_most_confident():
 # ---------------------------------------------------------------------------------------------- weights
 
 
-def random_matrix(seed, n_states=17):
+def random_matrix(seed, n_states=K):
     P = np.zeros((n_states, n_states))
     P[:-1, 1:] = np.random.default_rng(seed).dirichlet(np.full(n_states - 1, 0.3), size=n_states - 1) + 1e-9
     P[-1, -1] = 1

@@ -100,6 +100,18 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_json(tmp_path / "status.json") == {"state": "done", "exit_code": 0, "rank": 0, "reason": ""}
 
 
+def test_what_befalls_every_rank_is_said_by_rank_0(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """torchrun ends all ranks when one has ended, so the others wait for rank 0, and speak if that had no error."""
+    slept: list[float] = []
+    monkeypatch.setattr(endings.time, "sleep", slept.append)
+    for rank, said, waits in (("0", "error: bad\n", []), ("3", "error on rank 3: bad\n", [endings.FIRST])):
+        monkeypatch.setenv("RANK", rank)
+        slept.clear()
+        assert endings.settle(InputError("bad"), None) == 3
+        assert (capsys.readouterr().err, slept) == (said, waits)
+    assert endings.settle(None, None) == 0 and slept == [endings.FIRST]
+
+
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     script = (
         "import sys; from common.endings import program\n"

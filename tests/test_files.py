@@ -307,6 +307,37 @@ def test_a_damaged_row_of_a_journal_is_left_out_and_named(tmp_path: Path, capsys
     assert reopened(path, "k") == [] and "1 damaged of 1 rows" in capsys.readouterr().err
 
 
+def test_a_journal_tells_its_rows_without_keeping_them(tmp_path: Path) -> None:
+    path, rows = tmp_path / "journal.jsonl", [{"i": i, "text": "x" * 70_000} for i in range(4)]
+    journal = Journal(path, "k")
+    for row in rows:
+        journal.add(row)
+    journal.close()
+    size = path.stat().st_size
+    with open(path, "ab") as f:
+        f.write(b'{"i": 4, "text": "' + b"y" * 70_000)  # torn, and longer than what is looked at in one go
+    told: list[dict] = []
+    journal = Journal(path, "k", use=told.append, keep=False)
+    journal.close()
+    assert told == rows and journal.rows == [] and path.stat().st_size == size
+
+
+def test_rows_come_one_by_one(tmp_path: Path) -> None:
+    """What stands before a bad line is there before the line is read; every form of line ends gives the same rows."""
+    path, rows = tmp_path / "a.jsonl", [{"i": i} for i in range(3)]
+    path.write_text('{"i": 0}\n\n{"i": 1}\nbad\n')
+    found = files.each_row(path)
+    assert [next(found), next(found)] == rows[:2]
+    with pytest.raises(InputError, match=f"{path}:4: not a JSON row"):
+        next(found)
+    text = "\n".join(json.dumps(row) for row in rows)
+    for end in ("\n", "\r\n", "\r"):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            for last in (end, ""):
+                path.write_bytes((text.replace("\n", end) + last).encode(encoding))
+                assert list(files.each_row(path, ("i",))) == rows, (end, encoding, last)
+
+
 def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "j", "k")
     journal.add({"i": 0})

@@ -64,14 +64,14 @@ def test_swiglu(N, F, dtype, impl, device):
         return gate / (1 + (-gate).exp()) * up
 
     x = 3 * draw(N, 2 * F, dtype=dtype, device=device)
-    compare(lambda x: swiglu(x, impl), exact, [x], bound(impl, dtype))
+    compare(lambda x: swiglu(x, impl=impl), exact, [x], bound(impl, dtype))
 
 
 @every_path
 def test_swiglu_of_large_numbers_is_finite(impl, device):
     """exp(-gate) overflows at gate = -100: the result is 0 there and gate * up at the other end."""
     x = torch.tensor([[-100.0, 100.0, 0.0, 2.0, 2.0, 2.0]], device=device).requires_grad_()
-    y = swiglu(x, impl)
+    y = swiglu(x, impl=impl)
     y.sum().backward()
     assert y.tolist() == [[pytest.approx(0, abs=1e-30), 200.0, 0.0]] and x.grad.isfinite().all()
     assert x.grad[0].tolist() == pytest.approx([0, 2, 1, 0, 100, 0], abs=1e-6)  # at 0 the slope of silu is 1/2
@@ -120,7 +120,7 @@ def test_add_rmsnorm(N, E, dtype, impl, device):
 
 @every_path
 def test_no_rows(impl, device):
-    assert swiglu(torch.zeros(0, 8, device=device), impl).shape == (0, 4)
+    assert swiglu(torch.zeros(0, 8, device=device), impl=impl).shape == (0, 4)
     empty = torch.zeros(0, 1, 4, device=device)
     q, k, v = qk_norm_rope(torch.zeros(0, 4, 4, device=device), None, 1e-6, empty, empty, 1, impl)
     assert (q.shape, k.shape, v.shape) == ((0, 2, 4), (0, 1, 4), (0, 1, 4))

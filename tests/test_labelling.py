@@ -124,13 +124,15 @@ def billed(out: Path) -> list[dict]:
 def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, run, server, out, tmp_path):
     done = annotate("--dry-run")
     assert done.returncode == 0 and not server.requests
-    lines = done.stdout.splitlines()
-    rows = [line.split() for line in lines[next(i for i, line in enumerate(lines) if line.startswith("role")) :]]
-    assert [row[0] for row in rows[1:4]] == ["a", "b", "judge"] and {tuple(r[2:4]) for r in rows[1:4]} == {("12", "0")}
-    prompt, reply = (int(rows[1][k].replace(",", "")) for k in (4, 5))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    at = next(i for i, cells in enumerate(lines) if cells[:2] == ["role", "model"])
+    rows = [dict(zip(lines[at], cells, strict=True)) for cells in lines[at + 2 : at + 6]]
+    assert [row["role"] for row in rows] == ["a", "b", "judge", "sum"]
+    assert {(r["calls"], r["answered"]) for r in rows[:3]} == {("12", "0")}
+    prompt, reply = (int(rows[0][name].replace(",", "")) for name in ("prompt tokens", "reply tokens"))
     prices = read_json(ROOT / "prices.json")
     of = prices["models"]["gpt-4o"]
-    assert float(rows[1][6]) == pytest.approx((prompt * of["input"] + reply * of["output"]) / 1e6, abs=1e-4)
+    assert float(rows[0]["USD"]) == pytest.approx((prompt * of["input"] + reply * of["output"]) / 1e6, abs=1e-4)
     assert f"prices of {prices['as_of']}" in done.stdout
 
     done = annotate("annotate")
@@ -171,11 +173,10 @@ def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, 
     failed(run(*line), 3, "candidate 'new' is not in it")
 
 
-def test_a_wrong_key_ends_in_seconds(annotate, server, out):
+def test_a_wrong_key_ends_at_the_first_reply(annotate, server, out):
     server.script = lambda number, body: "401"
-    started = time.monotonic()
     failed(annotate("annotate"), 4, "gpt-4o@", "401", "check the key in ANNOTATOR_KEY")
-    assert time.monotonic() - started < 5 and len(server.requests) == 1
+    assert len(server.requests) == 1
 
 
 def test_one_model_alone(annotate, server, out):

@@ -242,14 +242,14 @@ def test_bf16_policy_is_its_reference_bit_for_bit_before_training_and_the_same_s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: Path, kind: str) -> None:
+def test_gradients_equal_transformers_whatever_is_recomputed(tmp_path: Path, kind: str) -> None:
     hf = peer(kind, tied=True)
     hf.save_pretrained(tmp_path)
     m = qwen.load(tmp_path)
     rows = tokens(6, 11)
     ids, cu_seqlens = packed(rows)
     gradients = []
-    for m.gradient_checkpointing in (False, True):
+    for m.recompute in ("none", "cheap", "full"):
         m.zero_grad()
         m.logits(m(ids, cu_seqlens)).logsumexp(-1).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in m.named_parameters()})
@@ -257,7 +257,7 @@ def test_gradients_equal_transformers_with_and_without_checkpointing(tmp_path: P
     for name, p in hf.named_parameters():
         scale = p.grad.abs().max()
         assert (gradients[0][name] - p.grad).abs().max() <= 1e-4 * scale, name
-        assert torch.equal(gradients[0][name], gradients[1][name]), name
+        assert all(torch.equal(gradients[0][name], other[name]) for other in gradients[1:]), name
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from peers import VOCAB, peer
 from safetensors.torch import load_file, save_file
+from test_costs import Alive
 from test_export import Handler, truth
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,7 @@ import model as qwen
 import moe
 import mralign
 import sample
-import train
+from common import costs
 from common.errors import InputError
 from common.files import read_jsonl, write_jsonl
 from common.model_config import MixtureConfig, ModelConfig
@@ -289,47 +290,74 @@ SMALL = dataclasses.replace(SMALL, moe=MixtureConfig(4, 2, 48, True, 2))  # laye
 def test_sizes_of_the_public_mixtures() -> None:
     """Billions of parameters, all and activated, as their makers give them: 30.5 and 3.3, 235 and 22."""
     for name, total, active in (("Qwen3-30B-A3B", 30.5, 3.3), ("Qwen3-235B-A22B", 235, 22)):
-        n = plan.counts(plan.shape_of(name)[0], 32)
+        n = costs.parameters(plan.shape_of(name)[0], 32)
         assert (n["layers"] + n["rest"]) / 1e9 == pytest.approx(total, rel=0.002)
         assert (n["layers"] + n["rest"] - n["idle"]) / 1e9 == pytest.approx(active, rel=0.02)
-    n = plan.counts(plan.shape_of("Qwen3-30B-A3B")[0], 32)
+    n = costs.parameters(plan.shape_of("Qwen3-30B-A3B")[0], 32)
     assert n["experts"] == 48 * 128 * 3 * 2048 * 768 and n["idle"] == n["experts"] * 120 // 128
     assert n["adapters"] == 48 * 32 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048))
 
 
-def test_the_plan_counts_what_a_built_mixture_has_and_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers trained; multiplications by torch's counter; bytes that autograd saves, without weights and tables."""
-    torch.manual_seed(0)
-    model, T = qwen.Qwen3(SMALL), 256
-    n = plan.counts(SMALL, 5)
+def test_costs_count_what_a_built_mixture_has_and_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in all and trained; multiplications by torch's own counter, with the causal half of attention."""
+    model, T = qwen.Qwen3(SMALL), 64
+    n = costs.parameters(SMALL, 5)
+    assert n["layers"] + n["rest"] == sum(p.numel() for p in model.parameters())
     assert n["experts"] == sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert n["idle"] == n["experts"] // 2
     assert n["adapters"] == sum(p.numel() for p in lora.add(model, 5, 10.0))
-    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in own and x.shape[-1] != 1:
-            saved[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
-        return x
-
-    ids, cu_seqlens = torch.randint(97, (T,)), torch.tensor([0, T])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(ids, cu_seqlens)
-    kept = sum(plan.kept_per_token(SMALL, 5, 4, SMALL.moe.at(layer)) for layer in range(4)) * T
-    assert kept == pytest.approx(sum(nbytes for nbytes, _ in saved.values()), rel=0.1)
     monkeypatch.setattr(moe, "product", moe.product_by_loop)  # the counter does not know the grouped one
+    monkeypatch.setattr(moe, "ROWS", 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(ids, cu_seqlens)
-    lengths, s = plan.Lengths([T - 10], [10], [True]), train.TrainSettings(lora_r=5)
-    head = 2 * 10 * SMALL.vocab_size * SMALL.hidden_size
-    half = 2 * T * T * SMALL.num_attention_heads * SMALL.head_dim * SMALL.num_hidden_layers
-    ours = (plan.step_flops(SMALL, s, 1, lengths) - 3 * head) / 3
-    assert ours + half == pytest.approx(counter.get_total_flops(), rel=0.02)
+        model(torch.randint(97, (T,)), torch.tensor([0, T]))
+    found = costs.forward_flops(SMALL, 5, [(T, 0)])
+    assert found["head"] == 0
+    masked = found["attention"] * (T - 1) / (T + 1)  # pairs that the counter counts and causal attention does not need
+    assert sum(found.values()) + masked == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", costs.RECOMPUTE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("experts", [True, False])
+def test_what_a_layer_of_a_mixture_leaves_alive(experts: bool, dtype: torch.dtype, recompute: str) -> None:
+    """As test_costs counts it for others: two more layers, with experts or without, leave so many bytes more."""
+    alive, tokens = [], 512
+    size = torch.finfo(dtype).bits // 8
+    for layers in (4, 6):
+        without = () if experts else tuple(range(1, layers))
+        mixture = MixtureConfig(4, 2, 48, True, 1, without)
+        config = dataclasses.replace(SMALL, num_hidden_layers=layers, moe=mixture)
+        torch.manual_seed(0)
+        model = qwen.Qwen3(config).to(dtype)
+        lora.add(model, 5, 10.0)
+        model.stack()
+        model.recompute = recompute
+        with Alive(model) as mode:
+            hidden = model(torch.randint(97, (tokens,)), torch.tensor([0, tokens]))
+        alive.append(mode.nbytes())
+        del hidden
+    casts = (size == 2 and recompute != "full") * costs.parameters(config, 5)["adapters"] // 6
+    measured = (alive[1] - alive[0]) / 2 - size * casts
+    predicted = costs.kept_per_token(config, 5, size, recompute, False, experts) * tokens
+    assert predicted == pytest.approx(measured, rel=0.1), (predicted, measured)
+
+
+def test_cheap_recomputation_gives_the_same_gradients(tmp_path: Path) -> None:
+    peer("qwen3_moe").save_pretrained(tmp_path)
+    m = qwen.load(tmp_path)
+    trained = lora.add(m, r=4, alpha=8.0)
+    for p in trained:
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for m.recompute in costs.RECOMPUTE:
+        found.append(torch.autograd.grad(m(*packed(tokens(30, 12))).square().sum(), trained))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_a_token_decoded_reads_the_experts_that_its_batch_meets() -> None:
     """One row reads k of n experts; very many rows read all; multiplied are k of n, however many rows."""
     config, _ = plan.shape_of("Qwen3-30B-A3B")
-    n = plan.counts(config, 32)
+    n = costs.parameters(config, 32)
     how = dry_run.Decoding(config, n["layers"] + n["rest"], 2, "h200", n["experts"])
     active = how.params - n["idle"]
     assert how.met(1) == active and how.met(10_000) == pytest.approx(how.params)

@@ -207,6 +207,25 @@ def test_a_damaged_result_is_never_used(run, slices, tmp_path):
     assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
 
 
+def test_a_stage_without_what_it_reads_is_refused_before_the_model_is_looked_for(tmp_path, monkeypatch):
+    """A model of the Hub is gigabytes: that train.jsonl is missing is said first, and by whom it is written."""
+    monkeypatch.chdir(ROOT)
+    cfg = RunConfig(model="no/such-model", out=str(tmp_path), annotator="cues")
+    for stage, name, writer in (
+        ("candidates", "samples.jsonl", "sample"),
+        ("annotate", "candidates.jsonl", "candidates"),
+        ("fit", "candidates.jsonl", "candidates"),
+        ("train", "train.jsonl", "fit"),
+    ):
+        with pytest.raises(
+            InputError, match=f"{tmp_path / name}: no such file, which {stage} reads; .* {writer} first"
+        ):
+            check(cfg, [stage])
+    for name in ("candidates.jsonl", "annotations.jsonl"):
+        (tmp_path / name).touch()
+    check(cfg, ["fit", "train"])  # fit writes what train reads
+
+
 def test_another_runs_draws_are_taken_over(run, slices, tmp_path):
     done = command_line(*flags(slices, tmp_path / "same"), "--reuse-from", run)
     dear = [s for s in STAGES if s.split()[0] in ("sample", "annotate", "train", "eval")]
@@ -239,6 +258,7 @@ def test_two_runs_do_not_write_to_one_folder(run, slices):
     assert command_line(*flags(slices, run), "candidates").returncode == 0
 
 
+@pytest.mark.long
 def test_every_setting_and_analysis_on_saved_files(run, slices, tmp_path):
     """Search results, Self-Refine, several draws, labels, a judge: what each leaves adds up."""
     out = tmp_path / "all"

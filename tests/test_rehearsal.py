@@ -9,7 +9,7 @@ import pytest
 
 import data
 import em
-from common.files import read_json, read_jsonl
+from common.files import read_json, read_jsonl, write_jsonl
 from common.template import ChatTemplate, fill, load_prompt
 from common.tokens import encode, load_tokenizer, token_offsets
 from llm import judge, retrieve
@@ -153,6 +153,18 @@ def test_the_correlation_is_one_for_the_true_weights_and_none_for_shuffled_ones(
     random.Random(0).shuffle(pool)
     mixed = rehearsal.correlation([row | {"w": [pool.pop() for _ in row["spans"]]} for row in rows])
     assert mixed["all"]["low"] < 0.05 < 0.95 > mixed["all"]["high"]
+
+
+def test_the_page_says_which_runs_of_the_sweep_have_other_weights(tmp_path):
+    """lambda_r is no part of the step weights: a run that changes it alone must not be said to differ in them."""
+    files = {name: tmp_path / f"{k}.jsonl" for k, name in enumerate(("full", "Table 3, x", "Table 4, lambda_r 2.0"))}
+    for file, w in zip(files.values(), (1.5, 0.5, 1.5), strict=True):
+        write_jsonl(file, [{"w": [1.0, w]}])
+    line = rehearsal.sweep_line(files)
+    assert "weights (above) do, in: Table 3, x." in line
+    assert line.endswith("of the run called full, and other settings of the loss: Table 4, lambda_r 2.0.")
+    del files["Table 4, lambda_r 2.0"]
+    assert rehearsal.sweep_line(files).endswith("in: Table 3, x.")
 
 
 def test_search_can_be_asked_of_another_address(tmp_path):

@@ -1,14 +1,14 @@
 """Sampling through a real HTTP server on loopback that runs the miniature: the same rows as without a server."""
 
 import contextlib
+import io
 import json
-import subprocess
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import masa_worker
@@ -17,6 +17,7 @@ import torch
 
 import lora
 import model as qwen
+import mralign
 import sample
 from common import verifier
 from common.errors import ServiceError
@@ -34,7 +35,8 @@ MODEL = ROOT / "mini" / "model"
 
 @contextlib.contextmanager
 def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth.
+    """(base URL, requests seen). style "ids" answers as vLLM does, "text" without ids, "broken" refuses the fourth,
+    "shifted" sends end tokens too and says that every token was half a nat less likely than it is.
 
     It also loads and unloads adapters as vLLM does, from folders, and says in words that it has.
     """
@@ -72,11 +74,17 @@ def completions_server(style: str, folder: Path = MODEL) -> Iterator[tuple[str, 
                 (c,) = sample.generate(
                     net, [body["prompt"]], [body["seed"]], max_new=body["max_tokens"], stop_ids=stops, **how
                 )
-            shown = c.ids[:-1] if c.finish == "stop" else c.ids
+            shown = c.ids[:-1] if c.finish == "stop" and style != "shifted" else c.ids
             choice = {"index": 0, "finish_reason": c.finish, "stop_reason": None}
             choice["text"] = token_offsets(tokenizer, shown)[0]
             if style != "text":
                 choice["token_ids"] = shown  # without the end token, as some versions have it
+            if "logprobs" in body:  # from a full forward pass, half a nat less likely where style is "shifted"
+                ids = torch.tensor([*body["prompt"], *shown])
+                logits = net.logits(net(ids, torch.tensor([0, len(ids)]))) / body["temperature"]
+                first = len(body["prompt"])
+                logp = logits[first - 1 : -1].log_softmax(-1)[range(len(shown)), shown] - (style == "shifted") / 2
+                choice["logprobs"] = {"token_logprobs": logp.tolist()}
             self.answer(200, {"choices": [choice]})
 
         def answer(self, status: int, value: dict[str, Any] | str) -> None:
@@ -102,10 +110,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def draw(questions: Path, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "mralign.py", "--config", "configs/mini.json", "--questions", str(questions)]
-    command += ["--out", str(out), "--draws", "2", *flags, "sample"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def draw(questions: Path, out: Path, *flags: str) -> SimpleNamespace:
+    """Stage sample of the miniature, in this process: its exit code and what it said."""
+    command = ["--config", "configs/mini.json", "--questions", str(questions), "--out", str(out), "--draws", "2"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.chdir(ROOT):
+        code = mralign.main([*command, *flags, "sample"])
+    return SimpleNamespace(returncode=code, stderr=said.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +196,7 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     monkeypatch.setattr(verifier, "grade", hashed)
 
     def train(**where: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # what was measured, what was trained
-        s = masa_worker.settings(folder, metas=0, max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
+        s = masa_worker.settings(folder, metas=0, max_new=9, eval_max_new=9, lr=0.1, out=str(tmp_path / "out"), **where)
         net = qwen.load(folder).requires_grad_(False)
         made = Masa(net, Prompts(folder, s), load_problems(s.problems)[0], s, ranks)
         rows = [made.step(number) for number in range(3)]
@@ -195,13 +206,58 @@ def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path,
     with process_group() as ranks:
         rows, names = train()
         with completions_server("ids", folder) as (url, seen):
-            served, served_names = train(base_url=url)
+            served, served_names = train(base_url=url, is_cap=0.0)
     assert served == rows and len({row["accuracy"] for row in rows[:3]}) > 1
     assert all(torch.equal(names[name], served_names[name]) for name in names)
     loads = [body["lora_name"] for body in seen if "lora_path" in body]
     assert loads == ["policy-0", "policy-1", "policy-2", "policy-3"]
     assert [body["lora_name"] for body in seen if body.keys() == {"lora_name"}] == loads[:-1]
     assert {body["model"] for body in seen if "model" in body} == set(loads)
+    assert not any("logprobs" in body for body in seen)
+
+
+def test_a_servers_log_probabilities_weigh_its_samples(tmp_path, monkeypatch):
+    """One that samples as we do has weight 1. One that says half a nat less for each token has exp(1/2), or the cap."""
+    folder = masa_worker.make_folder(tmp_path / "model")
+    hashed = lambda text, gold, lenient: verifier.Grade(zlib.crc32(text.encode()) % 2 == 0, True)  # noqa: E731
+    monkeypatch.setattr(verifier, "grade", hashed)
+
+    def gradient(style: str, **where: Any) -> tuple[dict[str, Any], torch.Tensor]:
+        with completions_server(style, folder) as (url, seen):
+            s = masa_worker.settings(
+                folder,
+                metas=0,
+                max_new=9,
+                eval_max_new=9,
+                max_grad_norm=1e9,
+                base_url=url,
+                out=str(tmp_path / "out"),
+                **where,
+            )
+            net = qwen.load(folder).requires_grad_(False)
+            made = Masa(net, Prompts(folder, s), load_problems(s.problems)[0], s, ranks)
+            made.optimizer = masa_worker.NoStep(made.names)
+            row = made.step(0)
+            made.evaluate(0, "held", made.problems[:1])
+        asked = ["logprobs" in body for body in seen if "prompt" in body]
+        assert asked == ([bool(s.is_cap)] * 16 + [False] * 4)  # not for an evaluation
+        return row, torch.cat([g.flatten() for g in made.optimizer.grads[0].values()])
+
+    with process_group() as ranks:
+        _, plain = gradient("ids", is_cap=0.0)
+        row, same = gradient("ids")
+        assert row["server/mismatch"] < 1e-5 and row["server/weight"] == pytest.approx(1) and plain.norm() > 1e-3
+        assert torch.allclose(same, plain, rtol=1e-4, atol=1e-6) and row["server/capped"] == 0
+        row, more = gradient("shifted")
+        assert row["server/mismatch"] == pytest.approx(0.5, abs=1e-4) and row["server/capped"] == 0
+        assert row["server/weight"] == pytest.approx(1.64872, abs=1e-4)
+        row, capped = gradient("shifted", is_cap=1.5)
+        assert row["server/weight"] == 1.5 and row["server/capped"] == 1
+        with pytest.raises(ServiceError, match="one log-probability for each of them.*--is-cap 0"):
+            gradient("text")
+    # Every token has the same weight, so the gradient has it.
+    assert torch.allclose(more, plain * 1.64872, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(capped, plain * 1.5, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("updating", [True, False], ids=["updating allowed", "not allowed"])

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import em
 import kto
 from common.errors import InputError
-from report import figures, page, story
+from report import figures, page, story, summary
 
 SMALL = ("<start>", "framing", "retrieval", "evaluation", "<stop>")
 F, R, E = "framing", "retrieval", "evaluation"
@@ -195,7 +195,7 @@ def test_transition_figure_shows_support_and_clips(drawn: list[Figure]) -> None:
     t["P"][f, r], t["P_pos"][f, r], t["P_neg"][f, r] = 0.10, 0.123, 0.01
     t["C_pos"][0, f], t["P"][0, f], t["P_pos"][0, f] = 23456.0, 0.1, 0.9
     figures.transition_figure({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in t.items()}, "x.png")
-    p_all, p_pos, p_neg, _, w_pos, w_neg = drawn[0].axes[:6]
+    p_pos, w_pos, p_neg, w_neg, p_all, _ = drawn[0].axes[:6]
     assert cells(p_all) == {(f, r): "13"}
     assert cells(p_pos) == {(f, r): "12", (0, f): "23k"}
     assert cells(p_neg) == {}  # support .4: faded and empty
@@ -205,7 +205,7 @@ def test_transition_figure_shows_support_and_clips(drawn: list[Figure]) -> None:
     assert strong[0] > 0.6 > 0.4 > strong[2], strong  # red at e
     assert faded[2] > faded[0] > 0.78, faded  # pale blue at 1/e without support
     assert [tick.get_text() for tick in p_all.get_yticklabels()][8] == "retrieval"
-    assert any("7 chosen, 5 rejected" in text.get_text() for text in drawn[0].axes[3].texts)
+    assert any("7 chosen, 5 rejected" in text.get_text() for text in drawn[0].axes[5].texts)
 
 
 def test_curves_are_the_metrics(drawn: list[Figure]) -> None:
@@ -351,6 +351,9 @@ def written(tmp_path_factory: pytest.TempPathFactory, transitions: dict[str, Any
         images={EVIL: tmp_path / "w.png"},
         facts={"Receipts": {"command": EVIL, "lr": 5e-6}},
         pairs=[{"id": EVIL, "set": "t", "question": EVIL, "golds": ["Paris"], "kind": "found, then used"} | sides],
+        changed=EVIL,
+        lead=[EVIL, "The lead."],
+        words={"Acc": EVIL},
         notes=[EVIL],
     )
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -376,7 +379,9 @@ def test_page_is_whole_and_harmless(written: tuple[str, Checker]) -> None:
     assert "default-src 'none'" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
     assert "<script>alert('x')</script>" in "".join(checker.texts)  # the reader sees it as text
-    assert text.count("<h2 ") == 5  # results, receipts, figures, before and after, traces; the empty table has none
+    order = ["The lead.", 'class="note"', ">Words</h2>", ">Before and after</h2>", ">Traces</h2>", ">Results</h2>"]
+    places = [text.index(part) for part in [*order, ">Figures</h2>", ">Receipts</h2>"]]
+    assert places == sorted(places) and text.count("<h2 ") == 6  # the empty table has none
     assert "found, then used" in text and "wrong, gold in the thought" in text and "right, gold in the thought" in text
     assert text.count('class="note"') == 1 and "<i>framing</i><u>Paris</u>" in text
 
@@ -460,3 +465,33 @@ def test_extremes_are_the_outer_fifteen_percent_of_supported_moves() -> None:
     w[2, 1], support[2, 1] = 99.0, 0.4  # no support: not counted
     assert np.flatnonzero(figures.extremes(w, support)[1]).tolist() == [1, 2, 3, 14, 15, 16]
     assert not figures.extremes(w, support)[2].any() and not figures.extremes(w, support * 0).any()
+
+
+def test_rows_with_few_cases_are_grey() -> None:
+    text = page.table_html([{"": "a (n below 10)", "n": 9}, {"": "b", "n": 10}])
+    assert text.count('<tr class="few">') == 1 and '<tr class="few"><td>a (n below 10)</td>' in text
+
+
+def test_the_first_lines_say_what_came_out() -> None:
+    """+29.2 points over ThinkOn for sure, +0.2 over KTO maybe: as the numbers given say."""
+    metrics = {
+        name: {"n": 516, "acc": {"share": acc}, "mis": {"share": mis}}
+        for name, acc, mis in (("thinkon", 0.696, 0.3), ("kto", 0.986, 0.01), ("mralign", 0.988, 0.0))
+    }
+    differences = {
+        "mralign - thinkon": {"acc": {"difference": 0.292, "low": 0.25, "high": 0.33}},
+        "mralign - kto": {"acc": {"difference": 0.002, "low": -0.008, "high": 0.012}},
+    }
+    tally = {"all": {"questions": 1000, "chosen": 294, "rejected": 128}}
+    scores = {"test": {"metrics": metrics, "differences": differences}}
+    done, found, limits = summary.lead({"model": "mini/model"}, tally, scores, "mralign")
+    assert "mini/model was aligned with MR-ALIGN" in done and "294" in done and "128" in done
+    assert "516 completions each" in found and "from 69.6 to 98.8 %" in found and "from 30.0 to 0.0 %" in found
+    assert "MR-ALIGN against ThinkOn: +29.2 points of Acc [+25.0, +33.0], which is more than" in found
+    assert "MR-ALIGN against KTO: +0.2 points of Acc [−0.8, +1.2], which may be chance." in found
+    assert "another seed" in summary.WORDS["95 %"] and "several seeds" in limits
+
+
+def test_better_and_worse_by_hand() -> None:
+    counts = summary.better_and_worse([True, True, False, False, False], [True, False, True, True, False])
+    assert counts == {"better": 2, "worse": 1, "right in both": 1, "wrong in both": 1}

@@ -7,7 +7,7 @@ import pytest
 
 import mralign
 from common.errors import InputError
-from pipeline import reporting, reuse
+from pipeline import reuse
 
 OLD = {
     "depends": {"settings": {"a": 1}, "inputs": {"x": "s"}, "code": {"em.py": "c"}},
@@ -57,7 +57,7 @@ def test_the_code_of_a_stage_is_what_it_reaches_and_no_more():
     train = reuse.code_of(functools.partial(mralign.train_method, method="kto"))
     assert {"train.py", "lora.py", "kto.py", "kernels/segment_logprob.py"} <= train.keys()
     assert not {"report/charts.py", "report/page.py", "pipeline/evaluation.py"} & train.keys()
-    assert "report/charts.py" in reuse.code_of(reporting.write_report)
+    assert "report/charts.py" in reuse.code_of(mralign.write_report)
 
 
 def test_comments_and_docstrings_are_no_code():

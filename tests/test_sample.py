@@ -3,15 +3,17 @@
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from scipy.stats import chisquare
+from tokenizers import Tokenizer, models
 
 import model as qwen
 import sample
-from common import hub
+from common import hub, tokens
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
@@ -215,17 +217,17 @@ def test_sampled_text_equals_a_slow_sampler(tiny: qwen.Qwen3, how: Sampling) -> 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}], ids=str)
 def test_text_depends_on_the_seed_alone(tiny: qwen.Qwen3, settings: dict[str, float]) -> None:
     """Whatever the batch size, the order of the prompts, the refills and the neighbours' ends: the same text."""
-    n = 60
+    n = 36
     prompts, rng = make_prompts(n), random.Random(2)
-    seeds, limits = [100 + i for i in range(n)], [rng.randint(1, 120) for _ in range(n)]
+    seeds, limits = [100 + i for i in range(n)], [rng.randint(1, 70) for _ in range(n)]
     common = dict(stop_ids={5, 6}, **settings)
     expected = generate(tiny, prompts, seeds, max_new=limits, batch_size=n, **common)
     assert len({c.finish for c in expected}) == 2
-    for batch_size in (1, 3, 16, 40):
+    for batch_size in (1, 3, 16, 25):
         order = list(range(n))
         rng.shuffle(order)
         if batch_size == 1:
-            order = order[:12]
+            order = order[:6]
         args = ([values[i] for i in order] for values in (prompts, seeds))
         out = generate(tiny, *args, max_new=[limits[i] for i in order], batch_size=batch_size, **common)
         assert out == [expected[i] for i in order]
@@ -244,8 +246,8 @@ def test_logits_of_a_row_do_not_move_by_one_bit(tiny: qwen.Qwen3, monkeypatch: p
         return pick(logits, u, how)
 
     monkeypatch.setattr(sample, "pick", watched_pick)
-    n = 40
-    limits = [5 + 13 * i % 90 for i in range(n)]
+    n = 25
+    limits = [5 + 13 * i % 50 for i in range(n)]
     for batch_size in (n, 1, 3, 17):
         generate(tiny, make_prompts(n), list(range(n)), max_new=limits, stop_ids={5}, batch_size=batch_size)
     assert len(seen) > 500
@@ -475,21 +477,35 @@ def test_small_batches_compute_only_what_there_is(tiny: qwen.Qwen3, monkeypatch:
     assert seen == [3, 3, 3, 2, 2]
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled(tiny: qwen.Qwen3) -> None:
-    """A head with 40 more rows, each likelier than all others: the text of the model without them."""
-    wide = qwen.Qwen3(ModelConfig(VOCAB + 40, *list(vars(CONFIG).values())[1:])).eval()
+def test_ids_without_a_token_are_never_sampled(tiny: qwen.Qwen3) -> None:
+    """40 more rows in the head, each likelier than all others, at its end or as a hole in it: the text without them."""
     state = tiny.state_dict()
     table = state["model.embed_tokens.weight"]
-    extra = 3 * table[:40]
-    wide.load_state_dict(state | {"model.embed_tokens.weight": torch.cat((table, extra))})
-    prompts, seeds = make_prompts(20), list(range(20))
-    for how in ({"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
-        run = dict(max_new=25, stop_ids={7}, **how)
-        free = generate(wide, prompts, seeds, **run)
-        assert any(i >= VOCAB for c in free for i in c.ids)
-        narrow = generate(tiny, prompts, seeds, **run)
-        assert generate(wide, prompts, seeds, vocab=VOCAB, **run) == narrow
-        assert generate(tiny, prompts, seeds, vocab=VOCAB, **run) == narrow
+    extra, hole = 3 * table[:40], 30
+    config = ModelConfig(VOCAB + 40, *list(vars(CONFIG).values())[1:])
+    for start in (VOCAB, hole):
+        wide = qwen.Qwen3(config).eval()
+        wide.load_state_dict(state | {"model.embed_tokens.weight": torch.cat((table[:start], extra, table[start:]))})
+        moved = [i if i < start else i + 40 for i in range(VOCAB)]  # the narrow model's ids in the wide one
+        never = sorted(set(range(VOCAB + 40)) - set(moved))
+        prompts, seeds = make_prompts(20), list(range(20))
+        there = [[moved[i] for i in prompt] for prompt in prompts]
+        for how in ({"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
+            run = dict(max_new=25, **how)
+            free = generate(wide, there, seeds, stop_ids={moved[7]}, **run)
+            assert any(i in never for c in free for i in c.ids)
+            narrow = generate(tiny, prompts, seeds, stop_ids={7}, **run)
+            masked = generate(wide, there, seeds, stop_ids={moved[7]}, never=never, **run)
+            assert [c.ids for c in masked] == [[moved[i] for i in c.ids] for c in narrow]
+
+
+def test_the_tokenizers_holes_are_found(tiny_tokenizer) -> None:
+    used = set(tiny_tokenizer.get_vocab(with_added_tokens=True).values())
+    top = max(used)
+    assert tokens.unused_ids(tiny_tokenizer, top + 4) == sorted(set(range(top + 4)) - used)
+    gappy = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 5}, merges=[]))
+    gappy.add_special_tokens(["<end>"])
+    assert tokens.unused_ids(gappy, 9) == [2, 4, 6, 7, 8]  # the added token takes 3, the size of the table
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {}, {"temperature": 1.0, "top_k": 0}], ids=str)
@@ -536,7 +552,7 @@ def test_a_run_samples_its_tokenizers_ids_and_names_the_question_of_bad_numbers(
     assert run.engine == "local float32 cpu small batches"
     assert Run(RunConfig(**settings), run.source, ranks).engine == "local float32 cpu"
     jobs = [({"id": name, "question": name, "answers": ["x"]}, "on", 0) for name in ("q1", "q2")]
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     whole = sample.generate
     monkeypatch.setattr(sample, "generate", lambda *args, **more: given.update(more) or whole(*args, **more))
     model = run.base_model()
@@ -545,6 +561,7 @@ def test_a_run_samples_its_tokenizers_ids_and_names_the_question_of_bad_numbers(
     with pytest.raises(NumericsError, match=f"draws: the logits of {re.escape(run.source.name)} are .* question q1"):
         run.draw(run.sampler("thinkon"), jobs, tmp_path / "samples.jsonl", "draws", 5, Sampling())
     vocabulary = run.tokenizer.get_vocab(with_added_tokens=True)
-    assert given["vocab"] == 1 + max(vocabulary.values()) and given["small_batches"] is True
+    unused = set(range(model.config.vocab_size)) - set(vocabulary.values())
+    assert set(given["never"]) == unused and given["small_batches"] is True
     with pytest.raises(InputError, match="lower --max-new or --draw-max-new"):
         run._check_memory(1 << 20)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mini import study
 
@@ -42,3 +43,94 @@ def test_every_dial_compares_with_a_plain_cell_of_the_same_world_and_seed():
     assert len(plain) == len(study.WORLDS) * len(study.SEEDS) >= 2 * 3
     first_dial = min(i for i, c in enumerate(cells) if not c.plain)
     assert all(c.plain for c in cells[:first_dial])
+
+
+# ---------- equal distance (mini/distance.py)
+
+
+def test_the_kl_is_the_mean_of_the_log_ratio_over_what_can_be_drawn():
+    """With one-token completions the mean over all tokens, each with its probability, can be written out."""
+    import lora
+    from mini import distance
+    from model import load
+
+    base, policy = (load(study.ROOT / "mini/model", torch.float32, "cpu").requires_grad_(False) for _ in range(2))
+    lora.add(policy, 4, 8.0, seed=1)
+    with torch.no_grad():
+        for name, p in lora.state(policy).items():
+            if name.endswith("lora_B.weight"):
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    prompt, vocab = [5, 9, 200, 31], 40
+    never = list(range(vocab, base.config.vocab_size))
+    kl, ratio = distance.kl_to_base(policy, base, [prompt] * vocab, [[v] for v in range(vocab)], never, size=17)
+    with torch.no_grad():
+        logits = policy.logits(policy(torch.tensor(prompt), torch.tensor([0, len(prompt)])))[-1, :vocab]
+    p = logits.double().softmax(-1)
+    assert float(kl.std()) < 1e-6 < float(ratio.std())
+    assert float((p * ratio).sum()) == pytest.approx(float(kl[0]), rel=1e-4) and float(kl[0]) > 0
+    two, ratio_two = distance.kl_to_base(policy, base, [prompt], [[3, 7]], never)
+    first = distance.kl_to_base(policy, base, [prompt, [*prompt, 3]], [[3], [7]], never)
+    assert float(two) == pytest.approx(float(first[0].sum()), rel=1e-4)
+    assert float(ratio_two) == pytest.approx(float(first[1].sum()), rel=1e-4)
+    same, none = distance.kl_to_base(base, base, [prompt], [[3, 7]], never)
+    assert float(same) == float(none) == 0
+
+
+def record(kl: float, *acc: float) -> dict:
+    """A cell's record with the Acc of facts a, b, ...; Mis is what is left."""
+    facts = {name: [x, 1 - x] for name, x in zip("abcd", acc, strict=False)}
+    return {"kl": kl, "kl_se": 0.0, "log_ratio": kl, "log_ratio_se": 0.0, "facts": facts, "facts_plain": facts}
+
+
+def block_cells(**of: list[dict]) -> dict:
+    """Cells of a block from method -> records, one a rate."""
+    cells = {("thinkon", 0.0): record(0.0, 0.5, 0.5)}
+    return cells | {(name, 1e-4 * (k + 1)): r for name, records in of.items() for k, r in enumerate(records)}
+
+
+def test_a_curve_is_straight_between_its_rates_in_order_of_their_kl():
+    from mini import distance
+
+    cells = block_cells(kto=[record(3.0, 0.9, 1.0), record(1.0, 0.5, 0.8)])  # the higher rate moved less
+    line = distance.curve(cells, "kto", 0)
+    assert line.kl.tolist() == [0, 1, 3]
+    assert line.at(0.5) == pytest.approx([0.5, 0.65]) and line.at(2) == pytest.approx([0.7, 0.9])
+    assert line.at(3) == pytest.approx([0.9, 1.0]) and line.at(0) == pytest.approx([0.5, 0.5])
+    assert line.mean(1) == pytest.approx([0.5, 0.65], abs=1e-9)  # the middle of a straight line
+    assert distance.curve(cells, "kto", 1).at(2) == pytest.approx([0.3, 0.1])
+
+
+def test_what_only_moves_further_is_not_ahead_at_equal_kl():
+    """b walks twice as far along a's curve: it is ahead at equal rates, and level at equal KL."""
+    from mini import distance
+
+    a, b = ([record(s * k, 0.5 + 0.1 * s * k, 0.5 + 0.05 * s * k) for k in (1, 2)] for s in (1, 2))
+    better = [record(k, 0.5 + 0.2 * k, 0.5 + 0.05 * k) for k in (1, 2)]
+    blocks = [block_cells(kto=a, mralign=b, shuffled=better, mean=a)] * 2
+    assert distance.shared_end(blocks[0]) == 2
+    for kl in (None, 0.5, 2.0):
+        d = distance.difference(blocks, "mralign", "kto", 0, kl)
+        assert d["mean"] == pytest.approx(0, abs=1e-12) and d["each"] == pytest.approx([0, 0], abs=1e-12)
+    assert distance.difference(blocks, "shuffled", "kto", 0, 1.0)["mean"] == pytest.approx(0.05)
+    assert distance.difference(blocks, "shuffled", "kto", 0, None)["mean"] == pytest.approx(0.05)  # 0 .. 0.1
+    assert distance.difference(blocks, "shuffled", "kto", 1, 1.0)["mean"] == pytest.approx(-0.05)
+    assert distance.difference(blocks, "mralign", "kto", 0, 2.5) == {}  # kto ends at 2
+
+
+def test_a_block_counts_with_the_rates_that_all_methods_have_finished(tmp_path, monkeypatch):
+    from common.files import write_json
+    from mini import distance
+
+    monkeypatch.setattr(distance, "OUT", tmp_path)
+    block = distance.Block("world 0", 1)
+    assert len(block.cells) == 18 and len({block.file(*cell) for cell in block.cells}) == 18
+    assert sum(len(b.cells) for b in distance.blocks() if b.world != "null") == 6 * (16 + 2)
+    assert block.left(2) == block.cells[:9] and set(block.left(4)) == set(block.cells)
+    for cell in block.cells[:8]:
+        write_json(block.file(*cell), {})
+    assert block.left(2) == [block.cells[8]]
+    assert block.done() == []  # one whole rate and three methods of the next
+    write_json(block.file(*block.cells[8]), {})
+    assert block.done() == block.cells[:9] and {rate for _, rate in block.done()} == {0.0, *distance.RATES[:2]}
+    write_json(block.file("sft", 0.0), {})
+    assert set(block.done()) == {*block.cells[:9], ("sft", 0.0)}

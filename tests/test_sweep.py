@@ -79,8 +79,8 @@ def test_the_miniatures_ablations_differ_from_its_first_run_in_one_setting_and_q
 @pytest.mark.parametrize("value", [True, False])
 def test_a_boolean_setting_reaches_the_run(value):
     parsed = sweep.load(ROOT / "configs" / "ablations.json")
-    parsed["settings"] = {"gradient_checkpointing": value}
-    assert config_of(parsed, "full", 0).gradient_checkpointing is value
+    parsed["settings"] = {"compile": value}
+    assert config_of(parsed, "full", 0).compile is value
 
 
 RUN = {"settings": {"method": "mralign"}, "paper": {}}
@@ -165,7 +165,7 @@ STAND_IN = """
     about = dict.fromkeys(("commit", "model", "device", "versions", "decoding"), "x")
     (out / "results.json").write_text(json.dumps({"receipt": about}))
     (out / "status.json").write_text(json.dumps({"exit_code": code}))
-    sys.exit(bool(code))
+    sys.exit("error: no model" if code else 0)
 """
 
 
@@ -296,7 +296,7 @@ def test_unfinished_runs_say_so_and_others_go_on(tmp_path, monkeypatch, capsys):
     path = place(tmp_path, monkeypatch, SAMPLES, {"a-seed1": 5}, [0, 1])
     assert sweep.main([str(path)]) == 5
     assert (tmp_path / "order.txt").read_text().split() == ["a-seed0", "a-seed1", "b-c-seed0"]
-    assert "error: exit code 5 of a, seed 1, see " in capsys.readouterr().err
+    assert "error: exit code 5 of a, seed 1 (error: no model), see " in capsys.readouterr().err
     lines = table_of(tmp_path / "runs" / "sweep.md", "Acc and Mis")
     assert [line[2:4] for line in lines[2:]] == [["1", "50.0"], ["1", "75.0"], ["1", "50.0"]]
 

@@ -163,7 +163,7 @@ def test_markdown_escapes_and_aligns():
 def test_form_of_the_completions():
     rows = [row(0, 1, 1), row(1, 1, 0) | {"form": "truncated"}, row(2, 0, 0) | {"form": "empty"}, row(3, 0, 0)]
     (got,) = tables.form_rows({"thinkon": evaluation.metrics([r | {"n_empty_golds": k} for k, r in enumerate(rows)])})
-    assert [got[n] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
+    assert [got[f"{n}, %"] for n in ("ok", "truncated", "empty", "malformed")] == ["50.0", "25.0", "25.0", "0.0"]
     assert (got["thinking tokens, median"], got["golds that never match"]) == ("5", "6")
 
 

@@ -236,13 +236,99 @@ DIFFERENT = [
     (r"\sqrt{2}", "1.41421356"),
     (r"\pi", "3.14159"),
     (r"\sqrt12", r"\sqrt{12}"),  # LaTeX takes one character
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
     (r"(0,9)\cup(9,36)", "(0,36)"),
     ("", "5"),
     ("cm", "5"),
     ("(5", "5"),
 ]
+
+
+# Kinds that Math-Verify reads too, in sentences of our own: several boxes, chains, named values, turned inequalities,
+# column vectors.
+EQUAL += [
+    (r"x = 5+6 = 11", "11"),
+    (r"5+6=11", "11"),
+    (r"S = 2\cdot 3 + 4 = 10", "10"),
+    (r"\frac{1}{3}\approx .333", r"\frac13"),
+    (r"\frac{1}{3}\approx 0.333", "0.333"),
+    (r"x = \frac{2}{3} \approx 0.667", "2/3"),
+    (r"\sqrt{2} \approx 1.414", r"\sqrt{2}"),
+    (r"r \approx 2.5", "2.5"),
+    (r"\binom{6}{2} = \frac{6!}{2!\cdot 4!} = 15", "15"),
+    (r"\sin x = \frac{3}{5}", r"\sin x = \frac35"),
+    ("AB=5", "5"),
+    (r"AB = 2\sqrt{3}", r"2\sqrt3"),
+    (r"\angle ABC = 60^\circ", "60"),
+    (r"m\angle A = 45", "45"),
+    (r"|AB| = 7", "7"),
+    (r"\overline{AB} = 7", "7"),
+    (r"\text{Area} = 12", "12"),
+    (r"\text{Total cost} = \$15", "15"),
+    ("(p,q)=(3,2)", "(3,2)"),
+    ("(x, y, z) = (1, 2, 3)", "(1,2,3)"),
+    ("AB = CD = 5", "5"),
+    ("f(2) = 7", "7"),
+    ("5 > x", "x < 5"),
+    (r"5 \geq x > 2", r"2 < x \leq 5"),
+    (r"7 > y \geq 0.5", r"\frac12 \le y < 7"),
+    ("x < 1/2", "x < 0.5"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(1,2)"),
+    (r"\begin{bmatrix} 0.5 \\ -3 \\ 4 \end{bmatrix}", r"(\frac12, -3, 4)"),
+]
+DIFFERENT += [
+    ("x = 3 = 4", "4"),  # says two things
+    ("3 = 4", "4"),
+    (r"3 \approx 4", "4"),
+    (r"3 \approx 4", "3"),
+    (r"\frac{1}{3} \approx 0.334", "0.334"),  # does not round to it
+    (r"\frac13 \approx 0.333", "0.3333"),
+    ("2x+1 = 5", "5"),  # an equation
+    ("x+y = 5", "5"),
+    ("x^2 = 4", "4"),
+    ("5 = x^2", "x^2"),
+    ("AB = 5", "CD = 5"),
+    ("(p,q)=(3,2)", "(2,3)"),
+    ("(p,q)=(3,2)", "(q,p)=(3,2)"),
+    ("AB = CD", "CD"),  # no number
+    (r"5 \geq x > 2", r"2 \leq x < 5"),
+    ("5 > x > 2", "5 < x < 2"),
+    ("2 < x > 1", "1 < x < 2"),  # points both ways
+    ("x < 5", "(x, 5)"),
+    ("x < 1/2", "x > 1/2"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(2,1)"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "[1,2]"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "(1,2,3,4)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "correct"),
+    [
+        (r"So $\boxed{1}$ and $\boxed{2}$.", "1,2", True),
+        (r"So \boxed{1}, \boxed{2}, and \boxed{3}.", "{3,1,2}", True),
+        (r"\(\boxed{-1}\) or \(\boxed{4}\)", "4, -1", True),
+        (r"\[\boxed{x=1}\quad\text{or}\quad\boxed{x=2}\]", "1, 2", True),
+        (r"$\boxed{(1,2)},\boxed{(3,4)}$", "(3,4),(1,2)", True),
+        (r"\boxed{5}, and \boxed{5}", "5", True),  # said twice
+        (r"\boxed{7}. Hence \boxed{8}", "8", True),  # not one answer: the last counts
+        (r"\boxed{7}\n\n\boxed{8}", "8", True),
+        (r"$\boxed{1}$ and $\boxed{2}$", "2", False),  # a list is not its last item
+        (r"\boxed{1}, \boxed{2}, \boxed{3}", "3", False),
+        (r"\boxed{1} and then we get \boxed{2}", "1,2", False),
+        (r"\boxed{1} and \boxed{2", "2", False),
+        (r"\boxed{1, \boxed{2}", "1,2", False),
+    ],
+)
+def test_boxes_with_only_a_joint_between_them_are_one_answer(text, gold, correct):
+    assert grade(text, gold).correct is correct
+
+
+def test_many_boxes_end_soon():
+    """Hostile: thousands of boxes, and one long gap of spaces before a box."""
+    assert not grade("\\boxed{1}," * 20_000 + "\\boxed{2}", "2").correct
+    assert grade("\\boxed{1}" + " $" * 50_000 + "\\boxed{2}", "2").correct
+    assert not equal("=".join("1" * 400), "2") and not equal(">".join("x" * 400), "x")
 
 
 @pytest.mark.parametrize(("a", "b"), EQUAL)

@@ -34,8 +34,9 @@ from common.endings import program
 from common.errors import AnnotationError, InputError
 from common.files import atomic_write, read_jsonl, write_json
 from common.settings import cli, opt
+from common.table import markdown
 from common.template import fill, load_prompt
-from llm.chat import Chat
+from llm.chat import Chat, sealed
 from llm.client import Client, Endpoint, in_threads, parse_endpoint
 from llm.committee import Trace, ask_twice, load_reply, vocabulary
 from llm.labelling import PROMPTS, ServiceSettings
@@ -54,11 +55,11 @@ class Settings(ServiceSettings):
     out: str = opt("runs/discovery", "directory for everything this writes")
     namer: str = opt("", "MODEL@BASE_URL#KEY_VARIABLE that names steps and clusters (paper: GPT-5)")
     embedder: str = opt("", "MODEL@BASE_URL#KEY_VARIABLE with /embeddings (paper: bge-m3)")
-    sample: int = opt(2000, "traces to name")
-    min_count: int = opt(5, "a name used fewer times is dropped")
-    min_samples: int = opt(5, "OPTICS: neighbours that make a name a core point, and fewest names in a cluster")
-    max_tokens: int = opt(4096, "longest reply, tokens")
-    temperature: float = opt(0.0, "sampling temperature")
+    sample: int = opt(2000, "traces to name", low=1)
+    min_count: int = opt(5, "a name used fewer times is dropped", low=1)
+    min_samples: int = opt(5, "OPTICS: neighbours that make a name a core point, and fewest names in a cluster", low=2)
+    max_tokens: int = opt(4096, "longest reply, tokens", low=1)
+    temperature: float = opt(0.0, "sampling temperature", low=0)
     seed: int = opt(0, "seed of the sample and of the requests")
 
 
@@ -91,7 +92,7 @@ def open_names(traces: list[Trace], chat: Chat, threads: int, stop: threading.Ev
     template, again = load_prompt(PROMPTS / "discover.txt"), load_prompt(PROMPTS / "again.txt")
 
     def work(trace: Trace) -> list[str] | None:
-        shown = json.dumps(trace.material(), ensure_ascii=False, indent=0)
+        shown = sealed(trace.material(), indent=0)
         messages = [{"role": "user", "content": fill(template, material=shown)}]
         return ask_twice(chat, messages, again, parse_names)[0]
 
@@ -198,7 +199,7 @@ def name_clusters(
 
     def work(number: int) -> dict[str, str]:
         fields = {"macros": "; ".join(em.TAXONOMY), "labels": vocabulary()}
-        shown = json.dumps(clusters[number], ensure_ascii=False, indent=0)
+        shown = sealed(clusters[number], indent=0)
         messages = [{"role": "user", "content": fill(template, material=shown, **fields)}]
         nothing = {"name": f"cluster_{number}", "definition": "", "macro": next(iter(em.TAXONOMY)), "closest": "none"}
         return ask_twice(chat, messages, again, parse_cluster_name)[0] or nothing
@@ -217,7 +218,6 @@ def as_vocabulary(named: list[dict[str, Any]]) -> str:
 
 def discover(cfg: Settings) -> dict[str, Any]:
     """Everything under cfg.out; returns what discovery.json holds. Raises InputError and ServiceError."""
-    cfg.check_service()
     for name in ("candidates", "namer", "embedder"):
         if not getattr(cfg, name):
             raise InputError(f"--{name} is not set; see python -m tools.discover --help")
@@ -267,9 +267,12 @@ def discover(cfg: Settings) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The clusters as text, beside the paper's numbers."""
-    lines = [f"{'cluster':<24}{'share':>8}  {'closest label':<20}most used names"]
-    for c in result["clusters"]:
-        lines.append(f"{c['name']:<24}{c['share']:>8.2%}  {c['closest']:<20}{', '.join(list(c['members'])[:4])}")
+    rows = [
+        {"cluster": c["name"], "share": f"{c['share']:.2%}", "closest label": c["closest"]}
+        | {"most used names": ", ".join(list(c["members"])[:4])}
+        for c in result["clusters"]
+    ]
+    lines = [markdown(rows)]
     silhouette = "not defined" if result["silhouette"] is None else f"{result['silhouette']:.4f}"
     lines.append(
         f"{result['traces']} traces, {result['names_used']} names, {result['distinct_names']} distinct, "

@@ -31,6 +31,7 @@ import kernels.segment_logprob as op
 import lora
 import model as qwen
 import sample
+from common import costs
 from common.endings import program
 from common.errors import InputError
 from common.files import write_json
@@ -39,8 +40,6 @@ from model import Qwen3
 from tools import bench, gpu_moe
 from tools.measure import MIB, Table, alternate, clock, environment, extra_memory, markdown, spread
 
-# Dense bf16 TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 FITS_40GB = 38 * 1024  # MiB: such a card has 39.4 GiB, and the CUDA context and fragments take some
 TARGETS = {"forward ms": 16.5, "forward + backward ms": 32.0, "extra MiB": 1100.0}  # a fifth above the roofline
 
@@ -168,11 +167,11 @@ def model_paths(device: torch.device, sizes: Sizes) -> Table:
 
     flash, kept = error(half), qwen.varlen_attn
     try:
-        qwen.varlen_attn = None
+        qwen.varlen_attn = lambda: None
         apart = error(half)
     finally:
         qwen.varlen_attn = kept
-    name = "bf16 packed rows" + (" by flash attention" if device.type == "cuda" and kept else "")
+    name = "bf16 packed rows" + (" by flash attention" if device.type == "cuda" and kept() else "")
     rows = [{"path": name, "off by": flash, "row by row off by": apart, "ok": flash <= 2 * apart}]
     prompts = [ids[a:b].tolist() for a, b in ((0, 5), (5, 300), (300, 301), (301, 340)) for _ in range(5)]
     done = sample.generate(exact, prompts, [0] * 20, max_new=24, stop_ids=set(), temperature=0.0, batch_size=18)
@@ -253,35 +252,11 @@ def random_qwen(sizes: Sizes, device: torch.device) -> Qwen3:
         torch.set_default_dtype(torch.float32)
 
 
-def forward_flops(c: ModelConfig, r: int, lengths: Sequence[int], predicted: int) -> dict[str, float]:
-    """Floating-point operations of one forward pass, a multiply-add counted as 2, by kind of matrix product.
-
-    lengths: tokens of each row. predicted: completion tokens, the only ones that meet the head. Causal attention is
-    counted as the T (T + 1) / 2 pairs it needs. Everything that is no matrix product is left out.
-    """
-    N, L = sum(lengths), c.num_hidden_layers
-    q, kv = (heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads))
-    E, FF = c.hidden_size, c.intermediate_size
-    linear = [(E, q), (E, kv), (E, kv), (q, E), (E, FF), (E, FF), (FF, E)]
-    return {
-        "base": 2.0 * N * L * sum(a * b for a, b in linear),
-        "lora": 2.0 * N * L * sum(r * (a + b) for a, b in linear),
-        "attention": 2.0 * L * q * sum(T * (T + 1) for T in lengths),  # 2 products of 2 q T (T + 1) / 2
-        "head": 2.0 * predicted * E * c.vocab_size,
-    }
-
-
-def step_flops(c: ModelConfig, r: int, rows: Sequence[Any], partner: Sequence[int]) -> float:
-    """Model FLOPs of one KTO step over `rows`: policy forward and backward, and the forward of the mismatched pairs.
-
-    Backward: as much as forward again for frozen weights (the input's gradient alone; so also the head, which makes it
-    in the forward), twice for adapters and attention. Recomputation is not counted, nor the cached reference.
-    """
-    completions = sum(len(row.completion_ids) for row in rows)
-    policy = forward_flops(c, r, [len(row.prompt_ids) + len(row.completion_ids) for row in rows], completions)
-    pairs = [len(row.prompt_ids) + len(rows[j].completion_ids) for row, j in zip(rows, partner, strict=True)]
-    times = {"base": 2, "lora": 3, "attention": 3, "head": 2}
-    return sum(times[kind] * x for kind, x in policy.items()) + sum(forward_flops(c, r, pairs, completions).values())
+def lengths_of(rows: Sequence[Any], partner: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """(tokens, completion tokens) of each row; with `partner`, of each prompt with its partner's completion."""
+    others = rows if partner is None else [rows[j] for j in partner]
+    sizes = ((len(x.prompt_ids), len(y.completion_ids)) for x, y in zip(rows, others, strict=True))
+    return [(prompt + completion, completion) for prompt, completion in sizes]
 
 
 def training(device: torch.device, sizes: Sizes) -> Table:
@@ -291,7 +266,8 @@ def training(device: torch.device, sizes: Sizes) -> Table:
 
     rows = bench.random_rows(8, *sizes.row_tokens, sizes.config.vocab_size)
     tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
-    flops = step_flops(sizes.config, sizes.lora_r, rows, train.mismatched(len(rows), seed=0))
+    pairs = lengths_of(rows, train.mismatched(len(rows), seed=0))
+    flops = sum(costs.step_flops(sizes.config, sizes.lora_r, lengths_of(rows), pairs).values())
     peak = peak_tflops(device)
     model, table = random_qwen(sizes, device), []
     with process_group() as ranks:
@@ -320,9 +296,9 @@ def training(device: torch.device, sizes: Sizes) -> Table:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What the device could do in bf16; None for one that PEAKS does not know."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((float(peak) for key, peak in PEAKS.items() if key in name), None)
+    """What the device could do in bf16; None for one that costs.GPUS does not know."""
+    name = costs.gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return costs.GPUS[name].tflops if name else None
 
 
 def sampling(device: torch.device, sizes: Sizes) -> Table:

@@ -29,6 +29,7 @@ from torch import Tensor
 import lora
 import moe
 import sample
+from common import costs
 from common.endings import program
 from common.errors import InputError
 from common.model_config import MixtureConfig, ModelConfig
@@ -201,8 +202,7 @@ def step(device: torch.device, s: Shapes) -> Table:
     """Seconds and memory of a KTO step of 8 rows, checkpointed, and the share of the peak for what a token meets."""
     import train
     from common.ranks import process_group
-    from pipeline import plan
-    from tools.gpu_check import peak_tflops
+    from tools.gpu_check import lengths_of, peak_tflops
 
     config = fitting(s, device)
     torch.manual_seed(0)
@@ -213,17 +213,17 @@ def step(device: torch.device, s: Shapes) -> Table:
     finally:
         torch.set_default_dtype(torch.float32)
     rows = bench.random_rows(8, *s.row_tokens, config.vocab_size)
-    own = plan.Lengths(*([len(getattr(r, k)) for r in rows] for k in ("prompt_ids", "completion_ids")), [True] * 8)
-    flops = plan.step_flops(config, train.TrainSettings(lora_r=s.lora_r), len(rows), own)
+    of, pairs = lengths_of(rows), lengths_of(rows, train.mismatched(len(rows), seed=0))
+    flops = sum(costs.step_flops(config, s.lora_r, of, pairs).values())
     with process_group() as ranks:
-        setting = dict(micro_batch=2, gradient_checkpointing=True, lora_r=s.lora_r, lr=5e-6)
+        setting = dict(micro_batch=2, recompute="full", lora_r=s.lora_r, lr=5e-6)
         stepper = bench.our_stepper(net, rows, ranks, **setting)
         stepper.step()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = spread([stepper.step() for _ in range(s.rounds)])
     row = {"part": "step", "what": f"{config.num_hidden_layers} layers, 8 rows", "seconds": seconds}
-    row |= {"tokens a second": sum(own.total) / seconds["median"], "TFLOP a step": flops / 1e12}
+    row |= {"tokens a second": sum(T for T, _ in of) / seconds["median"], "TFLOP a step": flops / 1e12}
     if peak := peak_tflops(device):
         row["share of the peak"] = flops / seconds["median"] / peak / 1e12
     if device.type == "cuda":

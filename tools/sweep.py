@@ -93,8 +93,8 @@ def folder(sweep: Sweep, name: str, seed: int) -> Path:
 def flag(name: str, value: Any) -> list[str]:
     """A setting as words of a command line.
 
-    >>> flag("lambda_r", 1.5), flag("gradient_checkpointing", False)
-    (['--lambda-r', '1.5'], ['--no-gradient-checkpointing'])
+    >>> flag("lambda_r", 1.5), flag("compile", False)
+    (['--lambda-r', '1.5'], ['--no-compile'])
     """
     words = name.replace("_", "-")
     if isinstance(value, bool):
@@ -250,7 +250,10 @@ def unfinished(ends: Mapping[str, int], children: Sequence[Child]) -> int:
     """The exit code of the first run that did not end well, after a line about it on stderr; 0 if all did."""
     for child in children:
         if code := ends[child.name]:
-            where = f"{child.name}, see {child.out}/log.txt"
+            log = child.out / "log.txt"
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            said = next((f" ({line})" for line in reversed(lines) if line.startswith("error")), "")
+            where = f"{child.name}{said}, see {log}"
             print(f"error: exit code {code} of {where}; the same command goes on from there", file=sys.stderr)
             return code
     return 0

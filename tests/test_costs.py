@@ -1,0 +1,120 @@
+"""What shapes cost, against what torch counts and what built models hold."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora
+import model as qwen
+import train
+from common import costs
+from common.model_config import ModelConfig
+from common.ranks import process_group
+from tools import bench, gpu_check
+
+ODD = ModelConfig(**gpu_check.SMALL | gpu_check.REST | dict(num_hidden_layers=3, intermediate_size=160, head_dim=24))
+
+
+def test_the_flops_of_a_forward_by_hand():
+    shape = dict(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=3, tie_word_embeddings=True)
+    # Products a token and layer: q 4*6, k and v 4*3 each, o 6*4, three of 4*6 = 144 multiply-adds. Rank 2 adapters:
+    # 2 * (10 + 7 + 7 + 10 + 10 + 10 + 10) = 128. Rows of 3 and 2 tokens: 6 + 3 causal pairs of 2 * 6 multiply-adds.
+    found = costs.forward_flops(ModelConfig(**shape, **gpu_check.REST), 2, [(3, 2), (2, 1)])
+    assert found == {
+        "base": 2 * 5 * 2 * 144,
+        "lora": 2 * 5 * 2 * 128,
+        "attention": 2 * 2 * 9 * 12,
+        "head": 2 * 3 * 4 * 10,
+    }
+
+
+def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
+    """Without attention, which torch does not count on a CPU; the first layer's inputs want no gradient."""
+    shape = gpu_check.SMALL | dict(num_hidden_layers=6, tie_word_embeddings=True)
+    config = ModelConfig(**shape, **gpu_check.REST)
+    rows, r = bench.random_rows(4, 12, 20, config.vocab_size), 4
+    settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0)
+    torch.manual_seed(0)
+    with process_group() as ranks:
+        trainer = train.Trainer(qwen.Qwen3(config), rows, "kto", settings, ranks, "torch")
+        cached = trainer.reference_sums()
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(0, 10, [0, 1, 2, 3], cached)
+    counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    of, pairs = gpu_check.lengths_of(rows), gpu_check.lengths_of(rows, trainer.partner)
+    assert [T for T, _ in of] == trainer.lengths and [T for T, _ in pairs] == trainer.kl_lengths
+    expected = costs.step_flops(config, r, of, pairs)
+    expected.pop("attention")
+    assert len(lora.state(trainer.model)) == 6 * 7 * 2
+    assert counted == pytest.approx(sum(expected.values()), rel=0.03)
+
+
+def test_a_device_is_found_by_its_name():
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-40GB": "a100-40"}
+    names |= {"NVIDIA A800-SXM4-80GB": "a800-80", "NVIDIA GeForce RTX 4090": "rtx4090", "Some GPU": None}
+    assert {device: costs.gpu_named(device) for device in names} == names
+    assert gpu_check.peak_tflops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "qkv_bias": True, "tie_word_embeddings": True}])
+def test_parameters_are_those_of_a_built_model(changes):
+    config = ModelConfig(**gpu_check.SMALL | gpu_check.REST | changes)
+    with torch.device("meta"):
+        model = qwen.Qwen3(config)
+    every = sum(p.numel() for p in model.parameters())
+    adapters = sum(p.numel() for p in lora.add(model, 3, 6.0))
+    found = costs.parameters(config, 3)
+    assert (found["layers"] + found["rest"], found["adapters"]) == (every, adapters)
+    assert found["layers"] == sum(p.numel() for n, p in model.model.layers.named_parameters() if "lora_" not in n)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all storages made inside that still exist, without the model's weights."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.weights:
+                self.made[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        return out
+
+    def nbytes(self) -> int:
+        gc.collect()
+        return sum(n for storage, n in self.made.items() if not storage.expired())
+
+
+@pytest.mark.parametrize("recompute", costs.RECOMPUTE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_within_a_tenth_of_what_a_layer_leaves_alive(dtype, recompute):
+    """Counted on real models after a forward pass with a gradient: two more layers leave so many bytes more."""
+    alive, tokens = [], 512
+    for layers in (2, 4):
+        config = dataclasses.replace(ODD, num_hidden_layers=layers)
+        torch.manual_seed(0)
+        model = qwen.Qwen3(config).to(dtype)
+        lora.add(model, 5, 10.0)
+        model.stack()
+        model.recompute = recompute
+        with Alive(model) as mode:
+            hidden = model(torch.randint(515, (tokens,)), torch.tensor([0, tokens]))
+        alive.append(mode.nbytes())
+        del hidden
+    size = torch.finfo(dtype).bits // 8
+    casts = (
+        (size == 2 and recompute != "full") * costs.parameters(ODD, 5)["adapters"] // ODD.num_hidden_layers
+    )  # A and B in the model's dtype
+    measured = (alive[1] - alive[0]) / 2 - size * casts
+    predicted = costs.kept_per_token(ODD, 5, size, recompute, fused=False) * tokens
+    assert predicted == pytest.approx(measured, rel=0.1), (predicted, measured)
