@@ -193,7 +193,9 @@ def check_usable(outcomes: Mapping[str, int]) -> None:
 def load_reply(text: str) -> dict[str, Any]:
     """The JSON object of a reply, strictly. Raises AnnotationError."""
     text = text.strip()
-    if not text.startswith("{") and ("<think>" in text or "</think>" in text):  # servers may cut off the first tag
+    if text.startswith("<think>"):
+        text = text.partition("</think>")[2].strip()
+    elif not text.startswith("{"):  # some servers cut off the first tag
         text = text.rpartition("</think>")[2].strip()
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
         text = re.sub(r"^json\b", "", text[3:-3], flags=re.IGNORECASE)

@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -236,14 +236,13 @@ def step(device: torch.device, s: Shapes) -> Table:
 PARTS = {"product": product, "layer": layer, "decode": decode, "step": step}
 
 
-def moe_part(device: torch.device, tiny: bool, parts: Sequence[str] = tuple(PARTS)) -> Table:
-    """All parts, a row each candidate; its `ok` says whether its check held."""
-    s, rows = shapes(device, tiny), []
+def moe_part(device: torch.device, tiny: bool, parts: Sequence[str] = tuple(PARTS)) -> Iterator[dict[str, Any]]:
+    """The rows of all parts as they are measured; its `ok` says whether a row's check held."""
+    s = shapes(device, tiny)
     for name in parts:
-        rows += PARTS[name](device, s)
+        yield from PARTS[name](device, s)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 @program
@@ -263,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(given.device)
     print("\n".join(f"{name}: {value}" for name, value in environment(device).items()))
     usual = PARTS if given.tiny or given.device == "cuda" else ("product", "layer")
-    rows = moe_part(device, given.tiny, given.parts or tuple(usual))
+    rows = list(moe_part(device, given.tiny, given.parts or tuple(usual)))
     for name in dict.fromkeys(row["part"] for row in rows):
         print("\n" + markdown([row for row in rows if row["part"] == name]))
     return 0 if all(row.get("ok", True) for row in rows) else 1
