@@ -35,6 +35,7 @@ from llm.client import in_threads
 
 T = TypeVar("T")
 FILES = ("annotate.txt", "adjudicate.txt", "again.txt")
+CUT = " (it was cut off at the length limit: be brief)"  # what a second question says beside the problem
 UNUSABLE = 0.5  # share of replies of no use above which the run ends: its labels would be mostly missing
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 
@@ -169,7 +170,7 @@ def ask_twice(
         try:
             return parse(answer.text), outcome
         except AnnotationError as error:
-            cut = " (it was cut off at the length limit: be brief)" * (answer.finish == "length")
+            cut = CUT * (answer.finish == "length")
             said = {"role": "assistant", "content": inert(answer.text[:8000]) or "(empty)"}
             messages = [*messages, said, {"role": "user", "content": fill(again, problem=inert(f"{error}{cut}"))}]
     return None, "not usable"
