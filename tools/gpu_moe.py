@@ -202,7 +202,6 @@ def step(device: torch.device, s: Shapes) -> Table:
     """Seconds and memory of a KTO step of 8 rows, checkpointed, and the share of the peak for what a token meets."""
     import train
     from common.ranks import process_group
-    from tools.gpu_check import lengths_of, peak_tflops
 
     config = fitting(s, device)
     torch.manual_seed(0)
@@ -213,7 +212,11 @@ def step(device: torch.device, s: Shapes) -> Table:
     finally:
         torch.set_default_dtype(torch.float32)
     rows = bench.random_rows(8, *s.row_tokens, config.vocab_size)
-    of, pairs = lengths_of(rows), lengths_of(rows, train.mismatched(len(rows), seed=0))
+    others = [rows[j] for j in train.mismatched(len(rows), seed=0)]
+    of, pairs = (
+        [(len(x.prompt_ids) + len(y.completion_ids), len(y.completion_ids)) for x, y in zip(rows, ys, strict=True)]
+        for ys in (rows, others)
+    )
     flops = sum(costs.step_flops(config, s.lora_r, of, pairs).values())
     with process_group() as ranks:
         setting = dict(micro_batch=2, recompute="full", lora_r=s.lora_r, lr=5e-6)
@@ -224,9 +227,10 @@ def step(device: torch.device, s: Shapes) -> Table:
         seconds = spread([stepper.step() for _ in range(s.rounds)])
     row = {"part": "step", "what": f"{config.num_hidden_layers} layers, 8 rows", "seconds": seconds}
     row |= {"tokens a second": sum(T for T, _ in of) / seconds["median"], "TFLOP a step": flops / 1e12}
-    if peak := peak_tflops(device):
-        row["share of the peak"] = flops / seconds["median"] / peak / 1e12
     if device.type == "cuda":
+        card = costs.gpu_named(torch.cuda.get_device_name(device))
+        if card:
+            row["share of the peak"] = flops / seconds["median"] / costs.GPUS[card].tflops / 1e12
         row["peak MiB"] = torch.cuda.max_memory_allocated(device) / MIB
     del stepper
     lora.merge(net)
@@ -237,7 +241,7 @@ PARTS = {"product": product, "layer": layer, "decode": decode, "step": step}
 
 
 def moe_part(device: torch.device, tiny: bool, parts: Sequence[str] = tuple(PARTS)) -> Iterator[dict[str, Any]]:
-    """All parts, a row each candidate; its `ok` says whether its check held."""
+    """The rows of all parts as they are measured; its `ok` says whether a row's check held."""
     s = shapes(device, tiny)
     for name in parts:
         yield from PARTS[name](device, s)
