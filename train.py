@@ -166,8 +166,6 @@ class Trainer:
         if not s.shard:  # FSDP gathers each weight by itself
             model.stack()
         if s.compile:
-            if model.head.dtype != torch.float32:
-                raise InputError(f"--compile needs a float32 model, this one is {model.head.dtype}; leave it out")
             if s.recompute == "cheap":
                 raise InputError("--recompute cheap is what --compile does by itself; leave one of the two out")
             model.compile_layers()
@@ -211,10 +209,8 @@ class Trainer:
 
     def measure(self) -> None:
         """On a GPU, where no size was asked for: one pass over the longest rows says how many tokens really fit."""
-        s = self.s
-        if (
-            self.ranks.device.type == "cpu" or s.micro_batch or s.micro_tokens or s.shard
-        ):  # a shard is no pass by itself
+        asked = self.s.micro_batch or self.s.micro_tokens
+        if asked or self.s.shard or self.ranks.device.type == "cpu":  # a rank with shards cannot make a pass alone
             return
 
         def run(rows: list[int]) -> None:

@@ -12,9 +12,12 @@ What transformers gives a chat template, and what becomes of it here:
                                         honoured; the tag is transparent
   strftime_now                          undefined: templates that ask for it then write a fixed date, and a prompt does
                                         not change overnight; one that insists on it is refused
+  another NAME_token                    honoured, as image_token
   continue_final_message                left out, transformers cuts the text after rendering
   several templates                     `default` of a list in tokenizer_config.json, chat_template.jinja before it;
-                                        others in additional_chat_templates/ are not used, as in transformers
+                                        `tool_use`, of that list or of additional_chat_templates/, where tools are given
+  sanitize_control_tokens               `control_tokens` and tokens.encode_guarded do the same; chat_control_tokens of
+                                        tokenizer_config.json is not read, what the template writes counts
 """
 
 import json
@@ -103,7 +106,11 @@ class ChatTemplate:
         config = read_json(config_path)
         self.system = system
         self.path = own if own.exists() else config_path
-        source = read_text(own) if own.exists() else _default(config.get("chat_template"))
+        named = _named(config.get("chat_template"))
+        if own.exists():
+            extra = member(Path(folder) / "additional_chat_templates", "tool_use.jinja")
+            named = {"default": read_text(own)} | ({"tool_use": read_text(extra)} if extra.exists() else {})
+        source = named.get("default")
         if not isinstance(source, str):
             raise InputError(f"{self.path}: no chat template in it; use an instruction-tuned checkpoint")
         environment = ImmutableSandboxedEnvironment(
@@ -111,13 +118,13 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        kinds = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-        tokens = {f"{kind}_token": config.get(f"{kind}_token") for kind in kinds}
-        tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in tokens.items()}
+        tokens = {name: t for name, t in config.items() if name.endswith("_token")}
+        tokens = {name: t.get("content") if isinstance(t, dict) else t for name, t in tokens.items()}
         self.source = source
-        self.special = {name: t for name, t in tokens.items() if t is not None}
+        self.special = {name: t for name, t in tokens.items() if isinstance(t, str)}
         try:
             self.template = environment.from_string(source)
+            self.with_tools = environment.from_string(named.get("tool_use") or source)
         except jinja2.TemplateError as error:
             raise InputError(f"{self.path}: the chat template does not parse ({error}); restore the file") from None
 
@@ -126,7 +133,8 @@ class ChatTemplate:
         asks for. Raises InputError when the template refuses them."""
         try:
             given = {"tools": None, "documents": None, "add_generation_prompt": False} | self.special | variables
-            return self.template.render(given, messages=[_message(message) for message in messages])
+            template = self.template if given["tools"] is None else self.with_tools
+            return template.render(given, messages=[_message(message) for message in messages])
         except Exception as error:  # a template is a program from outside: it can fail in every way a program can
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: the chat template fails ({reason}); check the prompt") from None
@@ -181,11 +189,11 @@ class ChatTemplate:
             )
 
 
-def _default(found: Any) -> Any:
-    """The template among those of tokenizer_config.json: itself, or the one named default of [{name, template}]."""
+def _named(found: Any) -> dict[str, Any]:
+    """The templates of tokenizer_config.json by name: one alone is the default, several are [{name, template}]."""
     if isinstance(found, list):
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
-    return found
+        return {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+    return {"default": found}
 
 
 def opens_thought(prompt: str) -> bool:

@@ -12,7 +12,9 @@ What becomes of each option of tokenizer.json, as transformers has it:
                               end_of_word_suffix (tokens that are not their bytes) are refused; unk_token, fuse_unk,
                               byte_fallback and ignore_merges are honoured
 
-and of tokenizer_config.json: split_special_tokens true is refused (the template's special tokens would be text);
+and of tokenizer_config.json: split_special_tokens true is refused (the template's special tokens would be text), and a
+token in added_tokens_decoder, additional_special_tokens or extra_special_tokens that tokenizer.json has not, or under
+another id (transformers would add it, with an id that the model has no row for);
 add_bos_token, add_eos_token, clean_up_tokenization_spaces, model_max_length and padding_side touch nothing that is used
 here. Left out: tokenizers that are not byte-level BPE.
 """
@@ -46,9 +48,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = member(folder, "tokenizer_config.json")
-    if config.exists() and read_json(config).get("split_special_tokens"):
-        raise InputError(f"{config}: split_special_tokens is true, which makes text of special tokens; set it false")
+    if config.exists():
+        _check_config(config, tokenizer)
     return tokenizer
+
+
+def _check_config(path: Path, tokenizer: Tokenizer) -> None:
+    """Raise InputError where tokenizer_config.json would make another tokenizer of it than tokenizer.json."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: must hold one JSON object; restore the file")
+    if config.get("split_special_tokens"):
+        raise InputError(f"{path}: split_special_tokens is true, which makes text of special tokens; set it false")
+    more = config.get("extra_special_tokens") or []
+    named = [*(config.get("additional_special_tokens") or []), *(more.values() if isinstance(more, dict) else more)]
+    added = config.get("added_tokens_decoder") or {}
+    for key, token in [*((None, token) for token in named), *added.items()]:
+        content = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.token_to_id(content) if isinstance(content, str) else None
+        if found is None or (key is not None and str(found) != key):
+            where = f"{content!r} with the id {key}" if key is not None else repr(content)
+            raise InputError(f"{path}: {where} is no token of tokenizer.json; take both files from one checkpoint")
 
 
 def _check_byte_level(tokenizer: Tokenizer) -> None:

@@ -35,6 +35,7 @@ from llm.client import in_threads
 
 T = TypeVar("T")
 FILES = ("annotate.txt", "adjudicate.txt", "again.txt")
+CUT = " (it was cut off at the length limit: be brief)"  # what a second question says beside the problem
 UNUSABLE = 0.5  # share of replies of no use above which the run ends: its labels would be mostly missing
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 
@@ -169,7 +170,7 @@ def ask_twice(
         try:
             return parse(answer.text), outcome
         except AnnotationError as error:
-            cut = " (it was cut off at the length limit: be brief)" * (answer.finish == "length")
+            cut = CUT * (answer.finish == "length")
             said = {"role": "assistant", "content": inert(answer.text[:8000]) or "(empty)"}
             messages = [*messages, said, {"role": "user", "content": fill(again, problem=inert(f"{error}{cut}"))}]
     return None, "not usable"
@@ -193,7 +194,9 @@ def check_usable(outcomes: Mapping[str, int]) -> None:
 def load_reply(text: str) -> dict[str, Any]:
     """The JSON object of a reply, strictly. Raises AnnotationError."""
     text = text.strip()
-    if not text.startswith("{") and ("<think>" in text or "</think>" in text):  # servers may cut off the first tag
+    if text.startswith("<think>"):
+        text = text.partition("</think>")[2].strip()
+    elif not text.startswith("{"):  # some servers cut off the first tag
         text = text.rpartition("</think>")[2].strip()
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
         text = re.sub(r"^json\b", "", text[3:-3], flags=re.IGNORECASE)

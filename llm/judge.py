@@ -23,7 +23,7 @@ from typing import Any
 
 import data
 import eval as evaluation
-from common.errors import Refused, Unanswered
+from common.errors import InputError, Refused, Unanswered
 from common.files import ROOT, sha256_file
 from common.settings import opt
 from common.template import fill, load_prompt
@@ -40,9 +40,8 @@ NO_CLAIM = "no verifiable claim"
 _CLAIMS = r"(?:(?:verifiable|checkable|factual|atomic)\s+)*(?:claims?|facts?|statements?)"
 _HERE = r"(?:\s+(?:in (?:this|the) sentence|here))?"
 NONE = re.compile(
-    rf"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?"
-    rf"no(?:ne)?\s+{_CLAIMS}"
-    rf"(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
+    r"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?"
+    rf"no(?:ne)?\s+{_CLAIMS}(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
     rf"|there (?:aren't|are not|isn't|is not) any\s+{_CLAIMS}{_HERE}"
     rf"|(?:the|this) sentence (?:doesn't|does not) (?:contain|have) (?:a|any)\s+{_CLAIMS}"
     r"|none|nothing|n/?a|not applicable|null|empty|\[\s*\])[\W_]*",
@@ -86,9 +85,9 @@ class JudgeSettings(ServiceSettings):
     judge: str = opt(
         "", "MODEL@BASE_URL#KEY_VARIABLE, or stand-in (rules, for trials); none: exact match only", "judge (4.1, A.2)"
     )
-    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning", low=1)
-    verify_results: int = opt(5, "search results shown for each claim (VeriScore)", low=1)
-    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set", low=0)
+    judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning")
+    verify_results: int = opt(5, "search results shown for each claim (VeriScore)")
+    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set")
 
 
 # ---------- replies
@@ -238,6 +237,9 @@ def check(cfg: JudgeSettings) -> None:
     """Refuse settings that cannot work. Raises InputError."""
     if cfg.judge and cfg.judge != "stand-in":
         cfg.price_list({"judge": parse_endpoint(cfg.judge)})
+    for name in ("judge_max_tokens", "verify_results"):
+        if getattr(cfg, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, must be 1 or more")
 
 
 # ---------- answers

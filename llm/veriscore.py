@@ -4,28 +4,39 @@
          -> search results for each claim -> supported or not (a judge) -> P = S / |C|, R = min(S / K, 1), F1@K
 
 K is the median number of claims over all answers compared on a set, so F1@K changes when another setting is added: it
-is stored and printed with every figure, and can be fixed. Without a search engine only claims are counted. Rows carry
-the fields of VeriScore's own files (question, response, model, prompt_source, claim_list, all_claims,
-claim_snippets_dict, claim_verification_result), so its files can be scored here and ours there.
+is stored and printed with every figure, and can be fixed. Without a search engine only claims are counted.
 
-Left out: fine-tuned extractors and verifiers, the three-way label.
+Rows carry the fields of VeriScore's own files (question, response, model, prompt_source, abstained, claim_list,
+all_claims, claim_search_results, claim_verification_result), so its programs go on with ours and `load` takes theirs:
+
+  python -m llm.veriscore FILE [FILE ...]     F1@K of verified rows, theirs or ours; K for each prompt_source, as there
+
+Left out: fine-tuned extractors and verifiers. Of the three-way label only "supported" counts, as there.
 """
 
+import argparse
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import data
 import eval as evaluation
+from common.endings import program
+from common.errors import InputError
+from common.files import read_jsonl
+from common.table import markdown
 from llm import retrieve
 from llm.client import in_threads
 from llm.judge import Judge
 
 BEFORE, AFTER = 3, 1  # neighbouring sentences shown with the one whose claims are wanted
 SUPPORTED, UNSUPPORTED = "supported", "unsupported"
+NONE_THERE = "No verifiable claim."  # what VeriScore's programs write for no claim
 # A sentence ends at . ! ? before white space and a capital, a digit or a quote, or at a line end; not after an initial
 # or one of these.
 _ABBREVIATED = re.compile(
@@ -100,10 +111,50 @@ def verify(
             label = "error" if value is None else SUPPORTED if value else UNSUPPORTED
             entry = {"claim": claim, "search_results": retrieve.as_text(results[claim])}
             verdicts.append(entry | {"verification_result": label, "replies": replies})
-        snippets = {claim: results[claim] for claim in row["all_claims"]}
+        found_for = {claim: results[claim] for claim in row["all_claims"]}
         errors = row["errors"] + sum(v["verification_result"] == "error" for v in verdicts)
-        out.append({**row, "claim_snippets_dict": snippets, "claim_verification_result": verdicts, "errors": errors})
+        out.append({**row, "claim_search_results": found_for, "claim_verification_result": verdicts, "errors": errors})
     return out
+
+
+def load(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a VeriScore file, of its claims, its evidence or its verdicts, or of ours, as `summary` takes them.
+
+    A row that abstained has no claims there; [None] stands for a sentence without any, "No verifiable claim." for an
+    answer without any. claim_snippets_dict is the evidence's name in its README. Raises InputError naming the line.
+    """
+    return [row | _normal(row) for row in read_jsonl(path, ("response", "model"), _normal)]
+
+
+def _normal(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row that differ between VeriScore's programs, in one form. Raises InputError."""
+    abstained, listed = row.get("abstained", False), row.get("claim_list", [])
+    if not isinstance(abstained, bool):
+        raise InputError(f"field 'abstained' must be true or false, not {abstained!r}; repair this row")
+    if not isinstance(listed, list) or not all(isinstance(of, list) for of in listed):
+        raise InputError("field 'claim_list' must hold a list of claims for each sentence; repair this row")
+    each = [[claim for claim in of if claim is not None and claim != NONE_THERE] for of in listed]
+    claims = row.get("all_claims")
+    if claims is None and not abstained and "claim_list" not in row:
+        raise InputError("neither 'all_claims' nor 'claim_list' is there; run VeriScore's extract_claims first")
+    if claims is None:
+        claims = list(dict.fromkeys(claim for of in each for claim in of))
+    if not isinstance(claims, list) or not all(isinstance(claim, str) for claim in [*claims, *sum(each, [])]):
+        raise InputError("field 'all_claims' must be a list of texts; repair this row")
+    out = {"claim_list": each, "all_claims": [c for c in claims if c != NONE_THERE], "abstained": abstained}
+    results = row.get("claim_search_results", row.get("claim_snippets_dict")) or {}  # [] where there are no claims
+    if not isinstance(results, dict):
+        raise InputError("field 'claim_search_results' must be an object of claims; repair this row")
+    out |= {"claim_search_results": results, "question": row.get("question", "")}
+    verdicts = row.get("claim_verification_result", [] if not out["all_claims"] else None)
+    if verdicts is None:
+        return out | {"errors": row.get("errors", 0)}
+    if not isinstance(verdicts, list) or not all(isinstance(v, dict) and "verification_result" in v for v in verdicts):
+        raise InputError("field 'claim_verification_result' must be a list of verdicts; repair this row")
+    if len(verdicts) > len(out["all_claims"]):
+        raise InputError(f"{len(verdicts)} verdicts on {len(out['all_claims'])} claims; repair this row")
+    unread = sum(v["verification_result"] is None for v in verdicts)
+    return out | {"claim_verification_result": verdicts, "errors": row.get("errors", unread)}
 
 
 def median_claims(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -154,3 +205,29 @@ def summary(rows: Sequence[Mapping[str, Any]], k: int) -> dict[str, Any]:
         out["low"], out["high"] = (None, None) if half is None else (max(0.0, mean - half), min(1.0, mean + half))
         out["precision"] = verdicts.count(SUPPORTED) / len(verdicts) if verdicts else None
     return out
+
+
+def scores(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """{prompt_source, model, answers, K, claims, F1@K} for each prompt_source and model; K is of the prompt_source."""
+    out = []
+    for source in dict.fromkeys(row.get("prompt_source", "") for row in rows):
+        of = [row for row in rows if row.get("prompt_source", "") == source]
+        k = median_claims(of)
+        for model in dict.fromkeys(row["model"] for row in of):
+            found = summary([row for row in of if row["model"] == model], k)
+            f1 = None if found["f1"] is None else f"{found['f1']:.3f}"
+            row = {"prompt_source": source, "model": model, "answers": found["answers"], "K": k}
+            out.append(row | {"claims": f"{found['claims']:.1f}", "F1@K": f1})
+    return out
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    print(markdown(scores([row for path in parser.parse_args(argv).files for row in load(path)])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

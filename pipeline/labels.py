@@ -18,7 +18,7 @@ from common import hub
 from common.errors import AnnotationError
 from common.files import read_jsonl, sha256_file, write_json
 from common.template import fill
-from common.tokens import encode
+from common.tokens import encode_guarded
 from llm import agreement, committee, labelling
 from llm.committee import Committee, Trace, parse_reply, unlabelled
 from pipeline.run import Generate, Run
@@ -98,13 +98,14 @@ def ask(
             break
         texts, failed = [(asked[k][0], words[k]) for k in todo], list[int]()
         replies = _replies(run, generate, texts, out / "annotation" / f"{name}.jsonl")
-        for k, reply in zip(todo, replies, strict=True):
+        for k, (reply, finish) in zip(todo, replies, strict=True):
             trace, text, blocks = asked[k]
             try:
                 found[k] = parse_reply(reply, len(trace.segments), blocks, source)
                 outcomes[f"{role}: {outcome}"] += 1
             except AnnotationError as error:
-                said = f"Your last reply was:\n{reply[:4000] or '(empty)'}\n\n{fill(again, problem=str(error))}"
+                problem = f"{error}{committee.CUT * (finish == 'length')}"
+                said = f"Your last reply was:\n{reply[:4000] or '(empty)'}\n\n{fill(again, problem=problem)}"
                 words[k] = f"{text}\n\n{said}"
                 failed.append(k)
         todo = failed
@@ -119,18 +120,18 @@ def _with_room(run: Run, asked: Asked, words: dict[int, str], which: list[int]) 
     """`which` of them leave the model room for a reply of the usual length, and which do not."""
     room: dict[bool, list[int]] = {True: [], False: []}
     for k in which:
-        prompt = len(encode(run.tokenizer, run.prompt(words[k], "off")))
+        prompt = len(encode_guarded(run.tokenizer, run.prompt(words[k], "off")))
         reply = labelling.REPLY_TOKENS * len(asked[k][0].segments)
         room[prompt + min(reply, run.cfg.annotate_max_tokens) <= run.room].append(k)
     return room[True], room[False]
 
 
-def _replies(run: Run, generate: Generate, asked: list[tuple[Trace, str]], path: Path) -> list[str]:
-    """What the model says to each text, thinking off; the replies stay in `path`."""
+def _replies(run: Run, generate: Generate, asked: list[tuple[Trace, str]], path: Path) -> list[tuple[str, str]]:
+    """What the model says to each text, thinking off, and how it ended; the replies stay in `path`."""
     cfg = run.cfg
     texts = {t.id: run.text(text) for t, text in asked}
     jobs = [({"id": t.id, "question": t.question, "answers": t.answers}, "off", 0) for t, _ in asked]
     how = sample.Sampling(cfg.annotate_temperature, 1.0, 0, 0.0)
     what, longest = f"labels, {path.stem}", cfg.annotate_max_tokens
     run.draw(generate, jobs, path, what, longest, how, lambda q, k: texts[q["id"]], shorten=True)
-    return [row["text"] for row in read_jsonl(path)]
+    return [(row["text"], row["finish"]) for row in read_jsonl(path)]

@@ -94,6 +94,7 @@ HONOURED = {
     "normalizer Lowercase": normalized(normalizers.Lowercase()),
     "pre_tokenizer with a blank in front": prefixed,
     "model fuse_unk": modelled(fuse_unk=True),
+    "model unk_token": modelled(unk_token="<|im_end|>"),
     "model ignore_merges": modelled(ignore_merges=True),
     "model byte_fallback": modelled(byte_fallback=True),
 }
@@ -149,6 +150,30 @@ def test_special_tokens_that_would_be_text_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "tokenizer_config.json", inert | {"clean_up_tokenization_spaces": True})
     ids = encode(load_tokenizer(tmp_path), TEXTS[0])
     assert ids == theirs(tmp_path).encode(TEXTS[0], add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": ["<|im_start|>", "<NEW>"]},
+        {"extra_special_tokens": {"image_token": "<NEW>"}},
+        {"extra_special_tokens": ["<NEW>"]},
+        {"added_tokens_decoder": {"9999": {"content": "<NEW>", "special": True}}},
+        {"added_tokens_decoder": {"0": {"content": "<|im_end|>", "special": True}}},
+        {"additional_special_tokens": [7]},
+    ],
+)
+def test_a_token_that_only_tokenizer_config_knows_is_refused(tmp_path: Path, config: dict) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(InputError, match="is no token of tokenizer.json") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    decoder = {str(i): {"content": t.content} for i, t in tokenizer.get_added_tokens_decoder().items()}
+    good = {"added_tokens_decoder": decoder, "additional_special_tokens": ["<|im_end|>"]}
+    write_json(tmp_path / "tokenizer_config.json", good | {"extra_special_tokens": {"image_token": "<|im_start|>"}})
+    assert encode(load_tokenizer(tmp_path), TEXTS[0]) == encode(tokenizer, TEXTS[0])
 
 
 def test_an_id_that_only_pads_the_embedding_is_no_text(tmp_path: Path) -> None:
@@ -296,6 +321,31 @@ def test_the_default_of_several_templates(tmp_path: Path) -> None:
     assert ChatTemplate(tmp_path).render(MESSAGES) == theirs(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
     (tmp_path / "chat_template.jinja").write_bytes("\ufeff{{ 'own' }}\r\n".encode())
     assert ChatTemplate(tmp_path).render(MESSAGES) == "own"
+
+
+def test_the_template_for_tools_where_there_are_tools(tmp_path: Path) -> None:
+    """Of the list in tokenizer_config.json, or of the folder beside chat_template.jinja."""
+    build_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    several = [{"name": "tool_use", "template": "T{{ tools | length }}"}, {"name": "default", "template": ROLES}]
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": several})
+    for _ in range(2):
+        for more in ({}, {"tools": None}, {"tools": []}, {"tools": [{"name": "f"}]}):
+            expected = theirs(tmp_path).apply_chat_template(MESSAGES, tokenize=False, **more)
+            assert ChatTemplate(tmp_path).render(MESSAGES, **more) == expected
+        (tmp_path / "chat_template.jinja").write_text(ROLES + "!")
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("U{{ tools | length }}")
+
+
+def test_a_template_may_name_a_token_of_the_models_own(tmp_path: Path) -> None:
+    build_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "chat_template": "{{ image_token }}{{ eos_token }}",
+        "image_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+    }
+    write_json(tmp_path / "tokenizer_config.json", config)
+    assert ChatTemplate(tmp_path).render(MESSAGES) == theirs(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
 
 
 def test_the_date_of_today_is_not_in_a_prompt(tmp_path: Path) -> None:

@@ -92,6 +92,31 @@ def test_a_reply_of_no_use_is_asked_for_once_more(tmp_path, group):
     assert read_json(tmp_path / "annotations.manifest.json")["made"]["annotator"] == "self"
 
 
+def test_a_reply_that_was_cut_off_is_told_so(tmp_path, group):
+    """As the committee is told: the second question names the limit, and only for the reply that ran into it."""
+    run, asked = a_run(tmp_path, group), []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return GOOD if "Your last reply" in prompt else GOOD[:60] if number(prompt) < 2 else GOOD
+
+    scripted(run, answer)
+    whole = run.sampler("thinkon")
+
+    def generate(prompts, seeds, limits, how, finished) -> None:
+        def shorter(index, c) -> None:
+            cut = number(run.tokenizer.decode(prompts[index])) == 0 and len(c.ids) < 100
+            finished(index, Completion(c.ids[:-1], "length") if cut else c)
+
+        whole(prompts, seeds, limits, how, shorter)
+
+    run.sampler = lambda variant: generate
+    tally = labels.label(run, ROWS, run.out)
+    again = {number(prompt): prompt for prompt in asked if "Your last reply" in prompt}
+    assert {k: "cut off at the length limit: be brief" in prompt for k, prompt in again.items()} == {0: True, 1: False}
+    assert tally["a: usable when asked again"] == 2
+
+
 def test_a_model_that_cannot_do_it_ends_the_run(tmp_path, group):
     run = a_run(tmp_path, group)
     scripted(run, lambda prompt: GOOD if number(prompt) == 0 else "no idea")
@@ -115,7 +140,7 @@ def test_a_thought_too_long_for_the_model_is_not_asked_about_and_counted(tmp_pat
     for row in ROWS:
         trace = labels.Trace(row["id"], row["question"], row["answers"], [THOUGHT[a:b] for a, b in SPANS])
         text = labels.committee.Prompts.load(labels.labelling.PROMPTS).first(trace)[0]["content"]
-        lengths.append(len(labels.encode(run.tokenizer, run.prompt(text, "off"))))
+        lengths.append(len(labels.encode_guarded(run.tokenizer, run.prompt(text, "off"))))
     assert len(set(lengths)) == 1
     run.room = lengths[0] + 3 * 55
     long = ROWS[0] | {"id": "long", "question": ROWS[0]["question"] + " and more"}
@@ -200,4 +225,4 @@ def test_no_text_from_outside_reaches_the_model_as_a_control_token(tmp_path, gro
         assert [plain.count(i) for i in ids_of] == [hostile.count(i) for i in ids_of]
         assert HOSTILE in run.tokenizer.decode(hostile, skip_special_tokens=False).replace("\\n", "\n")
     (row,) = read_jsonl(tmp_path / "hostile0.jsonl")
-    assert HOSTILE in row["prompt"] and row["prompt_ids"] == seen[half]
+    assert HOSTILE in row["prompt"] and row["prompt_ids"] == list(seen[half])

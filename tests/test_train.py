@@ -355,11 +355,47 @@ def test_compiled_layers_give_the_same_gradients(base, group):
             assert (grad - eager).norm() <= 1e-5 * eager.norm()
 
 
-def test_compile_is_refused_where_adapters_compute_in_half_precision(base, group):
-    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=True)
-    model = qwen.load(base, torch.bfloat16).requires_grad_(False)
-    with pytest.raises(InputError, match="--compile needs a float32 model"):
-        train.Trainer(model, as_rows(make_rows(4)), "kto", s, group, "torch")
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link from a path with a space in it")
+def test_compiled_layers_in_bf16_are_as_far_from_fp32_as_eager_ones(base, group):
+    """The compiler rounds in other places, so the two differ from each other as much as either does from fp32."""
+    gradients = {}
+    for name, dtype, compiled in (("fp32", torch.float32, False), *((c, torch.bfloat16, c) for c in (False, True))):
+        s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=compiled)
+        model = qwen.load(base, torch.bfloat16).to(dtype).requires_grad_(False)  # the same rounded weights
+        trainer = train.Trainer(model, as_rows(make_rows(8)), "kto", s, group, "torch")
+        with torch.no_grad():
+            for p in trainer.parameters:
+                p.add_(0.02)
+        trainer.backward(list(range(8)), trainer.reference_sums(), torch.tensor(0.1))
+        gradients[name] = [p.grad for p in trainer.parameters]
+
+    def errors(name):
+        each = [float((g - t).norm() / t.norm()) for g, t in zip(gradients[name], gradients["fp32"], strict=True)]
+        return torch.tensor(each)
+
+    assert errors(False).median() > 0.01  # bf16 it was
+    assert errors(True).median() < 1.3 * errors(False).median() and errors(True).max() < 1.3 * errors(False).max()
+
+
+def test_what_the_compiler_does_by_itself_is_not_asked_for(base, group):
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, compile=True, recompute="cheap")
+    with pytest.raises(InputError, match="--recompute cheap is what --compile does"):
+        train.Trainer(qwen.load(base).requires_grad_(False), as_rows(make_rows(4)), "kto", s, group, "torch")
+
+
+def test_a_trace_of_one_step_is_left(base, group, tmp_path):
+    s = train.TrainSettings(lora_r=2, lora_alpha=4.0, batch_size=4, epochs=2, profile=2)
+    model, origin = qwen.load(base).requires_grad_(False), {"rows": "r", "model": "m"}
+    train.train(model, as_rows(make_rows(8)), "mralign", s, group, tmp_path, "torch", "tiny", origin, False)
+    assert [p.name for p in tmp_path.glob("*trace*")] == ["trace-step-2.json"]
+    events = json.loads((tmp_path / "trace-step-2.json").read_text())["traceEvents"]
+    names = [e["name"] for e in events if e.get("ph") == "X"]
+    assert (
+        names.count("_SegmentLogprob") == 1 and names.count("_SegmentLogprobBackward") >= 1
+    )  # of one step, not of four
+    assert any(name.startswith("Optimizer.step#AdamW") for name in names)
 
 
 def test_all_ones_weights_make_mralign_kto_bit_for_bit(base, group):

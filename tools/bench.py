@@ -5,6 +5,8 @@
   sample  tokens a second against transformers' generate
   em      the label statistics at a thousand to a million traces
   growth  our step's time and memory with longer rows, more rows, a larger vocabulary, more ranks
+  passes  our step's time and memory with more tokens in a pass, and at each level of recomputation
+  before  our step beside that of an earlier commit, --before [c937622: fp32 adapters, nothing fused but the op]
 
 Candidates take turns in one process after a warm-up round, so that a slow minute of the machine meets all of them, and
 must agree in value before a time is shown. A ratio is taken within its round; shown are the median and in brackets the
@@ -13,10 +15,12 @@ lowest and the highest. Memory is measured in a fresh process for each candidate
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +45,7 @@ from common.endings import program
 from common.errors import Disagreement, InputError
 from common.files import ROOT, write_json
 from common.model_config import ModelConfig
+from common.passes import Limit
 from kernels.segment_logprob import default_impl, reference, segment_logprob
 from tools.measure import (
     Table,
@@ -52,6 +57,7 @@ from tools.measure import (
     in_fresh_process,
     installed,
     markdown,
+    spread,
 )
 
 ABSENT = {"note": "not installed; make bench installs it"}
@@ -257,6 +263,7 @@ class Stepper:
     step: Callable[[], float]  # returns its seconds
     losses: list[float]  # of each step so far
     reference_seconds: float  # the reference's sums of all rows, where they are made once
+    limit: Limit = Limit()  # the most that one of our passes takes
 
 
 def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any) -> Stepper:
@@ -265,6 +272,7 @@ def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any)
 
     s = train.TrainSettings(**dict(lr=LR, batch_size=len(rows), warmup=0.0, lora_r=LORA_R) | settings)
     trainer = train.Trainer(model, rows, "kto", s, ranks, default_impl(ranks.device))
+    trainer.measure()
     cached: dict[str, Tensor] = {}
     reference_seconds = clock(lambda: cached.update(trainer.reference_sums()), ranks.device)()
     numbers, losses = itertools.count(), []
@@ -272,7 +280,7 @@ def our_stepper(model: qwen.Qwen3, rows: list[Any], ranks: Any, **settings: Any)
     def step() -> None:  # one of so many that the learning rate does not fall
         losses.append(trainer.step(next(numbers), 10**9, list(range(len(rows))), cached)["loss"])
 
-    return Stepper(clock(step, ranks.device), losses, reference_seconds)
+    return Stepper(clock(step, ranks.device), losses, reference_seconds, trainer.limit)
 
 
 def trl_order(n: int) -> list[int]:
@@ -285,8 +293,10 @@ def trl_order(n: int) -> list[int]:
     return cycle[::-1]
 
 
-def trl_trainer(folder: Path, rows: list[Any], V: int, batch: int, callbacks: list[Any], **settings: Any) -> Any:
-    """TRL's KTOTrainer on the weights in `folder`, set to one step; `settings` go to its KTOConfig.
+def trl_trainer(
+    folder: Path, rows: list[Any], V: int, batch: int, callbacks: list[Any], model: Any = None, **settings: Any
+) -> Any:
+    """TRL's KTOTrainer on `model`, else the weights in `folder`, set to one step; `settings` go to its KTOConfig.
 
     It takes text, so id i is written as the word "t<i>" of a tokenizer made for this.
     """
@@ -308,8 +318,8 @@ def trl_trainer(folder: Path, rows: list[Any], V: int, batch: int, callbacks: li
     method = dict(learning_rate=LR, lr_scheduler_type="constant", undesirable_weight=1.5, max_length=None, bf16=False)
     quiet = dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available())
     trainer = trl.KTOTrainer(
-        model=transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=trl.KTOConfig(output_dir=str(folder / "trl"), **steps, **method, **quiet, **settings),
+        model=model or transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=trl.KTOConfig(output_dir=str(folder / "trl"), **steps, **quiet, **method | settings),
         train_dataset=datasets.Dataset.from_dict(table),
         processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t0"),
         peft_config=peft.LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules=list(lora.TARGETS)),
@@ -350,14 +360,16 @@ def trl_stepper(folder: Path, rows: list[Any], V: int, adapters: dict[str, Tenso
     return Stepper(step, losses, reference_seconds)
 
 
-def make_stepper(name: str, size: StepSize, folder: Path, ranks: Any, adapters: dict[str, Tensor]) -> Stepper:
+def make_stepper(
+    name: str, size: StepSize, folder: Path, ranks: Any, adapters: dict[str, Tensor], **settings: Any
+) -> Stepper:
     """The candidate `name`. "ours" comes first: it leaves its model in `folder` and its adapters in `adapters`."""
     rows = random_rows(size.rows, size.shortest, size.longest, size.V)
     if name in TRL:
         return trl_stepper(folder, rows, size.V, adapters, **TRL[name])
     model = random_model(size.hidden, size.layers, size.V, ranks.device)
     qwen.save(model, folder)
-    stepper = our_stepper(model, rows, ranks)
+    stepper = our_stepper(model, rows, ranks, **settings)
     adapters |= {name: p.detach().clone() for name, p in lora.state(model).items()}
     return stepper
 
@@ -399,7 +411,9 @@ def step_rows(size: StepSize, rounds: int, device: torch.device) -> Table:
     return rows if installed("trl") else [*rows, {"candidate": "TRL"} | ABSENT]
 
 
-def step_task(device: torch.device, size: dict[str, Any], candidate: str, rounds: int) -> dict[str, Any]:
+def step_task(
+    device: torch.device, size: dict[str, Any], candidate: str, rounds: int, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """MiB and median seconds of one candidate of the optimiser step; to be called in a fresh process."""
     from common.ranks import process_group
 
@@ -407,7 +421,7 @@ def step_task(device: torch.device, size: dict[str, Any], candidate: str, rounds
     with tempfile.TemporaryDirectory() as folder, process_group() as ranks:
         if candidate in TRL:
             qwen.save(random_model(s.hidden, s.layers, s.V, device), folder)
-        stepper = make_stepper(candidate, s, Path(folder), ranks, {})
+        stepper = make_stepper(candidate, s, Path(folder), ranks, {}, **settings or {})
         memory = extra_memory(stepper.step, device)
         seconds = [stepper.step() for _ in range(rounds)]
         return memory | ({"seconds": statistics.median(seconds)} if seconds else {})
@@ -497,6 +511,77 @@ def growth_rows(base: StepSize, axes: dict[str, Sequence[int]], rounds: int) -> 
     return rows
 
 
+BEFORE = {
+    "hidden 256, 4 layers, 8 rows of 75-200": dict(hidden=256, layers=4, V=32768, shortest=75, longest=200, rows=8),
+    "hidden 256, 4 layers, 8 rows of 300-500": dict(hidden=256, layers=4, V=8192, shortest=300, longest=500, rows=8),
+}
+PASSES = StepSize(hidden=256, layers=4, V=8192, shortest=150, longest=250, rows=16)
+WAYS = [dict(micro_tokens=n, recompute="none") for n in (250, 1024, 2048, 4096)]
+WAYS += [dict(micro_tokens=2048, recompute=level) for level in ("cheap", "full")]
+
+
+def passes_rows(size: StepSize, ways: Sequence[dict[str, Any]], rounds: int, device: torch.device) -> Table:
+    """Our step in each way, in turns; memory in fresh processes."""
+    from common.ranks import process_group
+
+    rows = random_rows(size.rows, size.shortest, size.longest, size.V)
+    with process_group() as ranks:
+        steps, losses = {}, {}
+        for way in ways:
+            model = random_model(size.hidden, size.layers, size.V, device)
+            stepper = our_stepper(model, rows, ranks, **way)
+            steps[json.dumps(way)], losses[json.dumps(way)] = stepper.step, stepper.losses
+        times = compared(alternate(steps, rounds), json.dumps(ways[0]))
+    first = losses[json.dumps(ways[0])]
+    found: Table = []
+    for way in ways:
+        mine = losses[json.dumps(way)]
+        if max(abs(a - b) for a, b in zip(mine, first, strict=True)) > 1e-4:
+            raise Disagreement(f"{way}: the losses are {mine}, those of {ways[0]} {first}")
+        task = {"task": "step", "size": vars(size), "candidate": "ours", "rounds": 0, "settings": way}
+        memory = in_fresh_process(["-m", "tools.bench"], task, torch.get_num_threads())
+        names = {"tokens of a pass": way["micro_tokens"], "recomputed": way["recompute"]}
+        seconds, ratio = times[json.dumps(way)].values()
+        found.append(names | {"seconds": seconds, "time / the first": ratio} | memory)
+    return found
+
+
+def before_rows(commit: str, sizes: dict[str, dict[str, Any]], rounds: int) -> Table:
+    """Seconds of our step by the files of `commit` and by these, taken in turn in two processes; losses must agree."""
+    found: Table = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        packed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", folder], input=packed, check=True)
+        for name, size in sizes.items():
+            running = {}
+            for tree in (folder, str(ROOT)):
+                command = [sys.executable, str(ROOT / "tools" / "step_of.py"), tree, json.dumps(size)]
+                process = subprocess.Popen(command, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                running[tree] = stack.enter_context(process)
+            answers = {tree: [_next(process)] for tree, process in running.items()}  # ready
+            for _ in range(rounds + 1):
+                for tree, process in running.items():
+                    print(file=process.stdin, flush=True)
+                    answers[tree].append(_next(process))
+            for process in running.values():
+                process.stdin.close()
+            old, new = ([answer["seconds"] for answer in answers[tree][2:]] for tree in running)  # without the first
+            apart = [abs(a["loss"] - b["loss"]) for a, b in zip(*(answers[tree][1:] for tree in running), strict=True)]
+            if max(apart) > 1e-4:
+                raise Disagreement(f"{name}: the losses are {max(apart)} from those of {commit}")
+            ratio = spread([b / a for a, b in zip(old, new, strict=True)])
+            measured = {"step": name, f"seconds at {commit}": spread(old), "seconds now": spread(new)}
+            found.append(measured | {"now / then": ratio, "losses apart": max(apart)})
+    return found
+
+
+def _next(process: Any) -> dict[str, Any]:
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args} ended")
+    return json.loads(line)
+
+
 TASKS = {"op": op_task, "step": step_task}
 
 
@@ -532,7 +617,7 @@ def readme(result: dict[str, Any], full_step: dict[str, Any]) -> str:
     return "\n\n".join([receipt, *(markdown(table) for table in (op_table, step_table, sampled, labels))])
 
 
-def sections(full: bool, rounds: int, device: torch.device) -> dict[str, Callable[[], Table]]:
+def sections(full: bool, rounds: int, device: torch.device, before: str) -> dict[str, Callable[[], Table]]:
     """Each section as a function that measures it, at sizes for six minutes or for half an hour."""
     dtypes, E = (("float32", "bfloat16"), 1024) if full else (("float32",), 256)
     sizes = [dict(M=1024, E=E, V=151936, dtype=dtype) for dtype in dtypes]
@@ -552,6 +637,8 @@ def sections(full: bool, rounds: int, device: torch.device) -> dict[str, Callabl
         "sample": sampling,
         "em": lambda: [em_row(n, device) for n in (10**3, 10**4, 10**5, 10**6)],
         "growth": lambda: growth_rows(SMALL, axes, rounds),
+        "passes": lambda: passes_rows(PASSES, WAYS, rounds, device),
+        "before": lambda: before_rows(before, BEFORE, 2 * rounds),
     }
 
 
@@ -559,9 +646,12 @@ def sections(full: bool, rounds: int, device: torch.device) -> dict[str, Callabl
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sections."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="section", help="op, step, sample, em, growth [all]")
+    parser.add_argument(
+        "sections", nargs="*", metavar="section", help="op, step, sample, em, growth, passes, before [the first five]"
+    )
     parser.add_argument("--full", action="store_true", help="larger sizes and bf16: half an hour, not six minutes")
     parser.add_argument("--rounds", type=int, default=3, help="measured calls of each candidate [3]")
+    parser.add_argument("--before", default="c937622", metavar="COMMIT", help="of the section before [c937622]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="[all cores]")
     parser.add_argument("--out", default="runs/bench.json", metavar="FILE", help="[runs/bench.json]")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # one measurement in its own process
@@ -576,12 +666,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
         return
-    measure = sections(given.full, given.rounds, device)
+    measure = sections(given.full, given.rounds, device, given.before)
     result: dict[str, Any] = {"environment": environment(device), "full": given.full, "rounds": given.rounds}
     print("\n".join(f"{name}: {value}" for name, value in result["environment"].items()))
     if unknown := [name for name in given.sections if name not in measure]:
         raise InputError(f"unknown section {unknown[0]!r}; the sections are {', '.join(measure)}")
-    for name in given.sections or measure:
+    for name in given.sections or [*measure][:5]:
         start = time.perf_counter()
         result[name] = measure[name]()
         print(f"\n## {name} ({time.perf_counter() - start:.0f} s)\n\n{markdown(result[name])}", flush=True)

@@ -1,14 +1,19 @@
-"""Is the GPU path right, and how fast is it? `make gpu-check`: one CUDA device, no network, under ten minutes.
+"""Is the GPU path right, and how fast beside its peers? `make gpu-check`: one CUDA device, no network, nine minutes.
 
   correct   the op in every dtype and implementation against fp64
+  kernels   the tests of kernels/ on this device
   model     flash attention over packed rows, and sampling by captured graphs, against one plain row at a time
-  sweep     the op over rows a chunk, Triton block size and warps
-  op        the op at 8,192 tokens of an 8B model, beside what else is installed
   train     a KTO step of a model shaped like Qwen3-8B with random weights: speed, share of the peak, memory
+  peers     the same step by TRL: its default, its best with and without Liger, the paper's split
+  op        the op at 8,192 tokens of that model, beside Liger's, TRL's and torch's
   sample    tokens a second of that model
+  generate  the same by transformers
+  sweep     the op over rows a chunk, Triton block size and warps
 
-Weights are random and made on the device. A part that fails is reported with its traceback and the others still run.
-The exit code is 0 only if every part ran and every check held; a missed speed target is no failure.
+Weights are random and made on the device. Rows are printed and written to --out as they come, so that a run that is cut
+keeps what it had; when the time is up, what is left is named and skipped. A part that fails is reported with its
+traceback and the others still run. Peers are optional. At the end stands a table of the targets. The exit code is 0
+only if every part ran and every check held; a missed target and a missing peer are no failure.
 `--device cpu --tiny` runs all of it on small shapes without a GPU, to try this file. Left out: several devices.
 """
 
@@ -17,12 +22,15 @@ import copy
 import gc
 import math
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,15 +42,23 @@ import sample
 from common import costs
 from common.endings import program
 from common.errors import InputError
-from common.files import write_json
+from common.files import ROOT, write_json
 from common.model_config import ModelConfig
 from model import Qwen3
-from tools import bench
-from tools.measure import MIB, Table, alternate, clock, environment, extra_memory, markdown, spread
+from tools import bench, targets
+from tools.measure import (
+    MIB,
+    alternate,
+    clock,
+    environment,
+    extra_memory,
+    installed,
+    markdown,
+    shown,
+    spread,
+)
 
-FITS_40GB = 38 * 1024  # MiB: such a card has 39.4 GiB, and the CUDA context and fragments take some
-TARGETS = {"forward ms": 16.5, "forward + backward ms": 32.0, "extra MiB": 1100.0}  # a fifth above the roofline
-
+Rows = Iterator[dict[str, Any]]  # of a table, as they are measured
 
 QWEN3_8B = dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
 QWEN3_8B |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)
@@ -67,15 +83,17 @@ class Sizes:
     config: ModelConfig = ModelConfig(**QWEN3_8B, **REST)
     row_tokens: tuple[int, int] = (800, 1000)  # the shortest and the longest of 8 rows
     lora_r: int = 32
-    micro_batches: tuple[int, ...] = (1, 2, 4)
+    # rows of a pass (0: as the program chooses) and what is recomputed
+    ways: tuple[tuple[int, str], ...] = ((8, "none"), (8, "cheap"), (8, "full"), (2, "full"), (4, "none"), (0, "auto"))
     batches: tuple[int, ...] = (16, 64, 128)
     prompt: int = 100
     new: int = 256
     rounds: int = 5
+    kernel_tests: str = "cuda"  # which of tests/ of kernels/ run: pytest -k
 
 
 FOR_OP = dict(N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), blocks=((256, 4),), rounds=1)
-FOR_MODEL = dict(row_tokens=(20, 40), lora_r=4, micro_batches=(1, 4), batches=(2, 4), prompt=5, new=6)
+FOR_MODEL = dict(kernel_tests="hand_worked", row_tokens=(20, 40), lora_r=4, batches=(2, 4), prompt=5, new=6)
 TINY = Sizes(**FOR_OP, **FOR_MODEL, config=ModelConfig(**SMALL, **REST))
 
 
@@ -87,15 +105,14 @@ def implementations(device: torch.device) -> list[str]:
 # ---------- correct
 
 
-def correct(device: torch.device, sizes: Sizes) -> Table:
+def correct(device: torch.device, sizes: Sizes) -> Rows:
     """One row a dtype, shape and implementation; its `ok` says whether all five checks held."""
-    rows = []
     for D in sizes.D:
         for V in sizes.V:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 exact = Exact(sizes.N, D, V, dtype, device)
-                rows += [exact.check(impl) for impl in implementations(device)]
-    return rows
+                for impl in implementations(device):
+                    yield exact.check(impl)
 
 
 class Exact:
@@ -146,10 +163,27 @@ class Exact:
         return shape | {"impl": impl} | off | bits | {"ok": ok}
 
 
-# ---------- model
+# ---------- kernels and model
 
 
-def model_paths(device: torch.device, sizes: Sizes) -> Table:
+def kernel_tests(device: torch.device, sizes: Sizes) -> Rows:
+    """pytest on the tests of kernels/, those that run on the device."""
+    if not (installed("pytest") and installed("hypothesis")):
+        yield {"tests of kernels/": "pytest or hypothesis is not installed", "note": "pip install pytest hypothesis"}
+        return
+    for name in ("test_fused_elementwise", "test_segment_logprob"):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}.py"]
+        command += ["-k", sizes.kernel_tests]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+        lines = done.stdout.splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        yield {"tests of kernels/": name, "result": lines[-1] if lines else done.stderr[-200:]} | {
+            "failed": "; ".join(failed),
+            "ok": done.returncode == 0,
+        }
+
+
+def model_paths(device: torch.device, sizes: Sizes) -> Rows:
     """A small model's fast paths against its plain ones."""
     torch.manual_seed(0)
     with device:
@@ -172,7 +206,7 @@ def model_paths(device: torch.device, sizes: Sizes) -> Table:
     finally:
         qwen.varlen_attn = kept
     name = "bf16 packed rows" + (" by flash attention" if device.type == "cuda" and kept() else "")
-    rows = [{"path": name, "off by": flash, "row by row off by": apart, "ok": flash <= 2 * apart}]
+    yield {"path": name, "off by": flash, "row by row off by": apart, "ok": flash <= 2 * apart}
     prompts = [ids[a:b].tolist() for a, b in ((0, 5), (5, 300), (300, 301), (301, 340)) for _ in range(5)]
     done = sample.generate(exact, prompts, [0] * 20, max_new=24, stop_ids=set(), temperature=0.0, batch_size=18)
     same = []
@@ -183,16 +217,15 @@ def model_paths(device: torch.device, sizes: Sizes) -> Table:
         same.append((best == whole[len(prompt) :]).float().mean())
     share = float(torch.stack(same).mean())
     name = "greedy tokens" + (" by captured graphs" if device.type == "cuda" else "")
-    return [*rows, {"path": name, "same as without a cache": share, "ok": share > 0.98}]
+    yield {"path": name, "same as without a cache": share, "ok": share > 0.98}
 
 
 # ---------- sweep and op
 
 
-def sweep(device: torch.device, sizes: Sizes) -> Table:
-    """Milliseconds of the op over its tunable sizes, fastest first; block and warps only where Triton runs."""
+def sweep(device: torch.device, sizes: Sizes) -> Rows:
+    """Milliseconds of the op over its tunable sizes; block and warps only where Triton runs."""
     impl, before = op.default_impl(device), (op.BLOCK, op.WIDE)
-    rows = []
     for D in sizes.D:
         x = bench.op_inputs(sizes.M, D, sizes.V[-1], "bfloat16", device, sizes.B)
         for block, warps in sizes.blocks if impl == "triton" else (("-", "-"),):
@@ -204,30 +237,42 @@ def sweep(device: torch.device, sizes: Sizes) -> Table:
                     times = {grad: clock(partial(bench.op_call, candidate, x, grad), device) for grad in (False, True)}
                     forward, both = (spread(s)["median"] * 1e3 for s in alternate(times, sizes.rounds).values())
                     setting = {"D": D, "chunk": chunk, "block": block, "warps": warps}
-                    rows.append(setting | {"forward ms": forward, "forward + backward ms": both})
+                    yield setting | {"forward ms": forward, "forward + backward ms": both}
             finally:
                 op.BLOCK, op.WIDE = before
-    return sorted(rows, key=lambda row: (row["D"], row["forward + backward ms"]))
 
 
-def op_speed(device: torch.device, sizes: Sizes) -> Table:
-    """Milliseconds and extra memory at 1,024 rows a chunk. A peer that cannot run gets a note; we may not fail."""
+def op_speed(device: torch.device, sizes: Sizes) -> Rows:
+    """Milliseconds and extra memory, first of the two products alone. A peer may fail and gets a note; we may not."""
     x = bench.op_inputs(sizes.M, sizes.D[-1], sizes.V[-1], "bfloat16", device, sizes.B)
-    ours = {f"ours, {impl}": partial(bench.ours, impl=impl, chunk=1024) for impl in implementations(device)}
+    yield {"candidate": "its two products alone", "forward + backward ms": products_ms(x, device, sizes.rounds)}
+    ours = {f"ours, {impl}": partial(bench.ours, impl=impl) for impl in implementations(device)}
     peers = {name: c for name, c in bench.op_candidates("torch").items() if name != "ours"}
-    rows: Table = []
     for name, candidate in (ours | peers).items():
         if candidate is None:
-            rows.append({"candidate": name, "note": "not installed"})
+            yield {"candidate": name, "note": "not installed"}
             continue
         try:
-            rows.append({"candidate": name} | _op_row(candidate, x, device, sizes.rounds))
+            yield {"candidate": name} | _op_row(candidate, x, device, sizes.rounds)
         except Exception as error:
             if name in ours:
                 raise
-            rows.append({"candidate": name, "note": _brief(error)})
+            yield {"candidate": name, "note": _brief(error)}
         _release(device)
-    return [*rows, {"candidate": "target on an H100"} | TARGETS]
+
+
+def products_ms(x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, float]:
+    """Milliseconds of hidden @ weight.T and (M, V) @ weight in the model's dtype, 1,024 rows at a time: the floor."""
+    chunk = x.hidden[:1024]
+    logits = chunk @ x.weight.T
+
+    def both() -> None:
+        for _ in range(0, len(x.hidden), len(chunk)):
+            torch.mm(chunk, x.weight.T, out=logits)
+            logits @ x.weight
+
+    seconds = alternate({"both": clock(both, device)}, rounds)["both"]
+    return spread([1e3 * s for s in seconds])
 
 
 def _op_row(candidate: bench.Candidate, x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -259,40 +304,91 @@ def lengths_of(rows: Sequence[Any], partner: Sequence[int] | None = None) -> lis
     return [(prompt + completion, completion) for prompt, completion in sizes]
 
 
-def training(device: torch.device, sizes: Sizes) -> Table:
-    """A step of 8 rows with and without gradient checkpointing, at several micro-batches."""
+def step_inputs(sizes: Sizes) -> tuple[list[Any], int, float]:
+    """8 rows, their tokens, and the operations of a step over them."""
     import train
-    from common.ranks import process_group
 
     rows = bench.random_rows(8, *sizes.row_tokens, sizes.config.vocab_size)
-    tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     pairs = lengths_of(rows, train.mismatched(len(rows), seed=0))
     flops = sum(costs.step_flops(sizes.config, sizes.lora_r, lengths_of(rows), pairs).values())
-    peak = peak_tflops(device)
-    model, table = random_qwen(sizes, device), []
+    return rows, sum(tokens for tokens, _ in lengths_of(rows)), flops
+
+
+def step_row(
+    seconds: list[float], tokens: int, flops: float, memory: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What is said of a step, ours or a peer's. Recomputation is not counted as work."""
+    median, peak = spread(seconds)["median"], peak_tflops(device)
+    row = {"seconds": spread(seconds), "tokens a second": tokens / median, **memory, "TFLOP a step": flops / 1e12}
+    return row | {"share of the peak": flops / median / peak / 1e12 if peak else None}
+
+
+def training(device: torch.device, sizes: Sizes) -> Rows:
+    """A step of 8 rows in several ways."""
+    from common.ranks import process_group
+
+    rows, tokens, flops = step_inputs(sizes)
+    model = random_qwen(sizes, device)
     with process_group() as ranks:
-        for checkpointing in (False, True):
-            for micro in sizes.micro_batches:
-                row: dict[str, Any] = {"checkpointing": checkpointing, "micro-batch": micro}
-                setting = dict(micro_batch=micro, gradient_checkpointing=checkpointing, lora_r=sizes.lora_r, lr=5e-6)
-                try:
-                    stepper = bench.our_stepper(model, rows, ranks, **setting)
-                    memory = extra_memory(stepper.step, device)
-                    seconds = spread([stepper.step() for _ in range(sizes.rounds)])
-                    row |= {"seconds": seconds, "tokens a second": tokens / seconds["median"], **memory}
-                    row |= {"TFLOP a step": flops / 1e12, "share of the peak": None, "fits 40 GB": None}
-                    if peak:
-                        row["share of the peak"] = flops / seconds["median"] / peak / 1e12
-                    if memory["peak MiB"] is not None:
-                        row["fits 40 GB"] = memory["peak MiB"] <= FITS_40GB
-                except torch.OutOfMemoryError as error:
-                    row["note"] = _brief(error)
-                stepper = None  # its trainer holds the adapters
-                lora.merge(model)
-                model.requires_grad_(False)
-                _release(device)
-                table.append(row)
-    return table
+        for micro, recompute in sizes.ways:
+            row: dict[str, Any] = {"rows a pass": micro or "auto", "recomputed": recompute}
+            setting = dict(micro_batch=micro, recompute=recompute, lora_r=sizes.lora_r, lr=5e-6)
+            try:
+                stepper = bench.our_stepper(model, rows, ranks, **setting)
+                memory = extra_memory(stepper.step, device)
+                row |= step_row([stepper.step() for _ in range(sizes.rounds)], tokens, flops, memory, device)
+                row |= {"tokens a pass": stepper.limit.tokens or None, "first loss": stepper.losses[0]}
+                row["ok"] = abs(stepper.losses[0] - 0.625) < 1e-2  # B = 0: half the mean lambda
+            except torch.OutOfMemoryError as error:
+                row["note"] = _brief(error)
+            stepper = None  # its trainer holds the adapters
+            lora.merge(model)
+            model.requires_grad_(False)
+            _release(device)
+            yield row
+
+
+# TRL's batch and what is not its default.
+PEERS: dict[str, dict[str, Any]] = {
+    targets.DEFAULT: dict(batch=8),
+    targets.ONCE: dict(batch=8, precompute_ref_log_probs=True),
+    targets.LIGER: dict(batch=8, use_liger_kernel=True),
+    targets.ONCE_KEPT: dict(batch=8, **bench.BEST),
+    targets.LIGER_KEPT: dict(batch=8, use_liger_kernel=True, gradient_checkpointing=False),
+    targets.PAPER: dict(batch=2),
+}
+
+
+def peers(device: torch.device, sizes: Sizes) -> Rows:
+    """The step of `training` by TRL's KTOTrainer with PEFT, bf16, on random weights of the same shape."""
+    rows, tokens, flops = step_inputs(sizes)
+    if not all(map(installed, ("trl", "peft", "transformers", "datasets"))):
+        yield {"candidate": "TRL", "note": "trl, peft, transformers and datasets are not all installed"}
+        return
+    for name, settings in PEERS.items():
+        row: dict[str, Any] = {"candidate": name}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                model = transformers_qwen(sizes, device)
+                how = dict(model=model, bf16=device.type == "cuda", learning_rate=5e-6) | settings
+                stepper = bench.trl_stepper(Path(folder), rows, sizes.config.vocab_size, {}, **how)
+                memory = extra_memory(stepper.step, device)
+                row |= step_row([stepper.step() for _ in range(min(3, sizes.rounds))], tokens, flops, memory, device)
+                row |= {"reference, once, s": stepper.reference_seconds or None, "first loss": stepper.losses[0]}
+        except Exception as error:  # a peer's, such as a version that lacks the option
+            row["note"] = _brief(error)
+        stepper = model = None
+        _release(device)
+        yield row
+
+
+def transformers_qwen(sizes: Sizes, device: torch.device) -> Any:
+    """transformers' Qwen3 of these sizes in bf16 with its own random weights, made on the device."""
+    import transformers
+
+    config = transformers.Qwen3Config(**sizes.config.to_json(torch.bfloat16) | {"architectures": None})
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -301,34 +397,55 @@ def peak_tflops(device: torch.device) -> float | None:
     return costs.GPUS[name].tflops if name else None
 
 
-def sampling(device: torch.device, sizes: Sizes) -> Table:
-    """Tokens a second from random prompts, every row to its limit."""
-    model, rows = random_qwen(sizes, device), []
+def random_prompts(sizes: Sizes, batch: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(batch)
+    return torch.randint(1, sizes.config.vocab_size, (batch, sizes.prompt), generator=g)
+
+
+def sampling(device: torch.device, sizes: Sizes) -> Rows:
+    """Tokens a second from random prompts, every row to its limit. A decode step: one token of all rows."""
+    model = random_qwen(sizes, device)
     for batch in sizes.batches:
-        g = torch.Generator().manual_seed(batch)
-        prompts = torch.randint(sizes.config.vocab_size, (batch, sizes.prompt), generator=g).tolist()
+        prompts = random_prompts(sizes, batch).tolist()
         run = partial(sample.generate, model, prompts, list(range(batch)), stop_ids=set(), batch_size=batch)
         run(max_new=4)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         seconds = clock(partial(run, max_new=sizes.new), device)()
-        row = {"batch": batch, "new tokens": sizes.new, "seconds": seconds}
+        row = {"batch": batch, "new tokens": sizes.new, "seconds": seconds, "decode step ms": 1e3 * seconds / sizes.new}
         row["tokens a second"] = batch * sizes.new / seconds
         if device.type == "cuda":
             row["peak MiB"] = torch.cuda.max_memory_allocated(device) / MIB
-        rows.append(row)
-    return rows
+        yield row
+
+
+def generate(device: torch.device, sizes: Sizes) -> Rows:
+    """The largest batch of `sampling` by transformers' generate, a quarter of the tokens."""
+    if not installed("transformers"):
+        yield {"candidate": "transformers", "note": "not installed"}
+        return
+    model, batch, new = transformers_qwen(sizes, device).eval(), sizes.batches[-1], max(1, sizes.new // 4)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = random_prompts(sizes, batch).to(device)
+    run = partial(model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=20, top_p=0.95)
+    run(max_new_tokens=2)
+    seconds = clock(partial(run, max_new_tokens=new), device)()
+    row = {"candidate": "transformers", "batch": batch, "new tokens": new, "seconds": seconds}
+    yield row | {"decode step ms": 1e3 * seconds / new, "tokens a second": batch * new / seconds}
 
 
 # ---------- the command
 
-PARTS = {
+PARTS: dict[str, Callable[[torch.device, Sizes], Rows]] = {  # in the order of what a cut run should have
     "correct": correct,
+    "kernels": kernel_tests,
     "model": model_paths,
-    "sweep": sweep,
-    "op": op_speed,
     "train": training,
+    "peers": peers,
+    "op": op_speed,
     "sample": sampling,
+    "generate": generate,
+    "sweep": sweep,
 }
 
 
@@ -342,20 +459,32 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def perform(name: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Run one part and print its table: {"ok", "seconds", "rows", "error": its traceback or None}."""
-    start, rows, error = time.perf_counter(), [], None
+def perform(name: str, device: torch.device, sizes: Sizes, end: float, save: Callable[[dict[str, Any]], None]) -> None:
+    """Run one part until time.perf_counter() says `end`, printing and saving each row as it comes, then its table.
+
+    save: is given {"ok", "seconds", "rows", "error": its traceback or None, "cut": whether time was up}.
+    """
+    start, part = time.perf_counter(), {"ok": True, "rows": [], "error": None, "cut": False}
+    print(f"\n## {name}", flush=True)
     try:
         rows = PARTS[name](device, sizes)
+        while not part["cut"] and (row := next(rows, None)) is not None:
+            # JSON has no NaN.
+            row |= {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+            part["rows"].append(row)
+            part["ok"] &= row.get("ok", True)
+            part["cut"] = time.perf_counter() > end
+            print("  " + ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
+            save(part | {"seconds": time.perf_counter() - start})
+        rows.close()
     except Exception:  # the other parts shall still run; the exit code tells
-        error = traceback.format_exc()
-    for row in rows:  # JSON has no NaN
-        row |= {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    seconds = time.perf_counter() - start
-    ok = error is None and all(row.get("ok", True) for row in rows)
-    print(f"\n## {name}: {'ok' if ok else 'FAILED'} ({seconds:.0f} s)\n\n{error or markdown(rows)}", flush=True)
+        part |= {"ok": False, "error": traceback.format_exc()}
+    part["seconds"] = time.perf_counter() - start
+    state = "ok" if part["ok"] else "FAILED"
+    cut = "; cut, the time was up" * part["cut"]
+    print(f"\n{name}: {state} ({part['seconds']:.0f} s{cut})\n\n{part['error'] or markdown(part['rows'])}", flush=True)
+    save(part)
     _release(device)
-    return {"ok": ok, "seconds": seconds, "rows": rows, "error": error}
 
 
 @program
@@ -365,6 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all]")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[cuda]")
     parser.add_argument("--tiny", action="store_true", help="shapes that a CPU can do, to try this file")
+    parser.add_argument("--minutes", type=float, default=8.5, help="start no row after so many [8.5]")
     parser.add_argument("--out", default="runs/gpu_check.json", metavar="FILE", help="[runs/gpu_check.json]")
     given = parser.parse_args(argv)
     if unknown := [part for part in given.parts if part not in PARTS]:
@@ -374,16 +504,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device here; run with --device cpu --tiny to try the code without one")
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}  # for the peers
     result: dict[str, Any] = {
         "command": " ".join(["python -m tools.gpu_check", *(sys.argv[1:] if argv is None else argv)])
     }
     result |= {"environment": environment(device), "peak TFLOP/s": peak_tflops(device), "parts": {}}
     print("\n".join(f"{name}: {value}" for name, value in result["environment"].items()))
+    end, parts = time.perf_counter() + 60 * given.minutes, result["parts"]
     for name in given.parts or PARTS:
-        result["parts"][name] = perform(name, device, TINY if given.tiny else Sizes())
-        write_json(given.out, result)
-    failed = [name for name, part in result["parts"].items() if not part["ok"]]
-    print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'all parts ok'}; {given.out}")
+
+        def save(part: dict[str, Any], name: str = name) -> None:
+            parts[name] = part
+            result["targets"] = targets.table(parts)
+            write_json(given.out, result)
+
+        if time.perf_counter() > end:
+            save({"ok": True, "seconds": 0.0, "rows": [], "error": None, "cut": True})
+            print(f"\n{name}: skipped, {given.minutes:g} minutes are up", flush=True)
+            continue
+        perform(name, device, TINY if given.tiny else Sizes(), end, save)
+    print(f"\n## targets, for one H100 or H200\n\n{markdown(result['targets'])}")
+    failed = [name for name, part in parts.items() if not part["ok"]]
+    cut = [name for name, part in parts.items() if part["cut"]]
+    said = [f"{word}: {', '.join(names)}" for word, names in (("FAILED", failed), ("cut short", cut)) if names]
+    print(f"\n{'; '.join(said) or 'all parts ok'}; {given.out}")
     return 1 if failed else 0
 
 
