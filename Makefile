@@ -50,10 +50,10 @@ report: .venv/ready  ## every table and figure of the paper on the miniature, wi
 	$(PY) -m tools.sweep configs/mini-ablations.json --jobs $(RANKS)
 
 test: .venv/ready-test  ## the tests: every part, in a few minutes
-	$(PY) -m pytest -q tests -m "not long"
+	$(PY) -m pytest -q tests -m "not long" -n 2 --dist loadfile
 
 test-all: .venv/ready-test  ## all tests: also what is long (soaks, whole pipelines on several processes, the rehearsal)
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests -n 2 --dist loadfile
 
 lint: .venv/ready-test  ## style, formatting, and types of the method and the kernels
 	$(PY) -m ruff check .

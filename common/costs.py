@@ -156,3 +156,23 @@ def memory(
         "working set of one layer": max(no_grad_tokens, tokens) * 5 * size * F,  # an MLP's products
         "head chunk and its gradient": min(CHUNK_BYTES, 6 * predicted * c.vocab_size) + 2 * size * predicted * E,
     }
+
+
+def elementwise_bytes(c: ModelConfig, size: int) -> dict[str, dict[str, tuple[int, int]]]:
+    """Bytes that a layer's elementwise passes move for one token: part -> pass -> (eager operations, fused kernel).
+
+    Counted are reads and writes of each operation's own tensors, none from a cache. The first norm is one kernel both
+    ways. Eager QK-norm is a norm and a product with the scale; RoPE rolls, multiplies twice and adds; the backward pass
+    does the same, and one copy joins q, k and v.
+    """
+    E, F, (q, kv) = c.hidden_size, c.intermediate_size, widths(c)
+    heads, every = q + kv, q + 2 * kv
+    return {
+        "SwiGLU": {"forward": (5 * F * size, 3 * F * size), "backward": (13 * F * size, 5 * F * size)},
+        "QK-norm and RoPE": {
+            "forward": ((4 * c.qk_norm + 9) * heads * size, 2 * every * size),
+            "backward": (((5 * c.qk_norm + 9) * heads + 2 * every) * size, 3 * every * size),
+        },
+        "residual add and norm": {"forward": (5 * E * size, 4 * E * size), "backward": (6 * E * size, 4 * E * size)},
+        "other norm and add": {"forward": (5 * E * size, 5 * E * size), "backward": (6 * E * size, 6 * E * size)},
+    }

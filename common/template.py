@@ -192,7 +192,7 @@ class ChatTemplate:
 def _named(found: Any) -> dict[str, Any]:
     """The templates of tokenizer_config.json by name: one alone is the default, several are [{name, template}]."""
     if isinstance(found, list):
-        return {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        return {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
     return {"default": found}
 
 

@@ -11,7 +11,7 @@ import model as qwen
 import train
 from common.errors import Disagreement
 from common.files import read_json
-from tools import bench, gpu_check, measure
+from tools import bench, gpu_check, measure, roofline, targets
 
 CPU = torch.device("cpu")
 SIZE = dict(M=24, E=16, V=301, dtype="float32")
@@ -195,20 +195,55 @@ def test_a_wrong_section_is_a_usage_error(capsys, monkeypatch):
 @pytest.mark.long
 def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(gpu_check, "PEERS", {name: gpu_check.PEERS[name] for name in (targets.DEFAULT, targets.PAPER)})
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--device", "cpu", "--tiny", "--out", str(out)]) == 0
-    parts = read_json(out)["parts"]
-    assert list(parts) == ["correct", "model", "sweep", "op", "train", "sample"]
-    assert all(part["ok"] and part["error"] is None for part in parts.values())
+    assert gpu_check.main(["--device", "cpu", "--tiny", "--minutes", "60", "--out", str(out)]) == 0
+    result = read_json(out)
+    parts = result["parts"]
+    assert list(parts) == list(gpu_check.PARTS)
+    assert all(part["ok"] and part["error"] is None and not part["cut"] for part in parts.values())
     assert len(parts["correct"]["rows"]) == 2 * 2 * 3  # sizes, vocabularies, dtypes
-    assert [(row["checkpointing"], row["micro-batch"]) for row in parts["train"]["rows"]] == [
-        (False, 1),
-        (False, 4),
-        (True, 1),
-        (True, 4),
-    ]
+    ways = [(row["rows a pass"], row["recomputed"]) for row in parts["train"]["rows"]]
+    assert ways == [(micro or "auto", level) for micro, level in gpu_check.TINY.ways]
+    assert all(row["first loss"] == pytest.approx(0.625, abs=1e-6) for row in parts["train"]["rows"])
     for row in parts["sample"]["rows"]:
         assert row["tokens a second"] == pytest.approx(row["batch"] * 6 / row["seconds"])
+    if measure.installed("trl"):
+        assert all(row["first loss"] == pytest.approx(0.625, abs=1e-2) for row in parts["peers"]["rows"])
+        found = {row["what"]: row["found"] for row in result["targets"]}
+        ours = next(r for r in parts["train"]["rows"] if (r["rows a pass"], r["recomputed"]) == (8, "full"))
+        ratio = parts["peers"]["rows"][0]["seconds"]["median"] / ours["seconds"]["median"]
+        assert found["TRL's default / ours, layers recomputed"] == pytest.approx(ratio)
+
+
+def test_when_the_time_is_up_what_was_measured_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = tmp_path / "check.json"
+    assert gpu_check.main(["correct", "sweep", "--device", "cpu", "--tiny", "--minutes", "0", "--out", str(out)]) == 0
+    parts = read_json(out)["parts"]
+    assert [(len(part["rows"]), part["cut"]) for part in parts.values()] == [(0, True), (0, True)]
+    assert "sweep: skipped, 0 minutes are up" in capsys.readouterr().out
+    saved = []
+    gpu_check.perform("correct", torch.device("cpu"), gpu_check.TINY, 0.0, saved.append)
+    assert len(saved[-1]["rows"]) == 1 and saved[-1]["cut"] and saved[-1]["ok"]
+
+
+def test_targets_take_medians_and_say_what_is_missing():
+    def step(rows, level, seconds, **more):
+        return {"rows a pass": rows, "recomputed": level, "seconds": {"median": seconds}} | more
+
+    train_rows = [step(8, "none", 0.8, **{"peak MiB": 50_000.0, "share of the peak": 0.43})]
+    train_rows += [step(8, "cheap", 0.9, **{"peak MiB": 44_000.0}), step(8, "full", 1.0), step(2, "full", 1.5)]
+    trl = [(targets.DEFAULT, 2.5), (targets.ONCE, 1.5), (targets.LIGER, 1.7), (targets.PAPER, 4.5)]
+    peers = [{"candidate": name, "seconds": {"median": s}} for name, s in trl]
+    parts = {"train": {"rows": train_rows}, "peers": {"rows": peers}}
+    table = {row["what"]: (row["found"], row["met"]) for row in targets.table(parts)}
+    assert table["share of the peak, layers kept"] == (0.43, False)
+    assert table["TRL's default / ours, layers recomputed"] == (2.5, True)
+    assert table["TRL's best / ours, layers recomputed"] == (1.5, False)
+    assert table["TRL / ours, 2 rows a pass"] == (3.0, False)
+    assert table["peak MiB, 8 rows a pass, layers kept"] == (44_000.0, True)
+    assert table["decode step ms, batch 16"] == (None, None)
 
 
 def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys):
@@ -246,3 +281,11 @@ def test_the_readme_shows_the_recorded_tables():
     shown = text[text.index("<!-- bench:begin -->\n") : text.index("<!-- bench:end -->")]
     results = [read_json(ROOT / "docs" / "results" / name) for name in ("bench.json", "bench-step-full.json")]
     assert cells(shown) == cells(f"<!-- bench:begin -->\n{bench.readme(*results)}\n")
+
+
+def test_the_roofline_on_the_page_is_the_one_counted_now():
+    text = (ROOT / "docs" / "speed.md").read_text()
+    shown = text[text.index("<!-- roofline:begin -->\n") : text.index("<!-- roofline:end -->")]
+    counted = roofline.report("Qwen/Qwen3-8B", "h100", 8, 900, 32)
+    assert cells(shown) == cells(f"<!-- roofline:begin -->\n{counted}\n")
+    assert "333" in text and "332.9" in counted  # what the recorded run's own counter said of nearly the same rows

@@ -16,6 +16,9 @@ import train
 from common import costs
 from common.model_config import ModelConfig
 from common.ranks import process_group
+from kernels.add_rmsnorm import add_rmsnorm
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.swiglu import swiglu
 from tools import bench, gpu_check
 
 ODD = ModelConfig(**gpu_check.SMALL | gpu_check.REST | dict(num_hidden_layers=3, intermediate_size=160, head_dim=24))
@@ -93,6 +96,45 @@ class Alive(TorchDispatchMode):
     def nbytes(self) -> int:
         gc.collect()
         return sum(n for storage, n in self.made.items() if not storage.expired())
+
+
+class Moved(TorchDispatchMode):
+    """Numbers read and written by every operation that is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.numbers += sum(x.numel() for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+def test_bytes_of_eager_passes_are_those_of_the_torch_text():
+    """Operation by operation, forward and backward: no more is counted than eager torch moves."""
+    c, N = ODD, 400
+    H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    cos, sin = (torch.randn(N, 1, D) for _ in range(2))
+    scales, w = (torch.ones(D), torch.ones(D)), torch.ones(c.hidden_size)
+    runs = {
+        "SwiGLU": (lambda x: swiglu(x), [torch.randn(N, 2 * c.intermediate_size)]),
+        "QK-norm and RoPE": (lambda x: qk_norm_rope(x, scales, 1e-6, cos, sin, G), [torch.randn(N, H + 2 * G, D)]),
+        "residual add and norm": (lambda x, u: add_rmsnorm(x, u, w, 1e-6), [torch.randn(N, c.hidden_size)] * 2),
+    }
+    counted = costs.elementwise_bytes(c, 1)
+    for part, (run, inputs) in runs.items():
+        given = [x.clone().requires_grad_() for x in inputs]
+        with Moved() as forward:
+            out = run(*given)
+        out = out if isinstance(out, tuple) else (out,)
+        with Moved() as backward:
+            torch.autograd.grad(out, given, [torch.ones_like(y) for y in out])
+        eager = counted[part]["forward"][0], counted[part]["backward"][0]
+        assert eager[0] <= forward.numbers / N and eager[1] <= backward.numbers / N, part  # a CPU's norm is several
+        assert part != "SwiGLU" or eager[0] == forward.numbers / N
+        assert all(fused < seen for seen, fused in counted[part].values())
 
 
 @pytest.mark.parametrize("recompute", costs.RECOMPUTE)

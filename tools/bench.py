@@ -513,10 +513,10 @@ def growth_rows(base: StepSize, axes: dict[str, Sequence[int]], rounds: int) -> 
 
 BEFORE = {
     "hidden 256, 4 layers, 8 rows of 75-200": dict(hidden=256, layers=4, V=32768, shortest=75, longest=200, rows=8),
-    "hidden 512, 8 layers, 8 rows of 300-500": dict(hidden=512, layers=8, V=32768, shortest=300, longest=500, rows=8),
+    "hidden 256, 4 layers, 8 rows of 300-500": dict(hidden=256, layers=4, V=8192, shortest=300, longest=500, rows=8),
 }
-PASSES = StepSize(hidden=512, layers=8, V=32768, shortest=300, longest=500, rows=16)
-WAYS = [dict(micro_tokens=n, recompute="none") for n in (500, 1024, 2048, 4096)]
+PASSES = StepSize(hidden=256, layers=4, V=8192, shortest=150, longest=250, rows=16)
+WAYS = [dict(micro_tokens=n, recompute="none") for n in (250, 1024, 2048, 4096)]
 WAYS += [dict(micro_tokens=2048, recompute=level) for level in ("cheap", "full")]
 
 
