@@ -20,6 +20,7 @@ from tools import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = ("qwen3-8b", "qwen3-4b", "qwen3-14b", "r1-distill-qwen-7b", "nemotron-nano-4b")
+BACKBONES += ("qwen3-32b", "qwen3-30b-a3b")
 PAPER = ["--config", str(ROOT / "configs" / "qwen3-8b.json")]
 
 

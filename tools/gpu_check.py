@@ -45,7 +45,7 @@ from common.errors import InputError
 from common.files import ROOT, write_json
 from common.model_config import ModelConfig
 from model import Qwen3
-from tools import bench, targets
+from tools import bench, gpu_moe, targets
 from tools.measure import (
     MIB,
     alternate,
@@ -446,6 +446,7 @@ PARTS: dict[str, Callable[[torch.device, Sizes], Rows]] = {  # in the order of w
     "sample": sampling,
     "generate": generate,
     "sweep": sweep,
+    "moe": lambda device, sizes: gpu_moe.moe_part(device, tiny=sizes is TINY),
 }
 
 
