@@ -18,7 +18,7 @@ from common.ranks import process_group
 from kernels.add_rmsnorm import add_rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
-from tools import bench, gpu_check
+from tools import bench, gpu_check, measure
 
 ODD = ModelConfig(**gpu_check.SMALL | gpu_check.REST | dict(num_hidden_layers=3, intermediate_size=160, head_dim=24))
 
@@ -50,7 +50,7 @@ def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
         with FlopCounterMode(display=False) as counter:
             trainer.step(0, 10, [0, 1, 2, 3], cached)
     counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-    of, pairs = gpu_check.lengths_of(rows), gpu_check.lengths_of(rows, trainer.partner)
+    of, pairs = bench.lengths_of(rows), bench.lengths_of(rows, trainer.partner)
     assert [T for T, _ in of] == trainer.lengths and [T for T, _ in pairs] == trainer.kl_lengths
     expected = costs.step_flops(config, r, of, pairs)
     expected.pop("attention")
@@ -62,7 +62,7 @@ def test_a_device_is_found_by_its_name():
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-40GB": "a100-40"}
     names |= {"NVIDIA A800-SXM4-80GB": "a800-80", "NVIDIA GeForce RTX 4090": "rtx4090", "Some GPU": None}
     assert {device: costs.gpu_named(device) for device in names} == names
-    assert gpu_check.peak_tflops(torch.device("cpu")) is None
+    assert measure.peak_tflops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "qkv_bias": True, "tie_word_embeddings": True}])

@@ -111,6 +111,6 @@ def test_one_measured_pass_sets_the_limit(monkeypatch):
 
 
 def test_the_levels_are_ordered():
-    for fused in (True, False):
+    for fused, least in ((True, 1.5), (False, 1.1)):  # the torch text keeps silu(gate) and norms in fp32 at "cheap" too
         none, cheap, full = (costs.kept_per_token(QWEN3_8B, 32, 2, level, fused) for level in costs.RECOMPUTE)
-        assert none > 1.5 * cheap > 10 * full
+        assert none > least * cheap and cheap > 10 * full

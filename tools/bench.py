@@ -256,6 +256,13 @@ def random_rows(n: int, shortest: int, longest: int, V: int) -> list[Any]:
     return rows
 
 
+def lengths_of(rows: Sequence[Any], partner: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """(tokens, completion tokens) of each row; with `partner`, of each prompt with its partner's completion."""
+    others = rows if partner is None else [rows[j] for j in partner]
+    sizes = ((len(x.prompt_ids), len(y.completion_ids)) for x, y in zip(rows, others, strict=True))
+    return [(prompt + completion, completion) for prompt, completion in sizes]
+
+
 @dataclass
 class Stepper:
     """An optimiser step to call again and again, and what came of it."""

@@ -55,6 +55,7 @@ from tools.measure import (
     extra_memory,
     installed,
     markdown,
+    peak_tflops,
     shown,
     spread,
 )
@@ -298,21 +299,14 @@ def random_qwen(sizes: Sizes, device: torch.device) -> Qwen3:
         torch.set_default_dtype(torch.float32)
 
 
-def lengths_of(rows: Sequence[Any], partner: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """(tokens, completion tokens) of each row; with `partner`, of each prompt with its partner's completion."""
-    others = rows if partner is None else [rows[j] for j in partner]
-    sizes = ((len(x.prompt_ids), len(y.completion_ids)) for x, y in zip(rows, others, strict=True))
-    return [(prompt + completion, completion) for prompt, completion in sizes]
-
-
 def step_inputs(sizes: Sizes) -> tuple[list[Any], int, float]:
     """8 rows, their tokens, and the operations of a step over them."""
     import train
 
     rows = bench.random_rows(8, *sizes.row_tokens, sizes.config.vocab_size)
-    pairs = lengths_of(rows, train.mismatched(len(rows), seed=0))
-    flops = sum(costs.step_flops(sizes.config, sizes.lora_r, lengths_of(rows), pairs).values())
-    return rows, sum(tokens for tokens, _ in lengths_of(rows)), flops
+    pairs = bench.lengths_of(rows, train.mismatched(len(rows), seed=0))
+    flops = sum(costs.step_flops(sizes.config, sizes.lora_r, bench.lengths_of(rows), pairs).values())
+    return rows, sum(tokens for tokens, _ in bench.lengths_of(rows)), flops
 
 
 def step_row(
@@ -390,12 +384,6 @@ def transformers_qwen(sizes: Sizes, device: torch.device) -> Any:
     config = transformers.Qwen3Config(**sizes.config.to_json(torch.bfloat16) | {"architectures": None})
     with device:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """What the device could do in bf16; None for one that costs.GPUS does not know."""
-    name = costs.gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return costs.GPUS[name].tflops if name else None
 
 
 def random_prompts(sizes: Sizes, batch: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ from common.errors import InputError
 from common.model_config import MixtureConfig, ModelConfig
 from model import Qwen3
 from tools import bench
-from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, spread
+from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, peak_tflops, spread
 
 A3B = MixtureConfig(128, 8, 768, True)
 QWEN3_30B_A3B = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48)
@@ -212,11 +212,7 @@ def step(device: torch.device, s: Shapes) -> Table:
     finally:
         torch.set_default_dtype(torch.float32)
     rows = bench.random_rows(8, *s.row_tokens, config.vocab_size)
-    others = [rows[j] for j in train.mismatched(len(rows), seed=0)]
-    of, pairs = (
-        [(len(x.prompt_ids) + len(y.completion_ids), len(y.completion_ids)) for x, y in zip(rows, ys, strict=True)]
-        for ys in (rows, others)
-    )
+    of, pairs = bench.lengths_of(rows), bench.lengths_of(rows, train.mismatched(len(rows), seed=0))
     flops = sum(costs.step_flops(config, s.lora_r, of, pairs).values())
     with process_group() as ranks:
         setting = dict(micro_batch=2, recompute="full", lora_r=s.lora_r, lr=5e-6)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from common import table
+from common import costs, table
 from common.files import ROOT
 
 MIB = 2**20
@@ -119,6 +119,12 @@ def environment(device: torch.device) -> dict[str, str]:
     here = {"machine": machine, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     here |= {"python": platform.python_version()} | {name: found.get(name, "-") for name in NAMED}
     return here | {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "OMP_"))}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What the device could do in bf16; None for one that costs.GPUS does not know."""
+    name = costs.gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return costs.GPUS[name].tflops if name else None
 
 
 def installed(package: str) -> bool:
