@@ -5,6 +5,12 @@ reference policy. The file format is PEFT's, and in fp32 its arithmetic bit for 
 its own dtype; A and B are kept, and their gradients made and summed, in fp32. PEFT casts every input to fp32 instead,
 or under autocast rounds each step and each gradient.
 
+A mixture of experts has adapters on attention alone; experts and router stay frozen. Each expert sees k of n tokens, so
+its adapter would learn from a fraction of them; all of them together would be many: at rank 32 on Qwen3-30B-A3B 1.66
+billion numbers and 26.6 GB with gradient and moments, where attention takes 26.7 million and 0.4 GB (docs/moe.md). A
+trained router would change routes directly, and with them the log-ratio in jumps. And PEFT has no common format for
+adapters on stacked experts.
+
 Left out on purpose: dropout, rsLoRA, DoRA, trained biases, adapters on embeddings or head, several adapters at once.
 """
 
@@ -23,7 +29,8 @@ from common.errors import InputError
 from common.files import atomic_write, read_json, write_json
 from common.weights import read_tensors
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's wrappers, which its tensor names keep
 
@@ -131,9 +138,9 @@ def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add(
-    model: nn.Module, r: int, alpha: float, targets: tuple[str, ...] = TARGETS, seed: int = 0
+    model: nn.Module, r: int, alpha: float, targets: tuple[str, ...] | None = None, seed: int = 0
 ) -> list[nn.Parameter]:
-    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets`.
+    """Freeze `model` and put an adapter on every linear layer whose name ends in one of `targets` (None: `targets_of`).
 
     The new model computes what the old one did (B = 0). A depends on `seed` only, not on the device or the rank.
     Returns the trained parameters A, B of each layer in turn, in the order of `state`. Raises InputError when a target
@@ -142,6 +149,7 @@ def add(
     assert r > 0 and alpha > 0, (r, alpha)
     assert not _layers(model), "the model has adapters already"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = targets or targets_of(getattr(model, "config", None))
     for target in targets:
         if not any(_matches(name, target) for name in linears):
             raise InputError(f"target_modules: {target!r} names no linear layer of this model; known: {_ends(linears)}")
@@ -152,6 +160,11 @@ def add(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(linear, r, alpha, generator))
     return list(state(model).values())
+
+
+def targets_of(config: Any) -> tuple[str, ...]:
+    """The layers of a model that get adapters: all linear ones, or attention where there are experts."""
+    return ATTENTION if getattr(config, "moe", None) else TARGETS
 
 
 def state(model: nn.Module) -> dict[str, nn.Parameter]:

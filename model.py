@@ -1,8 +1,8 @@
-"""Qwen3, Qwen2 and Llama 3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
+"""Qwen3, Qwen3-MoE, Qwen2 and Llama 3 from scratch: packed rows in, hidden states out, with a KV cache for decoding.
 
-The three are one model with three explicit differences, fields of `ModelConfig`: queries and keys are normalised
-(Qwen3), the q, k and v projections have a bias (Qwen2), RoPE's slow rotations are slowed further (`rope_scaling`, Llama
-3.1). The class keeps the name of the first of them.
+They are one model with four explicit differences, fields of `ModelConfig`: queries and keys are normalised (Qwen3), the
+q, k and v projections have a bias (Qwen2), RoPE's slow rotations are slowed further (`rope_scaling`, Llama 3.1), layers
+have experts instead of one MLP (`moe`, see moe.py). The class keeps the name of the first of them.
 
 Letters: B rows, T tokens of one row, N tokens of all rows of a packed batch, E hidden size, V vocabulary, L layers,
 H query heads, G key/value heads, D head size.
@@ -14,8 +14,8 @@ the few positions they need, and the (N, V) logits never exist.
 Weights are read from memory-mapped files one tensor at a time, straight into their place and dtype on the device: the
 host never holds more than about one shard besides what it computes with.
 
-Left out on purpose: sliding windows, other RoPE scalings, mixture of experts, biases elsewhere, dropout, quantised
-weights, models that bring their own code. A config that asks for one of them is refused, never approximated.
+Left out on purpose: sliding windows, other RoPE scalings, biases elsewhere, dropout, quantised weights, models that
+bring their own code. A config that asks for one of them is refused, never approximated.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
+import moe
 from common.errors import InputError
 from common.files import atomic_write, write_json
 from common.hub import member
@@ -309,7 +310,8 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        mixture = config.moe if config.moe is not None and config.moe.at(layer) else None
+        self.mlp = MLP(config) if mixture is None else moe.MoE(mixture, config.hidden_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -438,13 +440,13 @@ class Qwen3(nn.Module):
             for layer in cast(Iterable[Layer], self.model.layers):
                 attn, mlp = layer.self_attn, layer.mlp
                 attn.stacked = _stack([attn.q_proj, attn.k_proj, attn.v_proj])
-                mlp.stacked = _stack([mlp.gate_proj, mlp.up_proj])
+                if isinstance(mlp, MLP):  # experts are stacked always
+                    mlp.stacked = _stack([mlp.gate_proj, mlp.up_proj])
 
     @contextlib.contextmanager
     def stacked(self) -> Iterator[None]:
         """Inside, the weights are stacked; outside, as they were before."""
-        layers = cast(Iterable[Layer], self.model.layers)
-        blocks: list[Attention | MLP] = [block for layer in layers for block in (layer.self_attn, layer.mlp)]
+        blocks = [block for block in self.modules() if isinstance(block, Attention | MLP)]
         before = [block.stacked for block in blocks]
         if not any(before):
             self.stack()
@@ -468,7 +470,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Some tied checkpoints hold the head a second time; it must then be the embedding.
     again = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
-    tensors = read_tensors(weight_files(path), shapes, again, dtype, device)
+    tensors = read_tensors(weight_files(path), shapes, again, dtype, device, moe.parts(shapes))
     for name in again:
         head = tensors.pop(name, None)
         if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
@@ -478,13 +480,16 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 
 def save(model: Qwen3, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors, each atomically, for transformers to read; `dtype` casts the weights."""
+    """Write config.json and model.safetensors, each atomically, for transformers to read; `dtype` casts the weights.
+
+    Experts are written one by one, as published checkpoints have them.
+    """
     with torch.device("meta"):
         expected = set(Qwen3(model.config).state_dict())
     state = model.state_dict()
     assert set(state) == expected, f"merge the adapters first: {sorted(set(state) ^ expected)[:3]}"
     dtype = dtype or model.head.dtype
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in moe.apart(state).items()}
     write_json(Path(path) / "config.json", model.config.to_json(dtype))
     with atomic_write(Path(path) / "model.safetensors", "wb") as f:
         f.write(safetensors_bytes(tensors, metadata={"format": "pt"}))

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moe
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from model import BLOCK, KVCache, Qwen3
@@ -327,6 +328,7 @@ class _Batch:
         self.device = model.head.device
         self.never = torch.tensor(never, dtype=torch.int64, device=self.device)
         self.padded = self.device.type == "cpu" and not small_batches
+        self.captured = self.device.type == "cuda" and moe.capturable(model)
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         self.block = BLOCK[self.device.type]
         self.block_bytes = KVCache.bytes(model.config, self.block, model.head.dtype, self.device)
@@ -481,7 +483,7 @@ class _Batch:
 
     def _logits(self) -> Tensor:
         """(rows, V) logits of the next token of the active slots, and of the spare ones that round up their number."""
-        if self.device.type != "cuda":
+        if not self.captured:
             rows = max(self.active, ROWS) if self.padded else self.active
             groups = self.cache.groups(rows)
             return self._forward(self.token[:rows].to(self.device), self.cache.lens[:rows].to(self.device), groups)

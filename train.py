@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import kto
 import lora
+import moe
 from common import checkpoint, costs, passes, training
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
@@ -336,6 +337,8 @@ class Trainer:
             metrics = {name: x for name, x in metrics.items() if not name.startswith("rewards")}
         if number == 0 and self.loss.first:
             self.check_first_step(metrics, indices)
+        if moe.is_due(self.model.config, number, total):
+            metrics |= self.routes(number, indices)
         self.warn_if_guessing(metrics, number, indices)
         metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm))
         if not math.isfinite(metrics["grad_norm"]):
@@ -363,6 +366,14 @@ class Trainer:
                 f"the first loss is {metrics['loss']:.6f}, must be {expected:.6f}: policy and reference differ "
                 "before training; check that the adapters start at zero"
             )
+
+    def routes(self, number: int, indices: list[int]) -> dict[str, Any]:
+        """Where the routers send some of a step's rows. Raises NumericsError if B = 0 sends a token elsewhere."""
+        probed = self.each(indices[: moe.PROBED], self.lengths, self.batch, self.limit.without_gradient())
+        found = moe.load_metrics(self.model, ((batch, real) for _, real, batch in probed), self.ranks)
+        if number == 0 and found["router/changed_choices"]:
+            raise NumericsError("policy and reference choose other experts before training; the adapters must be 0")
+        return found
 
     def warn_if_guessing(self, metrics: dict[str, float], number: int, indices: list[int]) -> None:
         """Say once, with the step, that its tokens are less probable than guessing in the vocabulary makes them."""

@@ -5,7 +5,7 @@ here. Everything follows from config.json by arithmetic, without weights. Counts
 within a tenth of what autograd keeps (a test counts them).
 
 Letters: E hidden size, F inner size of the MLP, V vocabulary, L layers, q and kv the widths of queries and of keys, r
-the LoRA rank, N tokens of all rows, T tokens of one row.
+the LoRA rank, N tokens of all rows, T tokens of one row; of a mixture (moe.py) n experts of size I, k of them a token.
 """
 
 from collections.abc import Sequence
@@ -53,19 +53,41 @@ def widths(c: ModelConfig) -> tuple[int, int]:
 
 
 def linears(c: ModelConfig) -> list[tuple[int, int]]:
-    """(in, out) of a layer's seven linear layers: q, k, v, o, gate, up, down."""
+    """(in, out) of the linear layers that get adapters: q, k, v, o, and gate, up, down of a model without experts."""
     (q, kv), E, F = widths(c), c.hidden_size, c.intermediate_size
-    return [(E, q), (E, kv), (E, kv), (q, E), (E, F), (E, F), (F, E)]
+    attention = [(E, q), (E, kv), (E, kv), (q, E)]
+    return attention if c.moe else [*attention, (E, F), (E, F), (F, E)]
+
+
+def layers_with_experts(c: ModelConfig) -> int:
+    """How many layers have experts instead of one MLP."""
+    return sum(map(c.moe.at, range(c.num_hidden_layers))) if c.moe else 0
+
+
+def met(c: ModelConfig) -> int:
+    """Numbers in the matrices of all layers that one token is multiplied with: of the experts, its own k."""
+    (q, kv), E, mixed = widths(c), c.hidden_size, layers_with_experts(c)
+    experts = E * c.moe.num_experts + 3 * c.moe.num_experts_per_tok * E * c.moe.moe_intermediate_size if c.moe else 0
+    dense = 3 * E * c.intermediate_size
+    return c.num_hidden_layers * 2 * E * (q + kv) + (c.num_hidden_layers - mixed) * dense + mixed * experts
 
 
 def parameters(c: ModelConfig, r: int) -> dict[str, int]:
-    """Numbers in "layers", in the "rest" (embedding, head, final norm) and in "adapters" of rank r."""
-    (q, kv), E = widths(c), c.hidden_size
+    """Numbers in "layers", in the "rest" (embedding, head, final norm) and in "adapters" of rank r.
+
+    "experts" of those in the layers are experts', and "idle" of these a token does not meet; 0 without a mixture.
+    """
+    (q, kv), E, experts, idle = widths(c), c.hidden_size, 0, 0
     others = 2 * E + 2 * c.head_dim * c.qk_norm + (q + 2 * kv) * c.qkv_bias  # norms and biases
+    if c.moe:
+        one = 3 * E * c.moe.moe_intermediate_size * layers_with_experts(c)
+        experts, idle = one * c.moe.num_experts, one * (c.moe.num_experts - c.moe.num_experts_per_tok)
     return {
-        "layers": c.num_hidden_layers * (sum(a * b for a, b in linears(c)) + others),
+        "layers": met(c) + idle + c.num_hidden_layers * others,
         "rest": E * c.vocab_size * (1 if c.tie_word_embeddings else 2) + E,
         "adapters": c.num_hidden_layers * sum(r * (a + b) for a, b in linears(c)),
+        "experts": experts,
+        "idle": idle,
     }
 
 
@@ -82,7 +104,7 @@ def forward_flops(c: ModelConfig, r: int, rows: Lengths) -> dict[str, float]:
     """
     N, L, q = sum(T for T, _ in rows), c.num_hidden_layers, widths(c)[0]
     return {
-        "base": 2.0 * N * L * sum(a * b for a, b in linears(c)),
+        "base": 2.0 * N * met(c),
         "lora": 2.0 * N * L * sum(r * (a + b) for a, b in linears(c)),
         "attention": 2.0 * L * q * sum(T * (T + 1) for T, _ in rows),  # 2 products of 2 q T (T + 1) / 2
         "head": 2.0 * sum(C for _, C in rows) * c.hidden_size * c.vocab_size,
@@ -108,24 +130,32 @@ CHUNK_BYTES = 2**30  # most that the logits of one chunk and their gradient take
 RECOMPUTE = ("none", "cheap", "full")  # what the backward pass makes again: nothing, elementwise results, whole layers
 
 
-def kept_per_token(c: ModelConfig, r: int, size: int, recompute: str, fused: bool) -> int:
-    """Bytes that one token leaves in one layer for the backward pass. size: of a base weight, 2 or 4.
+def kept_per_token(c: ModelConfig, r: int, size: int, recompute: str, fused: bool, experts: bool = False) -> int:
+    """Bytes that one token leaves in one layer, of one MLP or of experts, for the backward pass.
 
-    Frozen weights keep no inputs; adapters keep one for all layers that read it. fused: by the Triton kernels and flash
-    attention over all rows; the torch text keeps norms in fp32, silu(gate), and the attention's result twice.
+    size: of a base weight, 2 or 4. Frozen weights keep no inputs; adapters keep one for all layers that read it. fused:
+    by the Triton kernels and flash attention over all rows; the torch text keeps norms in fp32, silu(gate), and the
+    attention's result twice.
     """
     E, F, (q, kv) = c.hidden_size, c.intermediate_size, widths(c)
     if recompute == "full":
         return size * E  # the layer's input
-    products = size * (2 * E + (q + 2 * kv) + q + 2 * F + 7 * r)  # x and h; q k v; attention; gate, up; A's outputs
+    routes, adapted, ranks, inner = 0, 2, 7, F  # adapters on both blocks of a layer, and SwiGLU kept for down's
+    if c.moe:
+        adapted, ranks, inner = 1, 4, 0
+        if experts:
+            F = inner = c.moe.num_experts_per_tok * c.moe.moe_intermediate_size  # SwiGLU is kept for the weights
+            # Probabilities in fp32; of every choice its number, weight, and place among the sorted rows.
+            routes = 4 * c.moe.num_experts + 40 * c.moe.num_experts_per_tok
+    products = size * (2 * E + (q + 2 * kv) + q + 2 * F + ranks * r)  # x and h; q k v; attention; gate, up; A's outputs
     in_fp32 = 4 * (2 * E + q + kv) * (size == 2 and not fused)  # a norm's input
     if recompute == "cheap":
-        return products + in_fp32 + (not fused) * size * (q + F)
-    made = size * (2 * E + (q + 2 * kv) + F)  # both norms; q, k and v after RoPE; SwiGLU
+        return products + routes + in_fp32 + (not fused) * size * (q + F)
+    made = size * (adapted * E + (q + 2 * kv) + inner)  # norms; q, k and v after RoPE; SwiGLU
     if fused:
-        return products + made
+        return products + routes + made
     # x and h are kept in fp32 alone; v passes RoPE as a view.
-    return products + made + in_fp32 - (size == 2) * size * 2 * E + size * (q - kv + F)
+    return products + routes + made + in_fp32 - (size == 2) * size * 2 * E + size * (q - kv + F)
 
 
 def memory(
@@ -144,16 +174,25 @@ def memory(
     tokens: of one forward pass with a gradient, `predicted` of them completion. no_grad_tokens: of one without.
     shards: GPUs over which the layers are spread.
     """
-    n, E, F, L = parameters(c, r), c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    one_layer = kept_per_token(c, r, size, "none", fused) - kept_per_token(c, r, size, recompute, fused)
+    n, E, L, mixed = parameters(c, r), c.hidden_size, c.num_hidden_layers, layers_with_experts(c)
+    numbers = [(False, L - mixed)] * (mixed < L) + [(True, mixed)] * (mixed > 0)  # of layers without and with experts
+    kept = sum(number * kept_per_token(c, r, size, recompute, fused, kind) for kind, number in numbers)
+    one_layer = max(
+        kept_per_token(c, r, size, "none", fused, kind) - kept_per_token(c, r, size, recompute, fused, kind)
+        for kind, _ in numbers
+    )
+    products = 5 * c.intermediate_size if mixed < L else 0  # of an MLP
+    if c.moe:  # of experts: the sorted rows, gate and up, SwiGLU twice, what comes out
+        a_choice = 2 * E + 4 * c.moe.moe_intermediate_size
+        products = max(products, c.moe.num_experts_per_tok * a_choice)
     return {
         "frozen weights": size * (n["layers"] / shards + n["rest"]),
         "gathered layers": size * 2 * n["layers"] / L if shards > 1 else 0,
         "adapters": 4 * n["adapters"],
         "gradients and their sum": 8 * n["adapters"],
         "AdamW's moments": 8 * n["adapters"],
-        "activations": (kept_per_token(c, r, size, recompute, fused) * L + one_layer) * tokens,
-        "working set of one layer": max(no_grad_tokens, tokens) * 5 * size * F,  # an MLP's products
+        "activations": (kept + one_layer) * tokens,
+        "working set of one layer": max(no_grad_tokens, tokens) * size * products,
         "head chunk and its gradient": min(CHUNK_BYTES, 6 * predicted * c.vocab_size) + 2 * size * predicted * E,
     }
 

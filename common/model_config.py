@@ -1,8 +1,8 @@
 """config.json of a checkpoint: the shape of a model under Hugging Face's names; what cannot be computed is refused.
 
-Every field of transformers' configurations for the three architectures is honoured (the fields of ModelConfig, RoPE
-under its names of transformers 4 and 5), refused at any value but one (ONLY, `layer_types`, `architectures`), or does
-not touch logits (INERT). Fields that transformers does not know either are ignored by both.
+Every field of transformers' configurations for the four architectures is honoured (the fields of ModelConfig and of
+MixtureConfig, RoPE under its names of transformers 4 and 5), refused at any value but one (ONLY, `layer_types`,
+`architectures`), or does not touch logits (INERT). Fields that transformers does not know either are ignored by both.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", True, False),
     "qwen2": ("Qwen2ForCausalLM", False, True),
     "llama": ("LlamaForCausalLM", False, False),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", True, False),
 }
 # Other fields of config.json that change the computation. Absent means the value here, transformers' own default for
-# all three; any other value is an architecture this file does not compute.
+# all of them; any other value is an architecture this file does not compute.
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -56,6 +57,8 @@ INERT = (
     "max_window_layers",
     "pretraining_tp",
     "_name_or_path",
+    "output_router_logits",
+    "router_aux_loss_coef",
 )
 SIZES = (
     "vocab_size",
@@ -80,6 +83,53 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """The experts of a mixture, under Hugging Face's names; see moe.py."""
+
+    num_experts: int  # of each layer that has some
+    num_experts_per_tok: int
+    moe_intermediate_size: int  # of one expert
+    norm_topk_prob: bool  # the weights of a token's experts sum to one
+    decoder_sparse_step: int = 1  # layers step - 1, 2 step - 1, ... have experts
+    mlp_only_layers: tuple[int, ...] = ()  # except these
+
+    def at(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts; the others have one MLP."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    @classmethod
+    def from_raw(cls, path: str | Path, raw: dict[str, Any]) -> "MixtureConfig":
+        """The fields of a config.json. transformers 5 writes num_experts as num_local_experts."""
+        count = raw.get("num_experts", raw.get("num_local_experts"))
+        if raw.get("num_local_experts", count) != count:
+            both = f"num_experts is {count!r} but num_local_experts is {raw['num_local_experts']!r}"
+            raise InputError(f"{path}: {both}; make them equal")
+        fields = {**raw, "num_experts": count, "mlp_only_layers": tuple(raw.get("mlp_only_layers") or ())}
+        fields.setdefault("decoder_sparse_step", 1)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if fields.get(name) is None]:
+            raise InputError(f"{path}: field {', '.join(missing)} is missing; every shape must be written out")
+        return cls(**{name: fields[name] for name in names})
+
+    def check(self, where: str | Path, layers: int) -> None:
+        """Raise InputError, its message starting with `where`, unless the values make experts of `layers` layers."""
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
+            if not _is_size(getattr(self, name)):
+                raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive integer")
+        if self.num_experts_per_tok > self.num_experts:
+            chosen = f"{self.num_experts_per_tok} of {self.num_experts}"
+            raise InputError(f"{where}: num_experts_per_tok is {chosen} experts; supported: at most all of them")
+        if type(self.norm_topk_prob) is not bool:
+            raise InputError(f"{where}: norm_topk_prob is {self.norm_topk_prob!r}; supported: true, false")
+        if not all(type(i) is int and 0 <= i < layers for i in self.mlp_only_layers):
+            raise InputError(
+                f"{where}: mlp_only_layers is {list(self.mlp_only_layers)!r}; supported: numbers of layers"
+            )
+        if not any(map(self.at, range(layers))):
+            raise InputError(f"{where}: decoder_sparse_step and mlp_only_layers leave no layer with experts; use qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model, under the field names of Hugging Face's config.json where it has them."""
 
@@ -99,6 +149,7 @@ class ModelConfig:
     qk_norm: bool = True  # RMS norm of each query and key head
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
+    moe: MixtureConfig | None = None
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
@@ -123,7 +174,8 @@ class ModelConfig:
             )
         theta, scaling = _rope(path, raw)
         fields = {**raw, "rope_theta": theta, "rope_scaling": scaling, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
-        if fields.get("head_dim") is None and kind != "qwen3":
+        fields["moe"] = MixtureConfig.from_raw(path, raw) if kind == "qwen3_moe" else None
+        if fields.get("head_dim") is None and kind in ("qwen2", "llama"):
             fields["head_dim"] = _head_dim(path, raw)
         if isinstance(fields.get("eos_token_id"), list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
@@ -154,6 +206,8 @@ class ModelConfig:
             raise InputError(f"{where}: num_attention_heads over num_key_value_heads is {heads}; supported: a multiple")
         if self.head_dim % 2:
             raise InputError(f"{where}: head_dim is {self.head_dim}; supported: an even number (RoPE turns pairs)")
+        if self.moe is not None:
+            self.moe.check(where, self.num_hidden_layers)
 
     def to_json(self, dtype: "torch.dtype") -> dict[str, Any]:
         """The config.json from which transformers builds the same model."""
@@ -161,6 +215,8 @@ class ModelConfig:
         assert implied == [self.qk_norm, self.qkv_bias], (self, "model_type says which of the two there are")
         fields = dataclasses.asdict(self)
         del fields["qk_norm"], fields["qkv_bias"]
+        if experts := fields.pop("moe"):
+            fields |= experts | {"num_local_experts": experts["num_experts"]}  # its name in transformers 5
         theta, scaling = fields.pop("rope_theta"), fields.pop("rope_scaling")
         rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling}
         return {

@@ -53,6 +53,10 @@ class Remade(torch.autograd.graph.saved_tensors_hooks):
         super().__enter__()
         return self
 
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.calls.clear()  # the hooks and this object hold each other: else the inputs lived until a collection
+
     def forget(self, made: Tensor | tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:
         """`made`, a tensor or a tuple, is what `function(*inputs)` returns. Results that are views of an input stay."""
         call = _Call(function, inputs)

@@ -5,8 +5,9 @@ The files are memory-mapped: the host never holds more than about one shard besi
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from common.files import read_json
 from common.hub import member
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Part = tuple[str, tuple[int | slice, ...]]  # name of a whole tensor, and which slice of it
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -50,14 +52,16 @@ def read_tensors(
     optional: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device | str,
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Tensors of safetensors files in `dtype` on `device`: exactly those of `shapes`, and of `optional` what is there.
 
     The files are mapped, not read: a tensor is copied from the mapping to where it will live, and a file's mapping is
-    given up before the next. Raises InputError when a file cannot be read, and, before the first copy, one InputError
-    that names every tensor that does not fit.
+    given up before the next. parts: name in a file -> (name in `shapes`, the slice of it that it is); such a tensor is
+    in the files whole, or as all its parts. Raises InputError when a file cannot be read, and, before the first copy,
+    one InputError that names every tensor that does not fit.
     """
-    expected = shapes | optional
+    expected = shapes | optional | {name: _sliced(shapes[whole], at) for name, (whole, at) in parts.items()}
     where, problems = {}, {}
     for file in files:
         with _opened(file) as f:
@@ -74,16 +78,27 @@ def read_tensors(
                     problems[name] = f"of dtype {stored}, not one of {', '.join(DTYPES)}"
                 else:
                     where[name] = file
-    problems |= {name: "missing" for name in shapes if name not in where and name not in problems}
+    split = {parts[name][0] for name in where if name in parts}
+    problems |= {name: "there whole and in parts" for name in split if name in where}
+    needed = [n for n in shapes if n not in split] + [n for n, (whole, _) in parts.items() if whole in split]
+    problems |= {name: "missing" for name in needed if name not in where and name not in problems}
     if problems:
         listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
         raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         with _opened(file) as f:
             for name in f.keys():
-                tensors[name] = torch.empty(expected[name], dtype=dtype, device=device).copy_(f.get_tensor(name))
+                whole, at = parts.get(name, (name, ()))
+                if whole not in tensors:
+                    tensors[whole] = torch.empty(expected[whole], dtype=dtype, device=device)
+                tensors[whole][at].copy_(f.get_tensor(name))
     return tensors
+
+
+def _sliced(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> tuple[int, ...]:
+    """The shape of a slice of a tensor."""
+    return tuple(torch.empty(shape, device="meta")[at].shape)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,26 @@ ADAPTER = "policy"  # what a server is told to call adapters under training, wit
 PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
 
 
+def logprobs(client: Client, prompt: list[int], completion: list[int]) -> list[float]:
+    """What the server gives each token of a completion, nats. Raises ServiceError where it does not say.
+
+    /completions with `echo` and `logprobs`, which vLLM and SGLang answer for prompts of token ids.
+    """
+    ids = prompt + completion
+    body = {"model": client.endpoint.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True}
+    reply = client.post(PATH, body | {"logprobs": 1})
+    try:
+        values = reply["choices"][0]["logprobs"]["token_logprobs"][len(prompt) : len(ids)]
+        if len(values) == len(completion):
+            return [float(value) for value in values]
+    except (LookupError, TypeError):
+        pass
+    raise ServiceError(
+        f"{client.endpoint}: the reply holds no log-probability for every token of the prompt; use a server that "
+        "answers /completions with echo and logprobs, as vLLM and SGLang do"
+    )
+
+
 def generate(
     client: Client,
     encode: Callable[[str], list[int]],

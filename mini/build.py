@@ -29,7 +29,7 @@ import model as qwen3
 import sample
 from common.endings import program
 from common.files import atomic_write, read_jsonl, write_json
-from common.model_config import ModelConfig
+from common.model_config import MixtureConfig, ModelConfig
 from common.tokens import encode
 from mini.world import World
 
@@ -47,6 +47,8 @@ SHAPE = dict(
     tie_word_embeddings=True,
     max_position_embeddings=512,
 )
+# With --mixture every MLP becomes 8 experts of half its size, of which a token meets 2 (docs/moe.md).
+MIXTURE = MixtureConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=192, norm_topk_prob=True)
 STEPS = 4000
 BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
@@ -229,12 +231,13 @@ def accuracy(net: qwen3.Qwen3, tokenizer: Tokenizer, questions: list[dict], seed
     return result
 
 
-def build(world: World, out: Path, steps: int) -> dict[str, float]:
+def build(world: World, out: Path, steps: int, moe: MixtureConfig | None = None) -> dict[str, float]:
     """Make, save and measure one miniature; returns its accuracy on the development questions."""
     torch.manual_seed(world.seed)
     tokenizer = make_tokenizer(world)
     write_tokenizer(tokenizer, out)
-    config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **SHAPE)
+    shape = SHAPE | {"moe": moe, "model_type": "qwen3_moe" if moe else "qwen3"}
+    config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **shape)
     net = qwen3.Qwen3(config)
     size = sum(p.numel() for p in net.parameters())
     print(f"{size:,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
@@ -251,9 +254,10 @@ def main() -> None:
     parser.add_argument("--null", action="store_true", help="the control world in which moves do not matter")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write [mini/model]")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH_TOKENS} tokens [{STEPS}]")
+    parser.add_argument("--mixture", action="store_true", help="a mixture of experts, to try one (not shipped)")
     args = parser.parse_args()
     start = time.monotonic()
-    result = build(World(args.world, args.null), args.out, args.steps)
+    result = build(World(args.world, args.null), args.out, args.steps, MIXTURE if args.mixture else None)
     print(json.dumps({"seconds": round(time.monotonic() - start)} | {k: round(v, 1) for k, v in result.items()}))
 
 

@@ -28,7 +28,7 @@ from common.table import markdown
 from kto import LOSSES
 from llm import judge, labelling, ledger
 from llm.client import parse_endpoint
-from pipeline import plan
+from pipeline import fit, plan
 from pipeline.config import REFINE, RET, RunConfig
 
 READING = 0.6  # assumed share of the bandwidth while a token is decoded
@@ -115,12 +115,23 @@ def drawn_lengths(out: Path) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A model on one GPU that samples: its parameters, bytes of a weight, bytes of cache a token takes."""
+    """A model on one GPU that samples: its parameters, bytes of a weight, bytes of cache a token takes.
+
+    experts: how many of the parameters are experts'; a token meets k of n.
+    """
 
     config: ModelConfig
     params: int
     size: int
     gpu: str
+    experts: int = 0
+
+    def met(self, tokens: float) -> float:
+        """Parameters that so many tokens together meet: all but the experts that none of them goes to."""
+        if self.config.moe is None:
+            return self.params
+        share = self.config.moe.num_experts_per_tok / self.config.moe.num_experts
+        return self.params - self.experts * (1 - share) ** tokens
 
     @property
     def cache_per_token(self) -> int:
@@ -147,10 +158,10 @@ class Decoding:
         peak = costs.GPUS[self.gpu].tflops * 1e12 * costs.UTILISATION
         held = self.cache_per_token * (prompt + completion / 2)
         step = max(
-            (self.size * self.params + batch * held) / (costs.GPUS[self.gpu].bandwidth * 1e9 * READING),
-            2 * self.params * batch / peak,
+            (self.size * self.met(batch) + batch * held) / (costs.GPUS[self.gpu].bandwidth * 1e9 * READING),
+            2 * self.met(1) * batch / peak,
         )
-        return completions * (2 * self.params * prompt / peak + completion * step / batch)
+        return completions * (2 * self.met(1) * prompt / peak + completion * step / batch)
 
 
 def sampling_needs(cfg: RunConfig, questions: Set | None, sets: dict[str, Set], how: Decoding, gpus: int) -> list[Need]:
@@ -226,7 +237,8 @@ def decoding(model: str, cfg: RunConfig, gpu: str) -> Decoding:
     """How a model samples on a GPU, in the run's dtype."""
     config, _ = plan.shape_of(model)
     params = costs.parameters(config, cfg.lora_r)
-    return Decoding(config, params["layers"] + params["rest"], {"float32": 4, "bfloat16": 2}[cfg.dtype], gpu)
+    size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    return Decoding(config, params["layers"] + params["rest"], size, gpu, params["experts"])
 
 
 def made_up() -> list[dict[str, Any]]:
@@ -329,7 +341,9 @@ def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
         try:
             sample.check_memory(how.config, how.dtype, round(prompt + limit), int(mem * 1e9), flag)
         except InputError as error:
-            lines.append(f"  {what} DO NOT FIT on a {how.gpu}: {error}")
+            n = fit.cards(sample.memory(how.config, how.dtype, 1, round(prompt + limit)), int(mem * 1e9))
+            serve, again = (" ".join(line) for line in fit.server_lines(cfg, ["--model", cfg.model, "..."], n))
+            lines += [f"  {what} DO NOT FIT on a {how.gpu}: {error}", f"    over {n} of them: {serve}", f"    {again}"]
         if prompt + limit > (room := how.config.max_position_embeddings):
             lines.append(
                 f"  {what} EXCEED the model's {room:,} positions: lower {flag} to {room - prompt:,.0f} or less"

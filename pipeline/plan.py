@@ -121,6 +121,19 @@ def example(row: dict[str, Any], folder: Path) -> list[str]:
     return lines
 
 
+def expert_lines(config: ModelConfig, n: dict[str, int]) -> list[str]:
+    """Experts, total and active; none of a model with one MLP a layer."""
+    if config.moe is None:
+        return []
+    experts, k = config.moe.num_experts, config.moe.num_experts_per_tok
+    layers = sum(map(config.moe.at, range(config.num_hidden_layers)))
+    active = n["layers"] + n["rest"] - n["idle"]
+    return [
+        f"experts    {experts} in each of {layers} layers, a token meets {k}: {active:,} parameters a token, of the "
+        f"experts' {n['experts']:,} it meets {n['experts'] - n['idle']:,}; frozen, as the router is"
+    ]
+
+
 def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[str]:
     """Rows, steps, tokens and the balance of the classes."""
     n, positive, total = len(lengths.chosen), sum(lengths.chosen), lengths.total
@@ -172,6 +185,7 @@ def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSe
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))
     lines = [
         f"model      {model}: {n['layers'] + n['rest']:,} parameters, {n['adapters']:,} trained, from {path}",
+        *expert_lines(config, n),
         f"data       {source}",
         *data_lines(lengths, s, method),
         "",

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import data
 import eval as evaluation
 import kto
 import lora
 from common.files import ROOT, each_row, read_json, read_jsonl, write_json
+from common.model_config import ModelConfig
 from common.table import markdown
 from common.template import opens_thought
 from common.tokens import token_offsets
 from kernels.segment_logprob import segment_logprob
-from llm import judge
-from model import Qwen3
+from llm import judge, remote
+from pipeline import fit
 from pipeline.cards import set_values, write_card
 from pipeline.evaluation import read_labels, short_sets
 from pipeline.run import Run
@@ -252,11 +254,10 @@ def traces(run: Run, rows: Rows, transitions: dict[str, Any], n: int = 6) -> Row
     telling = sorted(rows, key=lambda r: not dropped(r))
     picked = [r for label in (False, True) for r in [r for r in telling if r["label"] is label][: n // 2]]
     shown = []
-    model = run.base_model()
-    lora.load(model, run.out / shown_method(run))
+    logps = token_logps(run)
     for r in picked:
         steps = story.step_records(r, records[r["id"]], transitions)
-        *per_step, rest = step_logratios(model, r, run)
+        *per_step, rest = step_logratios(logps(r), r, run)
         for s, (tokens, logratio) in zip(steps, per_step, strict=True):
             s |= {"tokens": tokens, "logratio": logratio}
         candidate = candidates[r["id"]]
@@ -303,21 +304,45 @@ def one_question(run: Run, trace: dict[str, Any], rows: Rows, transitions: dict[
     )
 
 
-@torch.no_grad()
-def step_logratios(model: Qwen3, row: dict[str, Any], run: Run) -> list[tuple[int, float]]:
+def token_logps(run: Run) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
+    """What gives a training row its tokens' log-probabilities, (policy, reference), each (C,) float64, nats.
+
+    Policy is the shown method. This program computes them, or the server of --base-url where the model does not fit.
+    """
+    config = ModelConfig.from_json(run.source.folder / "config.json")
+    if run.cfg.backend == "openai" and not fit.holds(run.cfg, config):
+        clients = run.client(shown_method(run)), run.client("")
+
+        def asked(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            policy, reference = (remote.logprobs(c, row["prompt_ids"], row["completion_ids"]) for c in clients)
+            return torch.tensor(policy, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
+
+        return asked
+    model = run.base_model()
+    lora.load(model, run.out / shown_method(run))
+
+    @torch.no_grad()
+    def computed(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        completion = row["completion_ids"]
+        batch = data.pack([(row["prompt_ids"], completion, torch.ones(len(completion)))]).to(run.ranks.device)
+        each = torch.arange(len(completion) + 1)  # every token a sequence of its own
+        found = []
+        for context in (contextlib.nullcontext(), lora.disabled(model)):
+            with context:
+                hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]
+                logp = segment_logprob(hidden, model.head, batch.targets, batch.w, each, run.impl)[1]
+                found.append(logp.double().cpu())
+        return found[0], found[1]
+
+    return computed
+
+
+def step_logratios(logps: tuple[Tensor, Tensor], row: dict[str, Any], run: Run) -> list[tuple[int, float]]:
     """(tokens, log pi / pi_ref in nats) of every step of a training row, then of all its other tokens.
 
-    Two steps and an answer: [(31, -0.8), (27, 1.4), (9, 0.2)].
+    logps: of its tokens, policy and reference. Two steps and an answer: [(31, -0.8), (27, 1.4), (9, 0.2)].
     """
-    completion = row["completion_ids"]
-    batch = data.pack([(row["prompt_ids"], completion, torch.ones(len(completion)))]).to(run.ranks.device)
-    each = torch.arange(len(completion) + 1)  # every token a sequence of its own
-    logp = []
-    for context in (contextlib.nullcontext(), lora.disabled(model)):
-        with context:
-            hidden = model(batch.ids, batch.cu_seqlens)[batch.predict]
-            logp.append(segment_logprob(hidden, model.head, batch.targets, batch.w, each, run.impl)[1].double().cpu())
-    _, offsets = token_offsets(run.tokenizer, completion)
+    _, offsets = token_offsets(run.tokenizer, row["completion_ids"])
     owner = data.token_steps(offsets, row["spans"])  # step of each token, -1 outside
-    ratio = logp[0] - logp[1]
+    ratio = logps[0] - logps[1]
     return [(int((owner == k).sum()), float(ratio[owner == k].sum())) for k in [*range(len(row["spans"])), -1]]

@@ -61,8 +61,6 @@ class Run:
         self.control = self.template.control_tokens(self.tokenizer)
         self.user_turn = load_prompt(cfg.prompt)
         self.stop_ids = load_stop_ids(source.folder, self.tokenizer)
-        if cfg.backend == "local" and ranks.device.type == "cuda":
-            self._check_memory(torch.cuda.get_device_properties(ranks.device).total_memory)
         self.key = ""  # of the stage under way: what it depends on (pipeline/reuse.py)
         self._sampler: tuple[str, Generate] | None = None  # the method of the last sampler, and it
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
@@ -170,7 +168,10 @@ class Run:
         return self._sampler[1]
 
     def _model(self, method: str) -> Generate:
-        cfg, model = self.cfg, self.base_model()
+        cfg = self.cfg
+        if self.ranks.device.type == "cuda":
+            self._check_memory(torch.cuda.get_device_properties(self.ranks.device).total_memory)
+        model = self.base_model()
         if method:
             lora.load(model, self.out / method)
             if cfg.dtype == "float32":  # faster; in bfloat16 it would round the adapter away
@@ -184,11 +185,15 @@ class Run:
 
         return generate
 
-    def _server(self, method: str) -> Generate:
+    def client(self, method: str) -> Client:
+        """What asks the server of --base-url for the base model ("") or for the adapter of a method."""
         cfg = self.cfg
         name = method or cfg.served_model or self.source.name
         endpoint = parse_endpoint(f"{name}@{cfg.base_url}" + (f"#{cfg.key_env}" if cfg.key_env else ""))
-        client = Client(endpoint, concurrency=max(1, cfg.concurrency // self.ranks.world), limits=remote.PATIENCE)
+        return Client(endpoint, concurrency=max(1, cfg.concurrency // self.ranks.world), limits=remote.PATIENCE)
+
+    def _server(self, method: str) -> Generate:
+        client = self.client(method)
         eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
         end_id = eos if isinstance(eos, int) else eos[0]
 

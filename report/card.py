@@ -20,14 +20,28 @@ LICENCES = {
 }
 
 
+def vllm_rank(r: int) -> int:
+    """The --max-lora-rank with which vLLM takes an adapter of rank r."""
+    return next((n for n in VLLM_RANKS if n >= r), r)
+
+
 def serve_commands(base: Source, adapter: Path, r: int) -> str:
     """The exact commands that serve the adapter (of rank r) with vLLM and SGLang, and those that check it. Lines."""
     name, path = adapter.resolve().name, str(adapter.resolve())
     model = base.name if base.commit else str(base.folder.resolve())
     at = ["--revision", base.commit] if base.commit else []
-    rank = next((n for n in VLLM_RANKS if n >= r), r)
     modules = f"{name}={path}"
-    vllm = ["vllm", "serve", model, *at, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", modules]
+    vllm = [
+        "vllm",
+        "serve",
+        model,
+        *at,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(vllm_rank(r)),
+        "--lora-modules",
+        modules,
+    ]
     sglang = ["python", "-m", "sglang.launch_server", "--model-path", model, *at, "--enable-lora"]
     sglang += ["--max-lora-rank", str(r), "--lora-paths", modules]
     check = ["python", "-m", "tools.export", "serve-check", path]

@@ -11,6 +11,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 101
@@ -20,7 +22,10 @@ KINDS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+# Two layers of three have experts; a layer of 6 experts, of which a token meets 2.
+MIXTURE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1])
 DEFAULT = {"rope_type": "default", "rope_theta": 5e4}
 # With 32 original positions and heads of 16 there are frequencies on both sides of the two borders and between them.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -46,6 +51,8 @@ def peer(kind: str = "qwen3", tied: bool = False, shape: tuple[int, ...] = SHAPE
     )
     if kind != "qwen2":  # there it is hidden_size over num_attention_heads
         values["head_dim"] = head_dim
+    if kind == "qwen3_moe":
+        values |= MIXTURE
     config, model = KINDS[kind]
     hf: PreTrainedModel = model(config(**values | changes)).eval()
     for p in hf.parameters():

@@ -1,7 +1,6 @@
 """What shapes cost, against what torch counts and what built models hold."""
 
 import dataclasses
-import gc
 
 import pytest
 import torch
@@ -94,7 +93,6 @@ class Alive(TorchDispatchMode):
         return out
 
     def nbytes(self) -> int:
-        gc.collect()
         return sum(n for storage, n in self.made.items() if not storage.expired())
 
 

@@ -20,6 +20,7 @@ from tools import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = ("qwen3-8b", "qwen3-4b", "qwen3-14b", "r1-distill-qwen-7b", "nemotron-nano-4b")
+BACKBONES += ("qwen3-32b", "qwen3-30b-a3b")
 PAPER = ["--config", str(ROOT / "configs" / "qwen3-8b.json")]
 
 
@@ -28,7 +29,8 @@ def settings(*flags: object) -> RunConfig:
 
 
 def lines_of(text: str) -> dict[str, list[str]]:
-    """phase -> cells of the table."""
+    """phase -> cells of the table of phases, which comes after that of the memory."""
+    text = text[text.index("| phase") :]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in cells[2:]}
 

@@ -20,6 +20,7 @@ from common.model_config import ModelConfig, RopeScaling
 
 # What is compared: every shape for one architecture, one shape for the others.
 CASES = [("qwen3", shape) for shape in SHAPES.values()] + [("qwen2", SHAPES["ratio 2"]), ("llama", SHAPES["ratio 4"])]
+CASES += [("qwen3_moe", SHAPES["ratio 2"])]
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -203,7 +204,7 @@ def test_stacked_weights_are_the_parameters(tmp_path: Path, kind: str) -> None:
     expected = m(ids, cu_seqlens).detach()
     lora.add(m, r=2, alpha=4.0, targets=("q_proj",))
     with torch.inference_mode(), m.stacked():
-        attn, mlp = m.model.layers[0].self_attn, m.model.layers[0].mlp
+        attn, mlp = m.model.layers[1].self_attn, m.model.layers[1].mlp
         assert attn.stacked is None and torch.equal(mlp.stacked[0][: len(mlp.gate_proj.weight)], mlp.gate_proj.weight)
         assert mlp.stacked[0].data_ptr() == mlp.gate_proj.weight.data_ptr()  # no copy is kept
         assert (m(ids, cu_seqlens) - expected).abs().max() <= 1e-5
@@ -359,7 +360,7 @@ def test_config_of_transformers_4(folder: Path) -> None:
     config = ModelConfig.from_json(folder / "config.json")
     edit(folder, rope_parameters=..., rope_theta=5e4, rope_scaling=None)
     assert ModelConfig.from_json(folder / "config.json") == config
-    values = (VOCAB, 48, 56, 3, 4, 2, 16, 1e-6, 5e4, False, 512, 3, "qwen3", True, False, None)
+    values = (VOCAB, 48, 56, 3, 4, 2, 16, 1e-6, 5e4, False, 512, 3, "qwen3", True, False, None, None)
     assert dataclasses.astuple(config) == values
 
 

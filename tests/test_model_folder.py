@@ -20,7 +20,7 @@ import model as qwen
 from common import model_config
 from common.errors import InputError
 from common.files import write_json
-from common.model_config import ModelConfig
+from common.model_config import MixtureConfig, ModelConfig
 from common.template import ChatTemplate
 from common.tokens import encode, encode_guarded, guarded, load_tokenizer, token_offsets, unguarded
 
@@ -378,8 +378,11 @@ ODD = {  # a value other than the usual one for every field that is said to leav
     "max_window_layers": 1,
     "pretraining_tp": 2,
     "_name_or_path": "some/where",
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
 }
-HONOURED_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} | {
+HONOURED_FIELDS = {f.name for of in (ModelConfig, MixtureConfig) for f in dataclasses.fields(of)} | {
+    "num_local_experts",
     "rope_parameters",
     "layer_types",
     "architectures",

@@ -13,6 +13,7 @@ import kto
 import lora
 import model as qwen
 import train
+from common import training
 from common.files import write_jsonl
 from common.model_config import ModelConfig
 from common.ranks import process_group
@@ -232,7 +233,7 @@ def step_by_micro_batches(trainer: train.Trainer, number: int, reference: dict[s
     for p in trainer.parameters:
         p.grad *= micro / BATCH  # `backward` took each part for a whole step
     torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
-    trainer.optimizer.param_groups[0]["lr"] = train.learning_rate(number, STEPS, 0.1, RATE)
+    trainer.optimizer.param_groups[0]["lr"] = training.learning_rate(number, STEPS, 0.1, RATE)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return sum(losses) / len(losses)

@@ -51,6 +51,8 @@ def test_the_papers_runs_are_tables_13_and_14():
         "qwen3-14b": "Qwen/Qwen3-14B",
         "r1-distill-qwen-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
         "nemotron-nano-4b": "nvidia/Llama-3.1-Nemotron-Nano-4B-v1.1",
+        "qwen3-32b": "Qwen/Qwen3-32B",  # not in the paper, with its settings
+        "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     }
     assert {p.stem for p in CONFIGS} == {*models, "mini", "mini-report"}
     for name, model in models.items():
@@ -80,6 +82,9 @@ def test_sizes_of_the_public_models():
         "Qwen3-14B": 14.77,
         "DeepSeek-R1-Distill-Qwen-7B": 7.62,
         "Llama-3.1-Nemotron-Nano-4B-v1.1": 4.51,
+        "Qwen3-32B": 32.76,
+        "Qwen3-30B-A3B": 30.53,
+        "Qwen3-235B-A22B": 235.09,
     }
     assert {p.stem for p in SHAPES} == set(given)
     for path in SHAPES:

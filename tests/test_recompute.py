@@ -1,8 +1,11 @@
 """Tensors that are made again in the backward pass: same gradients, less kept, views and repeated passes."""
 
+import gc
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from common.recompute import Remade
 
@@ -42,7 +45,7 @@ def test_forgotten_memory_is_freed_at_once():
         y = F.silu(x)
         remade.forget(y, F.silu, x)
         loss = (y @ W).sum()
-        gone = torch.multiprocessing.reductions.StorageWeakRef(y.untyped_storage())
+        gone = StorageWeakRef(y.untyped_storage())
         del y
         assert gone.expired()
         fresh = F.silu(x)  # may lie where y lay; nobody forgot it
@@ -70,3 +73,25 @@ def test_several_results_and_views_of_an_input():
             loss = sum((k + 1) * (part @ W).square().sum() for k, part in enumerate(parts))
         gradients.append(torch.autograd.grad(loss, (x, W)))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_nothing_outlives_the_backward_pass():
+    """Without a collection: cycles would hold a pass's activations into the next one."""
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.randn(16, 64, requires_grad=True)
+        W = torch.randn(64, 64, requires_grad=True)
+        with Remade() as remade:
+            inner = x @ W
+            y = F.silu(inner)
+            remade.forget(y, F.silu, inner)
+            loss = (y @ W).sum()
+        storage = StorageWeakRef(inner.untyped_storage())
+        del inner, y
+        assert not storage.expired()  # it is what silu(inner) is made from
+        loss.backward()
+        del loss
+        assert storage.expired()
+    finally:
+        gc.enable()

@@ -28,14 +28,14 @@ import data
 import lora
 import sample
 from common.endings import program
-from common.errors import Disagreement, InputError, ServiceError
+from common.errors import Disagreement, InputError
 from common.files import read_json, sync_folder, write_json
 from common.hub import Source, locate, member
 from common.model_config import ModelConfig
 from common.template import ChatTemplate
 from common.tokens import encode, load_tokenizer
 from common.weights import DTYPES, read_tensors, weight_files
-from llm import client
+from llm import client, remote
 from model import Qwen3, load
 from report.card import serve_commands
 
@@ -147,32 +147,13 @@ def serve_check(base: Source, adapter: Path, endpoint: client.Endpoint) -> dict[
         )
     speaker = client.Client(endpoint)
     rows = zip(texts.prompts, texts.completions, strict=True)
-    said = torch.cat([_server_logprobs(speaker, endpoint, prompt, completion) for prompt, completion in rows])
+    said = torch.tensor([x for row in rows for x in remote.logprobs(speaker, *row)], dtype=torch.float64)
     return {
         "off": (said - ours).abs().mean().item(),
         "off_base": (said - plain).abs().mean().item(),
         "effect": effect.abs().mean().item(),
         "applied": ((said - plain) @ effect / (effect @ effect)).item(),
     }
-
-
-def _server_logprobs(
-    speaker: client.Client, endpoint: client.Endpoint, prompt: list[int], completion: list[int]
-) -> Tensor:
-    """(T,) float64: what the server gives the tokens of one completion."""
-    ids = prompt + completion
-    body = {"model": endpoint.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-    reply = speaker.post("/completions", body)
-    try:
-        values = reply["choices"][0]["logprobs"]["token_logprobs"][len(prompt) : len(ids)]
-        if len(values) == len(completion):
-            return torch.tensor(values, dtype=torch.float64)
-    except (LookupError, TypeError):
-        pass
-    raise ServiceError(
-        f"{endpoint}: the reply holds no log-probability for every token of the prompt; use a server that answers "
-        "/completions with echo and logprobs, as vLLM and SGLang do"
-    )
 
 
 # ---------- merging
