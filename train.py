@@ -273,8 +273,8 @@ class Trainer:
         for rows, real, batch in self.each(held, self.lengths, self.batch, limit):
             weighted, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
             r, raw = weighted - reference["weighted"][rows], plain - reference["plain"][rows]
-            columns = (torch.zeros_like(r), r, raw, plain, self.chosen[rows])
-            stats += kto.reward_stats(*(x[:real] for x in columns), self.s.beta)
+            r, raw, plain, chosen = (x[:real] for x in (r, raw, plain, self.chosen[rows]))
+            stats += kto.reward_stats(torch.zeros_like(r), r, raw, plain, chosen, self.s.beta)
         kinds = ("rewards", "logps") if self.loss.reference else ("logps",)
         found = kto.metrics(self.ranks.sum(stats))
         return {f"eval_{name}": x for name, x in found.items() if name.startswith(kinds)}
