@@ -35,7 +35,7 @@ from common.errors import InputError
 from common.model_config import MixtureConfig, ModelConfig
 from model import Qwen3
 from tools import bench
-from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, peak_tflops, spread
+from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, spread
 
 A3B = MixtureConfig(128, 8, 768, True)
 QWEN3_30B_A3B = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48)
