@@ -39,7 +39,7 @@ from common.files import each_row, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, process_group
 from common.settings import cli
 from llm import labelling
-from pipeline import cards, evaluation, fit
+from pipeline import cards, evaluation, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names, placed
@@ -263,10 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     check(cfg, rest.stages)
     typed = sys.argv[1:] if argv is None else argv
-    fit.check(cfg, rest.stages, typed)
+    room.check(cfg, rest.stages, typed)
     # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
     source = hub.locate(cfg.model, cfg.revision)
-    fit.check(cfg, rest.stages, typed, source)
+    room.check(cfg, rest.stages, typed, source)
     with status(Path(cfg.out)):
         run_stages(cfg, source, rest.stages)
 

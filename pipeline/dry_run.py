@@ -28,7 +28,7 @@ from common.table import markdown
 from kto import LOSSES
 from llm import judge, labelling, ledger
 from llm.client import parse_endpoint
-from pipeline import fit, plan
+from pipeline import plan, room
 from pipeline.config import REFINE, RET, RunConfig
 
 READING = 0.6  # assumed share of the bandwidth while a token is decoded
@@ -146,8 +146,8 @@ class Decoding:
 
     def rows(self, tokens: float) -> int:
         """Rows of so many tokens whose cache fits beside the weights."""
-        room = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_table leaves free
-        free = room - self.size * self.params
+        usable = costs.ROOM * costs.GPUS[self.gpu].memory * 1e9  # as plan.memory_table leaves free
+        free = usable - self.size * self.params
         return max(0, int(sample.CACHE_SHARE * free / (self.cache_per_token * tokens)))
 
     def seconds(self, completions: int, prompt: float, completion: float, batch: int) -> float:
@@ -341,12 +341,12 @@ def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
         try:
             sample.check_memory(how.config, how.dtype, round(prompt + limit), int(mem * 1e9), flag)
         except InputError as error:
-            n = fit.cards(sample.memory(how.config, how.dtype, 1, round(prompt + limit)), int(mem * 1e9))
-            serve, again = (" ".join(line) for line in fit.server_lines(cfg, ["--model", cfg.model, "..."], n))
+            n = room.cards(sample.memory(how.config, how.dtype, 1, round(prompt + limit)), int(mem * 1e9))
+            serve, again = (" ".join(line) for line in room.server_lines(cfg, ["--model", cfg.model, "..."], n))
             lines += [f"  {what} DO NOT FIT on a {how.gpu}: {error}", f"    over {n} of them: {serve}", f"    {again}"]
-        if prompt + limit > (room := how.config.max_position_embeddings):
+        if prompt + limit > (most := how.config.max_position_embeddings):
             lines.append(
-                f"  {what} EXCEED the model's {room:,} positions: lower {flag} to {room - prompt:,.0f} or less"
+                f"  {what} EXCEED the model's {most:,} positions: lower {flag} to {most - prompt:,.0f} or less"
             )
     return lines
 

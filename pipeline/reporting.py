@@ -28,7 +28,7 @@ from common.template import opens_thought
 from common.tokens import token_offsets
 from kernels.segment_logprob import segment_logprob
 from llm import judge, remote
-from pipeline import fit
+from pipeline import room
 from pipeline.cards import set_values, write_card
 from pipeline.evaluation import read_labels, short_sets
 from pipeline.run import Run
@@ -310,7 +310,7 @@ def token_logps(run: Run) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor]]:
     Policy is the shown method. This program computes them, or the server of --base-url where the model does not fit.
     """
     config = ModelConfig.from_json(run.source.folder / "config.json")
-    if run.cfg.backend == "openai" and not fit.holds(run.cfg, config):
+    if run.cfg.backend == "openai" and not room.holds(run.cfg, config):
         clients = run.client(shown_method(run)), run.client("")
 
         def asked(row: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ from common.model_config import MixtureConfig, ModelConfig
 from common.tokens import encode, load_tokenizer
 from mini import build
 from mini.world import World, wrap
-from pipeline import dry_run, fit, plan
+from pipeline import dry_run, plan, room
 from pipeline.config import RunConfig
 from tools import export
 
@@ -370,7 +371,7 @@ def test_a_token_decoded_reads_the_experts_that_its_batch_meets() -> None:
 
 def test_what_one_gpu_cannot_hold_is_refused_at_once_with_the_lines_to_type(monkeypatch, capsys) -> None:
     """Before anything is fetched: the stages, the sizes, vLLM over two cards and the same command with its address."""
-    monkeypatch.setattr(fit, "gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(room, "gpu_bytes", lambda: 80 * 2**30)
     monkeypatch.setattr(mralign, "check", lambda *_: None)  # the files it names are not here
     monkeypatch.setattr(mralign.hub, "locate", lambda *_: pytest.fail("fetched"))
     config = str(Path(mralign.__file__).with_name("configs") / "qwen3-32b.json")
@@ -378,26 +379,27 @@ def test_what_one_gpu_cannot_hold_is_refused_at_once_with_the_lines_to_type(monk
     told = capsys.readouterr().err
     assert "sample, eval, report: Qwen/Qwen3-32B and one row of 200,000 tokens need" in told and told.count("\n") == 1
     assert "`vllm serve Qwen/Qwen3-32B --tensor-parallel-size 2`" in told
-    again = f"python mralign.py --config {config} --max-new 200000 --backend openai --base-url http://127.0.0.1:8000/v1"
+    again = f"python mralign.py --config {shlex.quote(config)} --max-new 200000 --backend openai"
+    again += " --base-url http://127.0.0.1:8000/v1"
     assert f"`{again}`" in told and "--shard train" in told
 
 
 def test_what_holds_the_model_and_what_does_not(tmp_path: Path) -> None:
     cfg = RunConfig(model="Qwen/Qwen3-30B-A3B", dtype="bfloat16", method="sft,kto", out=str(tmp_path), label_eval=5)
-    assert fit.stages_that_hold(cfg, []) == ["sample", "eval", "report"]
-    assert fit.stages_that_hold(cfg, ["candidates", "train"]) == []
+    assert room.stages_that_hold(cfg, []) == ["sample", "eval", "report"]
+    assert room.stages_that_hold(cfg, ["candidates", "train"]) == []
     own = dataclasses.replace(cfg, annotator="self")
-    assert fit.stages_that_hold(own, []) == ["sample", "annotate", "eval", "labels", "report"]
-    assert fit.stages_that_hold(dataclasses.replace(cfg, backend="openai", base_url="x"), []) == []
+    assert room.stages_that_hold(own, []) == ["sample", "annotate", "eval", "labels", "report"]
+    assert room.stages_that_hold(dataclasses.replace(cfg, backend="openai", base_url="x"), []) == []
     config, _ = plan.shape_of(cfg.model)
-    assert 61.06e9 < fit.need(cfg, config) < 63e9  # 30.53 billion weights of two bytes, and a row's cache
-    assert fit.cards(fit.need(cfg, config), 40 * 10**9) == 2 and fit.cards(fit.need(cfg, config), 80 * 10**9) == 1
-    serve, _ = fit.server_lines(cfg, [], 2)
+    assert 61.06e9 < room.need(cfg, config) < 63e9  # 30.53 billion weights of two bytes, and a row's cache
+    assert room.cards(room.need(cfg, config), 40 * 10**9) == 2 and room.cards(room.need(cfg, config), 80 * 10**9) == 1
+    serve, _ = room.server_lines(cfg, [], 2)
     assert "--enable-lora" not in serve  # nothing is trained yet
     for method in ("sft", "kto"):
         (tmp_path / method).mkdir()
         (tmp_path / method / "adapter_config.json").touch()
-    serve, _ = fit.server_lines(cfg, [], 2)
+    serve, _ = room.server_lines(cfg, [], 2)
     assert serve[-3:] == ["--lora-modules", f"sft={tmp_path}/sft", f"kto={tmp_path}/kto"] and "32" in serve
 
 
