@@ -72,7 +72,7 @@ engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
 	$(PY) -m tools.sweep configs/ablations.json --gpus $(RANKS) $(ARGS)
 
-masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table (some 22 minutes)
+masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table and a figure
 	$(PY) -m mini.masa_study
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
@@ -80,6 +80,7 @@ mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (a
 
 study: .venv/ready  ## the miniature over several worlds and seeds with controls (an hour or two, resumable)
 	$(PY) -m mini.study
+	$(PY) -m mini.distance
 
 rehearsal: .venv/ready  ## the paper's run without GPU or key, at a tenth of its size (SCALE=1: all of it)
 	$(PY) -m mini.rehearsal --scale $(SCALE) --page docs/results/rehearsal.md

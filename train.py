@@ -3,8 +3,8 @@
 One optimiser step is `batch_size` rows whatever the number of ranks and the micro-batch: z0 (Eq. 2) is taken over the
 whole step before the first gradient, each row's loss is divided by the rows of the step, and DDP adds the rest. So the
 loss and the gradient do not depend on how the rows are split. The reference policy is the same weights with the
-adapters off; its sums never change, so they are computed once. Left out: dropout, other optimisers, evaluation during
-training.
+adapters off; its sums never change, so they are computed once. Left out: dropout, other optimisers, sampling
+during training.
 
 Rows are packed without padding, as many tokens in one forward pass as the memory holds (common/passes.py). What a step
 costs beside other trainers' is in docs/benchmarks.md.
@@ -20,7 +20,7 @@ step undone, so that it takes seconds whatever a step takes. Nothing is lost but
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -81,6 +81,9 @@ class TrainSettings:
     )
     compile: bool = opt(False, "torch.compile the layers around attention: for long runs on a GPU")
     shard: bool = opt(False, "spread the frozen layers over the ranks (FSDP2): for models that do not fit one GPU")
+    eval_every: int = opt(
+        0, "hold every tenth question's rows out and log their rewards after so many steps, 0: train on all rows", low=1
+    )
     profile: int = opt(0, "write a trace of this step's operations (torch.profiler), 0: of none", low=1)
     save_every: int = opt(20, "optimiser steps between checkpoints", low=1)
     kernel: str = opt(
@@ -158,9 +161,17 @@ class Trainer:
     """A base model with adapters, its rows, and everything that stays the same from step to step."""
 
     def __init__(
-        self, model: Qwen3, rows: list[data.Row], method: str, s: TrainSettings, ranks: Ranks, impl: str
+        self,
+        model: Qwen3,
+        rows: list[data.Row],
+        method: str,
+        s: TrainSettings,
+        ranks: Ranks,
+        impl: str,
+        held: Sequence[data.Row] = (),
     ) -> None:
-        self.s, self.ranks, self.impl, self.rows = s, ranks, impl, rows
+        self.s, self.ranks, self.impl, self.n = s, ranks, impl, len(rows)
+        self.rows = rows = [*rows, *held]  # those that are not trained on stand last
         self.loss = kto.LOSSES[method]
         self.model = model
         self.parameters = lora.add(model, s.lora_r, s.lora_alpha, seed=s.seed)
@@ -181,8 +192,8 @@ class Trainer:
         self.at, self.at_lengths = [0], self.lengths  # the rows of the pass in progress
         self.guessing = False  # whether its tokens have been seen to be less probable than by guessing
         if self.loss.z0:
-            self.partner = mismatched(len(rows), s.seed)
-            pairs = zip(rows, self.partner, strict=True)
+            self.partner = mismatched(self.n, s.seed)
+            pairs = zip(rows, self.partner, strict=False)
             self.kl_lengths = [len(r.prompt_ids) + len(rows[j].completion_ids) for r, j in pairs]
 
     def batch(self, indices: list[int]) -> data.Batch:
@@ -240,19 +251,33 @@ class Trainer:
         table = torch.zeros(3, n, device=self.ranks.device)
         if not self.loss.reference:
             return dict(zip(("weighted", "plain", "kl"), table, strict=True))
-        progress = Progress(self.ranks, n * (1 + self.loss.z0), "reference sums", "rows")
+        progress = Progress(self.ranks, n + self.n * self.loss.z0, "reference sums", "rows")
         with torch.no_grad(), lora.disabled(self.model):
             for rows, real, batch in self.each(list(range(n)), self.lengths, self.batch, limit):
                 weighted, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
                 table[0, rows[:real]], table[1, rows[:real]] = weighted[:real], plain[:real]
                 progress(real * self.ranks.world)
-            pairs = self.each(list(range(n)), self.kl_lengths, self.kl_batch, limit) if self.loss.z0 else ()
+            pairs = self.each(list(range(self.n)), self.kl_lengths, self.kl_batch, limit) if self.loss.z0 else ()
             for rows, real, batch in pairs:
                 table[2, rows[:real]] = sequence_sums(self.model, self.model.head, batch, self.impl)[1][:real]
                 progress(real * self.ranks.world)
         progress.close()
         self.ranks.sum(table)
         return dict(zip(("weighted", "plain", "kl"), table, strict=True))
+
+    @torch.no_grad()
+    def held_out(self, reference: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics of the rows that are not trained on, under their names with eval_ before them."""
+        stats = torch.zeros(2, len(kto.STAT_FIELDS), dtype=torch.float64, device=self.ranks.device)
+        held, limit = list(range(self.n, len(self.rows))), self.limit.without_gradient()
+        for rows, real, batch in self.each(held, self.lengths, self.batch, limit):
+            weighted, plain = sequence_sums(self.model, self.model.head, batch, self.impl)
+            r, raw = weighted - reference["weighted"][rows], plain - reference["plain"][rows]
+            r, raw, plain, chosen = (x[:real] for x in (r, raw, plain, self.chosen[rows]))
+            stats += kto.reward_stats(torch.zeros_like(r), r, raw, plain, chosen, self.s.beta)
+        kinds = ("rewards", "logps") if self.loss.reference else ("logps",)
+        found = kto.metrics(self.ranks.sum(stats))
+        return {f"eval_{name}": x for name, x in found.items() if name.startswith(kinds)}
 
     def z0(self, indices: list[int], reference: dict[str, Tensor]) -> tuple[Tensor, float]:
         """Eq. 2 over the whole optimiser step: (z0 (), the batch mean before clamping).
@@ -406,8 +431,12 @@ def train(
     Returns the last step's metrics and the run's speed. Raises NumericsError, MemoryFull, InputError, and Stopped after
     the last finished step has been saved.
     """
+    held = training.held_out([r.id for r in rows], s.seed) if s.eval_every else set()
+    rows, others = [r for r in rows if r.id not in held], [r for r in rows if r.id in held]
+    if s.eval_every and not others:
+        raise InputError(f"{len(rows)} rows leave none to hold out; leave --eval-every out")
     check_run(rows, method, s, model.config, ranks)
-    trainer = Trainer(model, rows, method, s, ranks, impl)
+    trainer = Trainer(model, rows, method, s, ranks, impl, others)
     plan = step_rows(len(rows), s.batch_size, s.epochs, s.seed)
     run = training.Training(
         out,
@@ -438,6 +467,8 @@ def train(
             trace = out / f"trace-step-{s.profile}.json" if number + 1 == s.profile and ranks.rank == 0 else None
             with training.traced(trace):
                 metrics = trainer.step(number, len(plan), plan[number], reference)
+            if others and ((number + 1) % s.eval_every == 0 or number + 1 == len(plan)):
+                metrics |= trainer.held_out(reference)
             epoch = (number + 1) * s.batch_size / len(rows)
             return {"step": number + 1, "epoch": round(min(epoch, s.epochs), 4), **metrics}
 

@@ -26,7 +26,8 @@ def is_gated(predictions: Sequence[Prediction | None], std: float, margin: float
 
 def cut_at(predictions: Sequence[Prediction | None], times: float, max_new: int) -> int:
     """Most tokens of a solution (3.3): `times` the median foreseen length; max_new if fewer than half foresee one."""
-    lengths = [p.length for p in predictions if p is not None and p.length is not None]
+    # A policy may foresee a number of any size; beyond max_new it makes no difference.
+    lengths = [min(p.length, max_new) for p in predictions if p is not None and p.length is not None]
     if not times or 2 * len(lengths) < len(predictions):
         return max_new
     return min(max(int(times * statistics.median(lengths)), SHORTEST_CUT), max_new)

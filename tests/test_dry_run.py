@@ -29,7 +29,8 @@ def settings(*flags: object) -> RunConfig:
 
 
 def lines_of(text: str) -> dict[str, list[str]]:
-    """phase -> cells of the table."""
+    """phase -> cells of the table of phases, which comes after that of the memory."""
+    text = text[text.index("| phase") :]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in cells[2:]}
 

@@ -321,14 +321,14 @@ def test_the_page_on_annotating_names_flags_that_exist_and_adds_up():
     prices, total = read_json(ROOT / "prices.json"), 0.0
     assert f"prices of {prices['as_of']}" in page
     for model, calls, prompt, reply, usd in re.findall(
-        r"^\w+ +(\S+) +(\d+) +0 +([\d,]+) +([\d,]+) +([\d.]+) ", page, re.M
+        r"^\| \w+ +\| (\S+) +\| +(\d+) \| +0 \| +([\d,]+) \| +([\d,]+) \| +([\d.]+) \|", page, re.M
     ):
         prompt, reply = int(prompt.replace(",", "")), int(reply.replace(",", ""))
         of = prices["models"][model]
         assert float(usd) == pytest.approx((prompt * of["input"] + reply * of["output"]) / 1e6, abs=1e-4)
         assert calls == "422"
         total += float(usd)
-    assert total == pytest.approx(float(re.search(r"^sum +([\d.]+) ", page, re.M)[1]), abs=1e-3)
+    assert total == pytest.approx(float(re.search(r"^\| sum [ |]+([\d.]+) ", page, re.M)[1]), abs=1e-3)
 
 
 def test_replies_that_another_run_paid_for_are_copied_once(tmp_path):

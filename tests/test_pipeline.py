@@ -381,8 +381,11 @@ def test_keys_that_are_missing_are_named_at_once_with_the_flags_that_do_without(
     refused(command_line(*out, *PAID), "export KEY_OF_J KEY_OF_S, or do without: --judge '' --search '' --also")
     refused(command_line(*out, *PAID, "search"), "export KEY_OF_S, or do without: --search ''")
     monkeypatch.delenv("KEY_OF_A")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/candidates.jsonl").touch()  # looked for before the keys
     refused(command_line(*out, *PAID, "annotate"), "export KEY_OF_A, or do without: --annotator self")
-    check(settings(*PAID, "--method", "kto"), ["sample", "candidates", "train"])  # none of them asks a server
+    (tmp_path / "new/train.jsonl").touch()
+    check(settings(*out, *PAID), ["sample", "candidates", "train"])  # none of them asks a server
     cached = tmp_path / "cached"
     cached.mkdir()
     (cached / "search.jsonl").touch()  # what was searched before may be all there is to search

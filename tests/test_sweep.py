@@ -245,7 +245,7 @@ def test_mean_spread_difference_and_strata_by_hand(tmp_path, monkeypatch, capsys
     assert lines[2][:5] == ["b c", "nq", "2", "50.0 ± 0.0", "25.0 ± 0.0"]
     assert lines[2][5:8] == ["–", "–", "−37.5 [−50.0, −25.0]"]
     head, _, *lines = table_of(tmp_path / "runs" / "sweep.md", "stratum")
-    assert lines[1][:3] == ["a", "both wrong", "2"] and lines[1][head.index("sd over seeds")] == "70.7"
+    assert lines[1][:3] == ["a", "both wrong (n below 10)", "2"] and lines[1][head.index("sd over seeds")] == "70.7"
     assert (tmp_path / "runs" / "sweep.md").read_text() in capsys.readouterr().out
     said = (tmp_path / "runs" / "sweep.html").read_text()
     assert all(part in said for part in ("Read this.", "87.5 ± 17.7", "−37.5 [−50.0, −25.0]", "data:image/png"))

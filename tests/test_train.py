@@ -820,3 +820,54 @@ def test_a_model_that_falls_apart_is_said_once_with_the_step(base, group, capsys
     assert nats[0] > -math.log(61) > max(nats[1:])
     said = capsys.readouterr().err
     assert said.count("falls apart") == 1 and f"step 2: log-probability of {nats[1]:.1f} a token" in said, said
+
+
+# ---------- rows that are held out
+
+
+@pytest.mark.parametrize("method", ["mralign", "sft"])
+def test_held_out_rows_are_measured_and_not_trained_on(tmp_path, base, group, double, method):
+    """The training is that of the other rows alone; the margin is that of the last adapter, row by row."""
+    rows = as_rows(rows_for(method) + [r | {"id": f"other{r['id']}"} for r in make_rows(16, seed=1) if r["chosen"]])
+    rows += as_rows([r | {"id": f"third{r['id']}"} for r in make_rows(30, seed=2) if method != "sft" or r["chosen"]])
+    held = training.held_out([r.id for r in rows], seed=0)
+    assert 0 < len(held) < len(rows) / 4
+    s = train.TrainSettings(**STEPS | {"epochs": 1}, eval_every=2)
+
+    def run(out, given, settings):
+        model = qwen.load(base, torch.float64).requires_grad_(False)
+        train.train(model, given, method, settings, group, tmp_path / out, "torch", "x", {}, False)
+        return model, [json.loads(x) for x in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+
+    model, with_held = run("with", rows, s)
+    _, without = run("without", [r for r in rows if r.id not in held], train.TrainSettings(**STEPS | {"epochs": 1}))
+    plain = [{k: v for k, v in row.items() if not k.startswith("eval_")} for row in with_held]
+    for mine, other in zip(plain, without, strict=True):
+        assert mine == pytest.approx(other, rel=1e-9, abs=1e-12)
+    told = [row["step"] for row in with_held if "eval_logps/chosen" in row]
+    assert told == sorted({*range(2, len(with_held) + 1, 2), len(with_held)})
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for r in rows:
+        if r.id in held:
+            with torch.no_grad():
+                batch = data.pack([(r.prompt_ids, r.completion_ids, r.w)])
+                own = train.sequence_sums(model, model.head, batch, "torch")
+                with lora.disabled(model):
+                    base_sums = train.sequence_sums(model, model.head, batch, "torch")
+            sides[r.chosen].append(float(own[1] if method == "sft" else s.beta * (own[0] - base_sums[0])))
+    last = with_held[-1]
+    if method == "sft":
+        assert last["eval_logps/chosen"] == pytest.approx(sum(sides[True]) / len(sides[True]), rel=1e-6)
+        assert not any(k.startswith("eval_rewards") for k in last)
+        return
+    chosen, rejected = (sum(sides[k]) / len(sides[k]) for k in (True, False))
+    assert last["eval_rewards/margins"] == pytest.approx(chosen - rejected, rel=1e-6)
+    assert abs(chosen - rejected) > 1e-4
+
+
+def test_a_question_is_held_out_whole():
+    names = [f"q{k}#{draw}" for k in range(400) for draw in range(3)]
+    held = training.held_out(names, seed=1)
+    questions = {name.partition("#")[0] for name in held}
+    assert held == {name for name in names if name.partition("#")[0] in questions} and 20 <= len(questions) <= 60
+    assert held == training.held_out(names[::-1], seed=1) != training.held_out(names, seed=2)

@@ -8,6 +8,7 @@
   op        the op at 8,192 tokens of that model, beside Liger's, TRL's and torch's
   sample    tokens a second of that model
   generate  the same by transformers
+  moe       a mixture of experts: right, a layer beside transformers', a step shaped like Qwen3-30B-A3B (gpu_moe.py)
   sweep     the op over rows a chunk, Triton block size and warps
 
 Weights are random and made on the device. Rows are printed and written to --out as they come, so that a run that is cut
@@ -433,8 +434,8 @@ PARTS: dict[str, Callable[[torch.device, Sizes], Rows]] = {  # in the order of w
     "op": op_speed,
     "sample": sampling,
     "generate": generate,
-    "sweep": sweep,
     "moe": lambda device, sizes: gpu_moe.moe_part(device, tiny=sizes is TINY),
+    "sweep": sweep,
 }
 
 

@@ -35,7 +35,7 @@ from common.errors import InputError
 from common.model_config import MixtureConfig, ModelConfig
 from model import Qwen3
 from tools import bench
-from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, peak_tflops, spread
+from tools.measure import MIB, Table, alternate, clock, compared, environment, installed, markdown, spread
 
 A3B = MixtureConfig(128, 8, 768, True)
 QWEN3_30B_A3B = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48)
@@ -223,9 +223,10 @@ def step(device: torch.device, s: Shapes) -> Table:
         seconds = spread([stepper.step() for _ in range(s.rounds)])
     row = {"part": "step", "what": f"{config.num_hidden_layers} layers, 8 rows", "seconds": seconds}
     row |= {"tokens a second": sum(T for T, _ in of) / seconds["median"], "TFLOP a step": flops / 1e12}
-    if peak := peak_tflops(device):
-        row["share of the peak"] = flops / seconds["median"] / peak / 1e12
     if device.type == "cuda":
+        card = costs.gpu_named(torch.cuda.get_device_name(device))
+        if card:
+            row["share of the peak"] = flops / seconds["median"] / costs.GPUS[card].tflops / 1e12
         row["peak MiB"] = torch.cuda.max_memory_allocated(device) / MIB
     del stepper
     lora.merge(net)
@@ -236,7 +237,7 @@ PARTS = {"product": product, "layer": layer, "decode": decode, "step": step}
 
 
 def moe_part(device: torch.device, tiny: bool, parts: Sequence[str] = tuple(PARTS)) -> Iterator[dict[str, Any]]:
-    """All parts, a row each candidate; its `ok` says whether its check held."""
+    """The rows of all parts as they are measured; its `ok` says whether a row's check held."""
     s = shapes(device, tiny)
     for name in parts:
         yield from PARTS[name](device, s)
