@@ -554,7 +554,7 @@ def passes_rows(size: StepSize, ways: Sequence[dict[str, Any]], rounds: int, dev
 
 
 def before_rows(commit: str, sizes: dict[str, dict[str, Any]], rounds: int) -> Table:
-    """Seconds of our step by the files of `commit` and by these, taken in turn in two processes; losses must agree."""
+    """CPU seconds of our step by the files of `commit` and by these, in turn in two processes; losses must agree."""
     found: Table = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         packed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
@@ -577,7 +577,7 @@ def before_rows(commit: str, sizes: dict[str, dict[str, Any]], rounds: int) -> T
             if max(apart) > 1e-4:
                 raise Disagreement(f"{name}: the losses are {max(apart)} from those of {commit}")
             ratio = spread([b / a for a, b in zip(old, new, strict=True)])
-            measured = {"step": name, f"seconds at {commit}": spread(old), "seconds now": spread(new)}
+            measured = {"step": name, f"CPU seconds at {commit}": spread(old), "CPU seconds now": spread(new)}
             found.append(measured | {"now / then": ratio, "losses apart": max(apart)})
     return found
 

@@ -2,12 +2,13 @@
 
     python tools/step_of.py FOLDER '{"hidden": 256, "layers": 4, "V": 32768, "shortest": 75, "longest": 200, "rows": 8}'
 
-Not `-m`: FOLDER, an earlier commit's files, comes before this project's own on the path. Prints seconds and loss.
+Not `-m`: FOLDER, an earlier commit's files, comes before this project's own on the path. Prints CPU seconds and loss.
 """
 
 import importlib
 import json
 import sys
+import time
 from typing import Any, TextIO
 
 
@@ -29,8 +30,10 @@ def main(folder: str, size: dict[str, Any], lines: TextIO) -> None:
         stepper = bench.our_stepper(model, rows, group, **settings)
         print(json.dumps({"ready": True}), flush=True)
         for _ in lines:
-            seconds = stepper.step()
-            print(json.dumps({"seconds": seconds, "loss": stepper.losses[-1]}), flush=True)
+            start = time.process_time()
+            stepper.step()
+            # Of this process alone: what else runs on the machine hardly counts.
+            print(json.dumps({"seconds": time.process_time() - start, "loss": stepper.losses[-1]}), flush=True)
 
 
 if __name__ == "__main__":
