@@ -229,7 +229,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
             ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
             for stage in work:
                 if not wanted or stage.called in wanted:
-                    perform(run, stage, redo=stage.called in redo)
+                    perform(run, stage, stage.called in redo, work)
 
 
 # ---------- the command line

@@ -6,6 +6,7 @@ those elsewhere fail in their next sum. Results go to stdout, everything here to
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import signal
@@ -106,6 +107,12 @@ class Ranks:
             print(text, file=sys.stderr, flush=True)
 
 
+def end_with_launcher() -> None:
+    """On Linux, SIGTERM to this process when the one that started it dies: a launcher killed by -9 cannot send one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     """Join the process group torchrun describes in the environment (a group of one without torchrun).
@@ -113,6 +120,8 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     timeout_minutes: a sum that takes longer than this ends the run; `Ranks.wait` may take longer.
     """
     launched = "RANK" in os.environ
+    if launched:
+        end_with_launcher()
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -28,7 +28,7 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,8 +247,24 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def perform(run: Run, stage: Stage, redo: bool) -> None:
-    """Do the stage's work unless its receipt says that nothing has changed since; leave a new receipt."""
+def check_inputs(stage: Stage, stages: Sequence[Stage], out: Path) -> None:
+    """Raise InputError when an input of `stage` is not what the stage that made it, one of `stages`, left."""
+    inputs = set(stage.inputs.values())
+    for maker in stages:
+        old = _receipt(maker.receipt(out))
+        for name, path in maker.outputs.items() if old else ():
+            if path in inputs and _sha_or_none(path) != old["outputs"].get(name):
+                raise InputError(
+                    f"{path}: not the file that the stage {maker.name} left (checksum); put that back, make it anew "
+                    f"with --redo {maker.called}, or remove {maker.receipt(out)} if the file is your own"
+                )
+
+
+def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) -> None:
+    """Do the stage's work unless its receipt says that nothing has changed since; leave a new receipt.
+
+    stages: those of the run, whose receipts say what the inputs must be.
+    """
     told: dict[str, Any] = {}  # by rank 0, who alone looks at files
     if run.ranks.rank == 0:
         receipt, new = stage.receipt(run.out), depends(stage, run.cfg)
@@ -259,6 +275,8 @@ def perform(run: Run, stage: Stage, redo: bool) -> None:
             lent = some or lent
             if not needed:
                 break
+        if needed:
+            check_inputs(stage, stages, run.out)
         told = {"needed": needed, "words": words, "depends": new, "lent": lent}
     told = run.ranks.gather(told)[0]
     run.lent = told["lent"]

@@ -124,3 +124,16 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     os.close(read)
     _, said = child.communicate()
     assert child.returncode == 141 and said == "error: nobody reads the output any more\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a process that its parent has died")
+def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    """The launcher cannot pass anything on; the rank's own SIGTERM comes from the kernel."""
+    rank = "import signal, time; from common.ranks import end_with_launcher; end_with_launcher()\n"
+    rank += "signal.signal(signal.SIGTERM, lambda n, _: exit(print('stopped by', n, flush=True)))\n"
+    rank += "print('ready', flush=True); time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {rank!r}]).wait()"
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout.readline() == "ready\n"
+        started.kill()
+        assert started.stdout.read() == f"stopped by {int(signal.SIGTERM)}\n"  # and the pipe is closed: nobody is left

@@ -7,6 +7,7 @@ import pytest
 
 import mralign
 from common.errors import InputError
+from common.files import write_json
 from pipeline import reuse
 
 OLD = {
@@ -65,3 +66,21 @@ def test_comments_and_docstrings_are_no_code():
     same = reuse._without_comments(source)
     assert reuse._without_comments(source.replace("Doubles", "Twice").replace("x\n", "x  # fast\n")) == same
     assert reuse._without_comments(source.replace("2", "3")) != same
+
+
+def test_an_input_must_be_what_its_stage_left(tmp_path):
+    """One flipped bit in an adapter, evaluated by itself: refused, with three ways out."""
+    made, eaten = tmp_path / "kto" / "adapter", tmp_path / "kto.jsonl"
+    made.parent.mkdir()
+    made.write_bytes(b"\x40")
+    train = reuse.Stage("train kto", print, (), {}, {"kto/adapter": made}, dear=True)
+    score = reuse.Stage("eval kto test", print, (), {"adapter": made}, {"eaten": eaten}, dear=True)
+    reuse.check_inputs(score, [train, score], tmp_path)
+    write_json(train.receipt(tmp_path), OLD | {"outputs": {"kto/adapter": reuse.checksum(made)}})
+    reuse.check_inputs(score, [train, score], tmp_path)
+    made.write_bytes(b"\x00\x00")
+    with pytest.raises(
+        InputError, match="not the file that the stage train kto left .* --redo train, or remove .*done"
+    ):
+        reuse.check_inputs(score, [train, score], tmp_path)
+    reuse.check_inputs(train, [train, score], tmp_path)  # reads nothing of another stage

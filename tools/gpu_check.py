@@ -387,6 +387,7 @@ def transformers_qwen(sizes: Sizes, device: torch.device) -> Any:
 
 
 def random_prompts(sizes: Sizes, batch: int) -> torch.Tensor:
+    """(batch, sizes.prompt) int64 ids, the same for the same batch."""
     g = torch.Generator().manual_seed(batch)
     return torch.randint(1, sizes.config.vocab_size, (batch, sizes.prompt), generator=g)
 
