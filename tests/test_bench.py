@@ -50,6 +50,7 @@ def test_cases_take_turns_and_the_first_round_is_dropped():
     assert rows["a"]["time / b"] == {"median": 0.5, "low": 0.25, "high": 2.0}  # 1/4, 2/4, 6/3, within each round
 
 
+@pytest.mark.long
 def test_extra_memory_finds_the_peak_of_a_known_allocation(tmp_path):
     script = tmp_path / "holds.py"
     script.write_text(
@@ -246,6 +247,7 @@ def test_targets_take_medians_and_say_what_is_missing():
     assert table["decode step ms, batch 16"] == (None, None)
 
 
+@pytest.mark.long
 def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     right = op.segment_logprob

@@ -50,10 +50,10 @@ def command_line(*flags: object) -> Ended:
 
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory) -> dict[str, Path]:
-    """Every eighth training question and a few test questions, under a path with a space in it."""
+    """Every twelfth training question and a few test questions, under a path with a space in it."""
     folder = tmp_path_factory.mktemp("a slice")
     paths = {"questions": folder / "train.jsonl", "test": folder / "test.jsonl", "folder": folder}
-    write_jsonl(paths["questions"], read_jsonl(ROOT / "mini/questions/train.jsonl")[::8])
+    write_jsonl(paths["questions"], read_jsonl(ROOT / "mini/questions/train.jsonl")[::12])
     write_jsonl(paths["test"], read_jsonl(ROOT / "mini/questions/test.jsonl")[:40])
     paths["few"] = folder / "few.jsonl"
     write_jsonl(paths["few"], read_jsonl(ROOT / "mini/questions/test.jsonl")[:10])
@@ -226,6 +226,7 @@ def test_a_stage_without_what_it_reads_is_refused_before_the_model_is_looked_for
     check(cfg, ["fit", "train"])  # fit writes what train reads
 
 
+@pytest.mark.long
 def test_another_runs_draws_are_taken_over(run, slices, tmp_path):
     done = command_line(*flags(slices, tmp_path / "same"), "--reuse-from", run)
     dear = [s for s in STAGES if s.split()[0] in ("sample", "annotate", "train", "eval")]

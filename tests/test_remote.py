@@ -189,6 +189,7 @@ def test_backend_and_address_go_together(questions, tmp_path):
     assert done.returncode == 3 and "--backend" in done.stderr
 
 
+@pytest.mark.long
 def test_a_policy_under_training_is_sampled_by_a_server_as_it_is_by_us(tmp_path, monkeypatch):
     """Two steps of GRPO at a learning rate that changes every sample: the same samples, the same adapter at the end."""
     folder = masa_worker.make_folder(tmp_path / "model")

@@ -422,6 +422,7 @@ def test_a_second_signal_kills_the_runs_and_what_is_below_them(tmp_path):
     until(lambda: all(gone(tmp_path / n / word) for n in "ab" for word in ("pid", "below")))
 
 
+@pytest.mark.long
 def test_a_second_runner_in_the_same_folder_is_told_who_is_there(tmp_path):
     runner = started(tmp_path, POLITE)
     with pytest.raises(InputError, match=f"process {runner.pid} "):

@@ -587,6 +587,7 @@ def test_a_math_verify_that_does_not_start_is_said(played, tmp_path):
         grade(r"\boxed{1+|x|}", "|x|+1")
 
 
+@pytest.mark.long
 def test_formulas_agree_with_sympy():
     """Random sums, products, quotients and powers; half of the second ones are the first in other words."""
     import sympy
