@@ -22,6 +22,7 @@ from common.template import ChatTemplate, fill, load_prompt
 from common.tokens import encode, encode_guarded, guarded, load_stop_ids, load_tokenizer
 from masa.settings import Settings
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 GRID = 8  # a meta gives its pass rate as so many eighths, whatever G is
 
 
@@ -133,7 +134,8 @@ def parse_meta(text: str) -> Prediction | None:
     else:
         return None
     notions, rate, length = (found.get(key) for key in ("math_notion", "pass_rate", "solution_length"))
-    listed = isinstance(notions, list) and all(isinstance(n, str) for n in notions)
+    # An escape may spell half a surrogate pair, which no prompt can hold.
+    listed = isinstance(notions, list) and all(isinstance(n, str) and SURROGATE.search(n) is None for n in notions)
     return Prediction(
         reasoning=head.rpartition("<meta>")[2] if "<meta>" in head else None,
         notions=tuple(notions) if listed else None,

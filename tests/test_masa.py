@@ -129,6 +129,8 @@ GOOD = '{"math_notion": ["a"], "pass_rate": 5, "solution_length": 9}'
         ('{"pass_rate": -1, "solution_length": "9"}', (None, None, None, None)),
         ('{"pass_rate": "5", "math_notion": "a"}', (None, None, None, None)),
         ('{"math_notion": ["a", 1]}', (None, None, None, None)),
+        ('{"math_notion": ["word", "\\ud83d"], "pass_rate": 4}', (None, None, 0.5, None)),  # half a surrogate pair
+        ('{"math_notion": ["\\ud83d\\ude00"], "pass_rate": 4}', (None, ("\U0001f600",), 0.5, None)),
         ("{'math_notion': ['a'], 'pass_rate': 5}", None),
         ('{"other": 1}', None),
         ('[{"pass_rate": 3}', (None, None, 0.375, None)),
@@ -287,6 +289,13 @@ def test_cutoff_is_twice_the_median_within_bounds():
     assert cut((3, 4, 5)) == 32 and cut((400,)) == 500
     assert cut((40, None, None)) == 500 and cut((40,), times=0) == 500
     assert cut_at([None, None], 2.0, 500) == 500
+
+
+def test_a_foreseen_length_may_have_hundreds_of_digits():
+    """A policy that repeats a digit: no float holds the number, the cutoff is simply not in the way."""
+    endless = Prediction(None, None, None, 10**400)
+    assert control.cut_at([endless, endless], 2.0, 64) == 64
+    assert control.cut_at([endless, Prediction(None, None, None, 10)], 2.0, 64) == 64  # 2 x (10 + 64) / 2, at most 64
 
 
 def test_hints_come_from_metas_that_name_something():
