@@ -63,7 +63,7 @@ lint: .venv/ready-test  ## style, formatting, and types of the method and the ke
 bench: .venv/ready-bench  ## each part beside what one would run instead (six minutes; ARGS=--full: half an hour)
 	$(PY) -m tools.bench $(ARGS)
 
-gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (ten minutes, no network, no .venv needed)
+gpu-check:       ## on one CUDA GPU: is the GPU path right, how fast is it (nine minutes, no network, no .venv needed)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu_check $(ARGS)
 
 engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment of its own (half an hour, not in CI)

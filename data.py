@@ -30,21 +30,30 @@ from common.tokens import Span, token_offsets
 # ---------- questions, prompts
 
 
+TASKS = ("short", "truthful", "long")  # what a set of questions asks for; none said: short
+
+
 def load_questions(path: str | Path, drop_repeated: bool = False) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Questions {id, question, answers: [str], ...} of a JSONL file, and a tally of what was found.
 
     drop_repeated: keep the first of questions that are equal once normalised. For training (3.1.1 removes duplicates);
     a test set keeps its published size. A question of task "long" (a text is asked for) may have no answers.
-    Raises InputError at an id seen before, an empty question, an empty answer list, and when there is no question.
+    Raises InputError at an id seen before, an empty question or answer list, a task that differs, or no questions.
     """
     ids: set[str] = set()
+    tasks: dict[str, str] = {}
 
     def check(row: dict[str, Any]) -> None:
         _check_id(row["id"], ids)
+        if not isinstance(row.get("dataset", ""), str):
+            raise InputError("field 'dataset' must be a text; repair it or leave it out")
+        task = row.get("task", TASKS[0])
+        if task not in TASKS or tasks.setdefault("first", task) != task:
+            raise InputError(f"field 'task' is {task!r}; it must be one of {', '.join(TASKS)}, the same in all rows")
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise InputError("field 'question' must be a text that is not empty; fill it in or delete this line")
         answers = row["answers"]
-        if answers == [] and row.get("task") == "long":
+        if answers == [] and task == "long":
             return  # judged claim by claim
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise InputError("field 'answers' must be a list of one or more texts; fill it in or delete this line")

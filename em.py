@@ -58,8 +58,8 @@ TAXONOMY = {
         "summarization": "repeats the main points in short, adding nothing new",
     },
 }
-LABELS = tuple(label for labels in TAXONOMY.values() for label in labels)  # 15 of them
-STATES = ("<start>", *LABELS, "<stop>")  # K = 17; row and column order of every matrix
+LABELS = tuple(label for labels in TAXONOMY.values() for label in labels)  # the paper has 15
+STATES = ("<start>", *LABELS, "<stop>")  # K = 17 in the paper; row and column order of every matrix
 
 CLIP = (1 / math.e, math.e)  # m and M of Eq. 10 (Section 4.1; the printed "m = 1e" is 1/e)
 

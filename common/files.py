@@ -315,7 +315,8 @@ def journal_rows(
     """The sound rows of a journal's lines. Damaged ones are left out from now on and named on stderr.
 
     A journal that begins without checksums was written before there were any, and is believed up to its first one.
-    use: told every sound row in order; a row at which it raises ValueError, KeyError, TypeError or AttributeError
+    use: told every sound row in order; a row at which it raises ValueError, KeyError, TypeError, AttributeError
+    or OverflowError
     counts as damaged too. keep: False where what `use` was told is enough; the result is empty then.
     """
     rows, bad, old, sound = [], [], True, 0
@@ -330,7 +331,7 @@ def journal_rows(
             sound += 1
             if keep:
                 rows.append(row)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
             bad.append(number)
     if bad:
         told = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")

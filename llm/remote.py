@@ -9,7 +9,7 @@ Left out: starting a server. A finished adapter is asked for by the name under w
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,17 @@ def generate(
     max_new: int | list[int],
     stop_ids: set[int],
     end_id: int,
+    known: Container[int],
     sampling: Sampling,
     finished: Callable[[int, Completion], object],
     logprobs: bool = False,
 ) -> int:
     """Complete every prompt (token ids) and hand each completion to `finished(index, completion)` as it comes.
 
-    encode: text to ids without special tokens added, for servers that send no ids. end_id: the token that stands for
-    "the model stopped" when the server does not say which one it was. logprobs: ask for the sampled tokens' too.
-    Returns how many completions were encoded again. Raises ServiceError when the server refuses, fails for good or
-    answers with something else than a completion.
+    encode: text to ids without special tokens added, for servers that send no ids. known: the ids that the tokenizer
+    has. end_id: the token that stands for "the model stopped" when the server does not say which one it was. logprobs:
+    ask for the sampled tokens' too. Returns how many completions were encoded again. Raises ServiceError when the
+    server refuses, fails for good or answers with something else than a completion of this model.
     """
     sampling.check()
     limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new
@@ -73,7 +74,7 @@ def generate(
         _, (prompt, seed, limit) = job
         body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling, logprobs)
         reply = client.post(PATH, body, tokens=len(prompt) + limit)
-        return completion(reply, encode, stop_ids, end_id, str(client.endpoint), logprobs)
+        return completion(reply, encode, stop_ids, end_id, known, limit, str(client.endpoint), logprobs)
 
     encoded = 0
     for (index, _), (done, again) in in_threads(work, jobs, client.gate.most, client.stop):
@@ -113,11 +114,15 @@ def completion(
     encode: Callable[[str], list[int]],
     stop_ids: set[int],
     end_id: int,
+    known: Container[int],
+    limit: int,
     where: str,
     logprobs: bool = False,
 ) -> tuple[Completion, bool]:
-    """The Completion in a reply of /completions, and whether its text had to be encoded. Raises ServiceError.
+    """The Completion in a reply of /completions, and whether its text had to be encoded.
 
+    known: the ids that the tokenizer has a token for. limit: most tokens that were asked for. Raises ServiceError at a
+    reply that is none, and at ids that this model cannot have drawn: the server runs another one.
     logprobs: the reply must hold those of its tokens; the end token that the server has not sent has None.
     """
     choices = reply.get("choices")
@@ -128,9 +133,15 @@ def completion(
     if isinstance(ids, list) and ids and all(type(i) is int for i in ids):
         again = False
     elif isinstance(text, str):
-        ids, again = encode(text), True
+        ids, again = encode(text.encode("utf-8", "replace").decode()), True  # half a surrogate pair becomes "?"
     else:
         raise ServiceError(f"{where}: a completion holds neither token_ids nor text; is it a completions server?")
+    if not again and (bad := [i for i in ids if i not in known]):
+        raise ServiceError(
+            f"{where}: a completion has the token {bad[0]}, which the tokenizer has not; is it this model?"
+        )
+    if not again and len(ids) > limit:
+        raise ServiceError(f"{where}: a completion of {len(ids):,} tokens, {limit:,} were asked for; look there")
     given = _logprobs(choice, ids, again, where) if logprobs else None
     if finish == "stop" and (not ids or ids[-1] not in stop_ids):
         reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token

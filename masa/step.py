@@ -128,7 +128,8 @@ class Masa:
             common |= {"batch_size": self.s.sample_batch, "never": never, **asdict(how)}
             done = sample.generate(self.model, prompts, seeds, max_new=limits, **common)
         else:
-            common |= {"end_id": self.prompts.end, "logprobs": trained and self.s.is_cap > 0}
+            known = set(self.prompts.tokenizer.get_vocab(with_added_tokens=True).values())
+            common |= {"end_id": self.prompts.end, "known": known, "logprobs": trained and self.s.is_cap > 0}
             done = self.server.generate(prompts, seeds, limits, sampling=how, **common)
         if time.perf_counter() - progress.started > 10:
             progress.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import data
 import eval as evaluation
+import lora
 import sample
 from common.files import ROOT, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress
@@ -82,6 +83,7 @@ def _reads(run: Run, variant: str, name: str) -> dict[str, Path]:
     files = {"questions": Path(run.eval_sets[name]), "prompt": run.prompt_path}
     if method:
         files["adapter"] = run.adapter(method)
+        files["adapter's config"] = run.adapter(method).with_name(lora.CONFIG)
     if variant.endswith(RET):
         files |= {"retrieval.txt": prompts / "retrieval.txt", "snippets": run.out / "eval" / name / "snippets.jsonl"}
     if variant.startswith(REFINE):

@@ -146,7 +146,7 @@ def data_lines(lengths: Lengths, s: train.TrainSettings, method: str) -> list[st
     ]
     if 0 < positive < n:
         ratio = s.lambda_c * positive / (s.lambda_r * (n - positive))
-        inside = "inside" if RATIO[0] <= round(ratio, 2) <= RATIO[1] else "OUTSIDE"
+        inside = "inside (to two digits)" if RATIO[0] <= round(ratio, 2) <= RATIO[1] else "OUTSIDE"
         bound = f"[{RATIO[0]}, {RATIO[1]}]"
         lines.append(f"balance    lambda_c n_c / (lambda_r n_r) = {ratio:.3f}, {inside} the paper's {bound}")
     return lines

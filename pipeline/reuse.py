@@ -293,7 +293,7 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
         seconds = round(time.perf_counter() - started, 1)
         outputs = {name: checksum(path) for name, path in stage.outputs.items()}
         told |= {"seconds": seconds, "result": result, "outputs": outputs}
-        write_json(stage.receipt(run.out), {k: told[k] for k in ("depends", "outputs", "seconds", "result")})
+        _write_receipt(stage.receipt(run.out), {k: told[k] for k in ("depends", "outputs", "seconds", "result")})
         run.ranks.log(f"[{stage.name}] {seconds} s {json.dumps(result)}")
     run.ranks.wait()
     for journal in run.journals:  # not before the receipt: it holds what a kill must not lose
@@ -318,14 +318,23 @@ def take_over(
         return True, f"{words} questions differ from those of {other}".strip(), next(iter(lent.values()))
     for name, path in lent.items():
         link_or_copy(path, stage.outputs[name])
-    write_json(stage.receipt(out), old)
+    _write_receipt(stage.receipt(out), old)
     return False, f"taken over from {other} (took {old['seconds']} s there)", None
 
 
+def _write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
+    plain = json.loads(json.dumps(receipt))
+    write_json(path, plain | {"check": digest(plain)})
+
+
 def _receipt(path: Path) -> dict[str, Any] | None:
-    """A receipt, None without one or with one of an older form."""
+    """A receipt, None without one or with one of an older form. Raises InputError at a damaged one."""
     found = read_json(path) if path.exists() else None
-    return found if isinstance(found, dict) and {"depends", "outputs"} <= found.keys() else None
+    if not isinstance(found, dict) or not {"depends", "outputs", "seconds"} <= found.keys():
+        return None
+    if "check" in found and found.pop("check") != digest(found):  # those of older runs have none
+        raise InputError(f"{path}: not as it was written (checksum); remove it, and the stage is done again")
+    return found
 
 
 @contextlib.contextmanager

@@ -199,7 +199,8 @@ class Run:
 
         def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             to_ids = functools.partial(encode, self.tokenizer)
-            stops = {"stop_ids": self.stop_ids, "end_id": end_id}
+            known = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
+            stops = {"stop_ids": self.stop_ids, "end_id": end_id, "known": known}
             again = remote.generate(
                 client, to_ids, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
             )

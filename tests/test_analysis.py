@@ -208,7 +208,7 @@ def test_intervals_cover_the_fit_and_shrink_with_the_data():
     more = analysis.matrix_intervals(traces(1600, 0.2), traces(800, 0.6), n_boot=100)
     ratio = width / (more["P_pos"]["high"][a][b] - more["P_pos"]["low"][a][b])
     assert ratio == pytest.approx(4, rel=0.35)  # sixteen times the traces, a quarter of the width
-    assert np.array(got["w_pos"]["low"]).shape == (17, 17) and got["w_pos"]["low"][3][0] == 1.0
+    assert np.array(got["w_pos"]["low"]).shape == (len(em.STATES),) * 2 and got["w_pos"]["low"][3][0] == 1.0
 
 
 # ---------- weights

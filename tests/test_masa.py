@@ -294,8 +294,8 @@ def test_cutoff_is_twice_the_median_within_bounds():
 def test_a_foreseen_length_may_have_hundreds_of_digits():
     """A policy that repeats a digit: no float holds the number, the cutoff is simply not in the way."""
     endless = Prediction(None, None, None, 10**400)
-    assert control.cut_at([endless, endless], 2.0, 64) == 64
-    assert control.cut_at([endless, Prediction(None, None, None, 10)], 2.0, 64) == 64  # 2 x (10 + 64) / 2, at most 64
+    assert cut_at([endless, endless], 2.0, 64) == 64
+    assert cut_at([endless, Prediction(None, None, None, 10)], 2.0, 64) == 64  # 2 x (10 + 64) / 2, at most 64
 
 
 def test_hints_come_from_metas_that_name_something():

@@ -18,14 +18,15 @@ import kto
 from common.errors import InputError
 from report import figures, page, story, summary
 
+K = len(em.STATES)
 SMALL = ("<start>", "framing", "retrieval", "evaluation", "<stop>")
 F, R, E = "framing", "retrieval", "evaluation"
 
 
 def embed(small: np.ndarray) -> list[list[float]]:
-    """A 5-state matrix at its labels' places among the 17; the cells of labels it does not know stay 0."""
+    """A 5-state matrix at its labels' places among all; the cells of labels it does not know stay 0."""
     at = [em.STATES.index(s) for s in SMALL]
-    full = np.zeros((17, 17))
+    full = np.zeros((K, K))
     full[np.ix_(at, at)] = small
     return full.tolist()
 
@@ -146,7 +147,7 @@ def test_files_of_different_runs(transitions: dict[str, Any]) -> None:
         labels = [[F], [E], [E]]
         a_story(transitions, labels=labels, w=em.segment_weights(labels, P_pos, P))
     a_story(transitions, labels=other, w=em.segment_weights(other, P_pos, P))  # one of the two labels was kept
-    with pytest.raises(InputError, match="transitions: 'states' are not the 17"):
+    with pytest.raises(InputError, match=f"transitions: 'states' are not the {K} states"):
         figures.matrices(transitions | {"states": list(SMALL)})
     with pytest.raises(InputError, match="transitions: 'C_neg' is missing"):
         figures.matrices({k: v for k, v in transitions.items() if k != "C_neg"})
@@ -167,14 +168,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_weight_matrix_by_hand() -> None:
-    P = np.zeros((17, 17))
-    P_class = np.zeros((17, 17))
+    P = np.zeros((K, K))
+    P_class = np.zeros((K, K))
     P[1, 1:5], P_class[1, 1:5] = [0.2, 0.2, 0.2, 0.4], [0.1, 0.6, 0.05, 0.5]
     P[P == 0] = P_class[P_class == 0] = 0.01
     w, mark = figures.weight_matrix(P_class, P)
     assert w[1, 1:5] == pytest.approx([0.5, math.e, 1 / math.e, 1.25])
     assert mark[1, 1:5].tolist() == [0, 1, -1, 0]
-    assert np.isnan(w[:, 0]).all() and np.isnan(w[16, :16]).all() and w[16, 16] == 1
+    assert np.isnan(w[:, 0]).all() and np.isnan(w[-1, :-1]).all() and w[-1, -1] == 1
     assert np.abs(mark).sum() == 2
 
 
@@ -187,9 +188,9 @@ def test_transition_figure_shows_support_and_clips(drawn: list[Figure]) -> None:
     rng = np.random.default_rng(0)
     t: dict[str, Any] = {"states": list(em.STATES), "n_pos": 7, "n_neg": 5}
     for name in ("P", "P_pos", "P_neg"):
-        t[name] = rng.dirichlet(np.ones(17) * 50, size=17)
+        t[name] = rng.dirichlet(np.ones(K) * 50, size=K)
     for name in ("C", "C_pos", "C_neg"):
-        t[name] = np.zeros((17, 17))
+        t[name] = np.zeros((K, K))
     f, r = em.STATES.index(F), em.STATES.index(R)
     t["C"][f, r], t["C_pos"][f, r], t["C_neg"][f, r] = 12.6, 12.2, 0.4
     t["P"][f, r], t["P_pos"][f, r], t["P_neg"][f, r] = 0.10, 0.123, 0.01
@@ -460,8 +461,8 @@ def test_told_is_what_was_written_and_how_it_scored() -> None:
 
 
 def test_extremes_are_the_outer_fifteen_percent_of_supported_moves() -> None:
-    w, support = np.full((17, 17), np.nan), np.zeros((17, 17))
-    w[1, 1:], support[1, 1:] = np.arange(16), 1.0
+    w, support = np.full((K, K), np.nan), np.zeros((K, K))
+    w[1, 1:17], support[1, 1:17] = np.arange(16), 1.0
     w[2, 1], support[2, 1] = 99.0, 0.4  # no support: not counted
     assert np.flatnonzero(figures.extremes(w, support)[1]).tolist() == [1, 2, 3, 14, 15, 16]
     assert not figures.extremes(w, support)[2].any() and not figures.extremes(w, support * 0).any()

@@ -7,7 +7,6 @@ import pytest
 
 import mralign
 from common.errors import InputError
-from common.files import write_json
 from pipeline import reuse
 
 OLD = {
@@ -76,7 +75,7 @@ def test_an_input_must_be_what_its_stage_left(tmp_path):
     train = reuse.Stage("train kto", print, (), {}, {"kto/adapter": made}, dear=True)
     score = reuse.Stage("eval kto test", print, (), {"adapter": made}, {"eaten": eaten}, dear=True)
     reuse.check_inputs(score, [train, score], tmp_path)
-    write_json(train.receipt(tmp_path), OLD | {"outputs": {"kto/adapter": reuse.checksum(made)}})
+    reuse._write_receipt(train.receipt(tmp_path), OLD | {"outputs": {"kto/adapter": reuse.checksum(made)}})
     reuse.check_inputs(score, [train, score], tmp_path)
     made.write_bytes(b"\x00\x00")
     with pytest.raises(
@@ -84,3 +83,7 @@ def test_an_input_must_be_what_its_stage_left(tmp_path):
     ):
         reuse.check_inputs(score, [train, score], tmp_path)
     reuse.check_inputs(train, [train, score], tmp_path)  # reads nothing of another stage
+    text = train.receipt(tmp_path).read_text()
+    train.receipt(tmp_path).write_text(text.replace("7.0", "7.1"))
+    with pytest.raises(InputError, match="train-kto.json: not as it was written .* remove it"):
+        reuse.check_inputs(score, [train, score], tmp_path)

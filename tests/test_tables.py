@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+import em
 import eval as evaluation
 from common import benchmarks
 from common.files import write_json
@@ -199,7 +200,7 @@ def test_table_7_counts_labels_by_macro_strategy():
     rows = [{"labels": [["framing"], ["retrieval", "evaluation"], []]}, {"labels": [["retrieval"]]}]
     table = tables.label_rows(rows)
     at = {(row["macro strategy"], row["label"]): row for row in table}
-    assert len(at) == len(table) == 15 + 4 + 1
+    assert len(at) == len(table) == len(em.LABELS) + len(em.TAXONOMY) + 1
     whole = at["all", ""]
     assert (whole["count"], whole["paper's count"], whole["share"]) == ("4", "83,249", "100.0 %")
     regulation = at["meta-cognitive regulation", "all of it"]

@@ -13,12 +13,12 @@ import em
 from llm import committee
 from report import charts, figures
 
-assert len(em.STATES) == 19 and em.LABELS[-1] == "doubt"
+assert len(em.STATES) == K and em.LABELS[-1] == "doubt"
 steps = [["framing"], ["irony", "doubt"], ["doubt"]]
 fits = [em.fit([o for _ in range(n) for o in em.observations(steps)]) for n in (9, 1, 3)]
 P = fits[0].P
 a, b = em.STATES.index("irony"), em.STATES.index("doubt")
-assert P.shape == (19, 19) and abs(P.sum(1) - 1).max() < 1e-12 and P[a, b] > 1 / 18 > P[a, 1]
+assert P.shape == (K, K) and abs(P.sum(1) - 1).max() < 1e-12 and P[a, b] > 1 / (K - 1) > P[a, 1]
 assert em.segment_weights(steps, P, P) == [1.0, 1.0, 1.0]
 named = dict(zip(("P_pos", "P_neg", "P"), (t.P.tolist() for t in fits)))
 named |= dict(zip(("C_pos", "C_neg", "C"), (t.C.tolist() for t in fits)))
@@ -27,7 +27,7 @@ text = committee.vocabulary()
 assert "feelings:" in text and "- doubt: says that it is not sure" in text and "- irony: means the opposite" in text
 step = committee.reply_schema()["properties"]["steps"]["items"]["properties"]
 assert step["meta_reasoning_strategies"]["items"]["enum"] == list(em.LABELS)
-assert len(set(figures.MACRO_COLOURS.values())) == len(em.TAXONOMY) == 5
+assert len(set(figures.MACRO_COLOURS.values())) == len(em.TAXONOMY) == MACROS
 print("done")
 """
 
@@ -42,6 +42,7 @@ def test_one_more_label_and_one_more_macro_strategy(tmp_path):
     entry = '        "irony": "means the opposite of what it says",\n    },\n    "feelings": {\n'
     entry += '        "doubt": "says that it is not sure",\n'
     (tmp_path / "em.py").write_text(source[:at] + entry + source[at:], encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
+    sizes = f"K, MACROS = {len(em.STATES) + 2}, {len(em.TAXONOMY) + 1}\n"
+    done = subprocess.run([sys.executable, "-c", sizes + PROGRAM], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr
     assert (tmp_path / "t.png").stat().st_size > 1000

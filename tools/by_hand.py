@@ -29,8 +29,15 @@ from common.errors import InputError
 from common.files import ROOT, atomic_write, read_jsonl, read_text
 from report.figures import clean
 
-LABEL_KEYS = "fbvedcurasogkpm"  # of em.LABELS, in their order: letters of their names; x exports
 VERDICTS = (("c", "correct"), ("i", "incorrect"), ("n", "not_attempted"))
+
+
+def label_keys() -> list[str]:
+    """A key for each of em.LABELS: the first letter of its name that is free, else of the alphabet; x exports."""
+    keys: list[str] = []
+    for label in em.LABELS:
+        keys.append(next(c for c in label.replace("_", "") + "abcdefghijklmnopqrstuvwyz" if c not in [*keys, "x"]))
+    return keys
 
 
 def thoughts(run: Path, n: int, seed: int) -> list[dict[str, Any]]:
@@ -68,7 +75,7 @@ def page(kind: str, items: Sequence[dict[str, Any]], file: str) -> str:
     """The page as HTML. kind: "thoughts" or "answers"; file: the name it exports to."""
     if kind == "thoughts":
         meanings = {label: meaning for labels in em.TAXONOMY.values() for label, meaning in labels.items()}
-        keys = [[key, label, meanings[label]] for key, label in zip(LABEL_KEYS, em.LABELS, strict=True)]
+        keys = [[key, label, meanings[label]] for key, label in zip(label_keys(), em.LABELS, strict=True)]
     else:
         keys = [[key, verdict, ""] for key, verdict in VERDICTS]
     key = hashlib.sha256(as_script(list(items)).encode()).hexdigest()[:16]
