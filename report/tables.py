@@ -140,11 +140,10 @@ def label_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     ours, theirs = max(1, counts.total()), sum(LABELS_OF_PAPER.values())
 
     def line(macro: str, name: str, labels: Sequence[str]) -> dict[str, str]:
-        n, paper = sum(counts[label] for label in labels), [LABELS_OF_PAPER.get(label) for label in labels]
+        n, paper = sum(counts[label] for label in labels), [LABELS_OF_PAPER[x] for x in labels if x in LABELS_OF_PAPER]
         row = {"macro strategy": macro, "label": name, "count": f"{n:,}", "share": f"{percent(n / ours)} %"}
-        known = None not in paper
-        row["paper's count"] = f"{sum(paper):,}" if known else "–"
-        return row | {"paper's share": f"{percent(sum(paper) / theirs)} %" if known else "–"}
+        row["paper's count"] = f"{sum(paper):,}" if paper else "–"
+        return row | {"paper's share": f"{percent(sum(paper) / theirs)} %" if paper else "–"}
 
     out = []
     for macro, labels in em.TAXONOMY.items():
