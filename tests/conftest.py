@@ -1,6 +1,7 @@
 """What several test files need: the repository on the path, public data where there is some, a tiny real tokenizer."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suites run side by side with other work
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
