@@ -74,7 +74,10 @@ def generate(
         _, (prompt, seed, limit) = job
         body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling, logprobs)
         reply = client.post(PATH, body, tokens=len(prompt) + limit)
-        return completion(reply, encode, stop_ids, end_id, known, limit, str(client.endpoint), logprobs)
+        done, again = completion(reply, encode, stop_ids, end_id, str(client.endpoint), logprobs)
+        if not again:  # the end token may come on top of them
+            check_ids(done.ids, known, limit + (done.finish == "stop"), str(client.endpoint))
+        return done, again
 
     encoded = 0
     for (index, _), (done, again) in in_threads(work, jobs, client.gate.most, client.stop):
@@ -114,15 +117,11 @@ def completion(
     encode: Callable[[str], list[int]],
     stop_ids: set[int],
     end_id: int,
-    known: Container[int],
-    limit: int,
     where: str,
     logprobs: bool = False,
 ) -> tuple[Completion, bool]:
-    """The Completion in a reply of /completions, and whether its text had to be encoded.
+    """The Completion in a reply of /completions, and whether its text had to be encoded. Raises ServiceError.
 
-    known: the ids that the tokenizer has a token for. limit: most tokens that were asked for. Raises ServiceError at a
-    reply that is none, and at ids that this model cannot have drawn: the server runs another one.
     logprobs: the reply must hold those of its tokens; the end token that the server has not sent has None.
     """
     choices = reply.get("choices")
@@ -136,18 +135,22 @@ def completion(
         ids, again = encode(text.encode("utf-8", "replace").decode()), True  # half a surrogate pair becomes "?"
     else:
         raise ServiceError(f"{where}: a completion holds neither token_ids nor text; is it a completions server?")
-    if not again and (bad := [i for i in ids if i not in known]):
-        raise ServiceError(
-            f"{where}: a completion has the token {bad[0]}, which the tokenizer has not; is it this model?"
-        )
-    if not again and len(ids) > limit:
-        raise ServiceError(f"{where}: a completion of {len(ids):,} tokens, {limit:,} were asked for; look there")
     given = _logprobs(choice, ids, again, where) if logprobs else None
     if finish == "stop" and (not ids or ids[-1] not in stop_ids):
         reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token
         ids = [*ids, reason if reason in stop_ids else end_id]
         given = given if given is None else [*given, None]
     return Completion(ids, finish, given), again
+
+
+def check_ids(ids: Sequence[int], known: Container[int], most: int, where: str) -> None:
+    """Raise ServiceError at ids that this model cannot have drawn: one without a token, or more than `most`."""
+    if bad := [i for i in ids if i not in known]:
+        raise ServiceError(
+            f"{where}: a completion has the token {bad[0]}, which the tokenizer has not; is it this model?"
+        )
+    if len(ids) > most:
+        raise ServiceError(f"{where}: a completion of {len(ids):,} tokens, {most:,} were asked for; look there")
 
 
 def _logprobs(choice: dict[str, Any], ids: list[int], again: bool, where: str) -> list[float | None]:

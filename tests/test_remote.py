@@ -166,7 +166,7 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions
 
 def test_a_reply_becomes_a_completion_or_an_error():
     def of(**choice: object) -> tuple[sample.Completion, bool]:
-        return remote.completion({"choices": [choice]}, lambda text: [len(text)], {7, 8}, 7, range(9), 4, "there")
+        return remote.completion({"choices": [choice]}, lambda text: [len(text)], {7, 8}, 7, "there")
 
     assert of(finish_reason="stop", token_ids=[1, 2, 8]) == (sample.Completion([1, 2, 8], "stop"), False)
     assert of(finish_reason="stop", token_ids=[1, 2], stop_reason=8) == (sample.Completion([1, 2, 8], "stop"), False)
@@ -179,11 +179,12 @@ def test_a_reply_becomes_a_completion_or_an_error():
             of(**bad)
     for ids, said in (([-1, 5], "token -1"), ([9], "token 9"), ([2**31], "token 2147483648"), ([1] * 5, "5 tokens, 4")):
         with pytest.raises(ServiceError, match=f"^there: a completion .*{said}"):
-            of(finish_reason="stop", token_ids=ids)
+            remote.check_ids(ids, range(9), 4, "there")
+    remote.check_ids([1, 2, 8, 0], range(9), 4, "there")
     assert of(finish_reason="stop", text="\ud800 x") == (sample.Completion([3, 7], "stop"), True)  # read as "? x"
     for reply in ({}, {"choices": []}, {"choices": None}, {"choices": ["x"]}):
         with pytest.raises(ServiceError, match="^there: a completion"):
-            remote.completion(reply, str.split, {7}, 7, range(9), 4, "there")
+            remote.completion(reply, str.split, {7}, 7, "there")
 
 
 def test_backend_and_address_go_together(questions, tmp_path):
