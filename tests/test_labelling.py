@@ -175,7 +175,8 @@ def test_from_the_dry_run_to_an_artefact_that_others_use_without_keys(annotate, 
 
 def test_a_wrong_key_ends_at_the_first_reply(annotate, server, out):
     server.script = lambda number, body: "401"
-    failed(annotate("annotate"), 4, "gpt-4o@", "401", "check the key in ANNOTATOR_KEY")
+    done = annotate("annotate", "--annotate-concurrency", 1)
+    failed(done, 4, f"{server.requests[0]['body']['model']}@", "401", "check the key in ANNOTATOR_KEY")
     assert len(server.requests) == 1
 
 
