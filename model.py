@@ -425,9 +425,11 @@ class Qwen3(nn.Module):
         return self.model.norm(x)
 
     def compile_layers(self) -> None:
-        """torch.compile every layer, but for the attention to packed rows: their lengths differ from pass to pass."""
+        """torch.compile every layer, but for what differs from pass to pass: packed rows' lengths, experts' shares."""
         for layer in cast(Iterable[Layer], self.model.layers):
             layer.self_attn.attend_rows = torch.compiler.disable(attend_rows)
+            if not isinstance(layer.mlp, MLP):
+                layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
             layer.compile(dynamic=True)
 
     def stack(self) -> None:

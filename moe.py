@@ -96,7 +96,6 @@ class MoE(nn.Module):
         self.experts = Experts(config.num_experts, hidden, config.moe_intermediate_size)
         self.tap: Tap | None = None
 
-    @torch.compiler.disable  # how many rows an expert gets is in the data
     def forward(self, x: Tensor, rows: Any = None) -> Tensor:
         """(N, E) to (N, E). rows: model.Rows, which is asked for its `forget` alone."""
         p = self.gate(x)

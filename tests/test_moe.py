@@ -505,6 +505,27 @@ ROOT = Path(mralign.__file__).parent
 DRAWS = 3
 
 
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link from a path with a space in it")
+def test_compiled_layers_give_the_same_gradients(tmp_path: Path) -> None:
+    """The experts' shares are in the data: compiled or not, their part is the same."""
+    m = adapted(tmp_path, 0.1).double()
+    ids, cu = packed(tokens(9, 21))
+
+    def gradients() -> list[torch.Tensor]:
+        m.zero_grad()
+        m(ids, cu).pow(2).sum().backward()
+        return [p.grad.clone() for p in m.parameters() if p.grad is not None]
+
+    plain = gradients()
+    m.compile_layers()
+    compiled = gradients()
+    assert len(plain) == len(compiled) > 0
+    for x, y in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6 * float(x.abs().max()))
+
+
 def random_miniature(folder: Path) -> Path:
     """A random mixture with the miniature's tokenizer."""
     folder.mkdir()
