@@ -199,8 +199,8 @@ def stages(run: Run) -> list[Stage]:
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
     shown = functools.partial(write_report, receipts=receipts)
-    left = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
-    made = {name: out / name for name in left}
+    pages = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
+    made = {name: out / name for name in pages}
     figures, votes = {"figures": out / "figures"}, {"agreement.json": votes["agreement.json"]}
     how = ("method", "also", "eval_sets")
     return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures)]
