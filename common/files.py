@@ -353,6 +353,12 @@ def _sealed(row: dict[str, Any]) -> bytes:
     return b'%b, "check": "%08x"}\n' % (body[:-1], zlib.crc32(body))
 
 
+def write_sealed(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically, each with a last field "check" at which `journal_rows` looks."""
+    with atomic_write(path, "wb") as f:
+        f.writelines(map(_sealed, rows))
+
+
 def _opened(line: bytes, old: bool) -> dict[str, Any]:
     """The row of one line. old: it may lack a checksum. Raises ValueError or RecursionError at a damaged one."""
     at = line.rfind(b', "check": "')
