@@ -6,7 +6,7 @@
 The data is made up: every question has one draw with thinking on and one with it off, by a script that writes thoughts
 of the miniature's cue phrases; a tenth of the questions become candidates, so 1,000,000 questions give 100,000 traces.
 Each stage is a process of its own, on one thread: its CPU seconds, so that other work on the machine counts less, and
-its highest memory, libraries included (a process with nothing to do is the first row). Needs about 8 kB of disk a
+its highest memory, libraries included (the first row is a process with nothing to do). Needs some 4 kB of disk a
 question. Left out: what draws, trains or asks somebody, which takes its time elsewhere.
 """
 
