@@ -73,8 +73,6 @@ def test_later_files_are_read_before_the_first_stage(tmp_path):
     """A line of an evaluation set, weights that are not there: found by the last stages, asked for by all or theirs."""
     rows = [{"id": "a", "question": "q", "answers": ["x"]}, {"id": "b", "question": "q"}]
     write_jsonl(tmp_path / "odd.jsonl", rows)
-        '{"id": "a", "question": "q", "answers": ["x"]}\n{"id": "b", "question": "q"}\n'
-    )
     run = a_run(tmp_path, eval_sets=f"test={TEST},odd={tmp_path / 'odd.jsonl'}")
     for wanted in ([], ["scores"]):
         with pytest.raises(InputError, match=r"odd\.jsonl.*2.*answers"):
