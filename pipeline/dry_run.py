@@ -388,7 +388,7 @@ def length_lines(cfg: RunConfig, config: ModelConfig) -> list[str]:
     ):
         prompt = ready.Prompt(ASSUMED.prompt, "a prompt of assumed length")
         if run and paths and all(Path(path).is_file() for path in paths):
-            prompt = ready.longest_prompt(run, paths, limit)
+            prompt = ready.longest_prompt(run, {path: data.load_questions(path)[0] for path in paths}, limit)
         if told := too_long(flag, limit, prompt.tokens, prompt.what, config.max_position_embeddings):
             lines.append(f"  {what} would be REFUSED: {told}")
     return [*lines, *(["  " + told] if (told := ready.miniature(cfg)) else [])]

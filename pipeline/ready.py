@@ -5,7 +5,7 @@ once, by the first process, since a long file takes a second or two. The dry run
 same function.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.files import ROOT
 from common.template import load_prompt
 from common.tokens import encode
+from pipeline import room
 from pipeline.config import MEASURED, RunConfig
 from pipeline.run import Question, Run, too_long
 
@@ -29,8 +30,8 @@ class Prompt:
     what: str
 
 
-def longest_prompt(run: Run, paths: Iterable[str], limit: int) -> Prompt:
-    """The longest prompt of all questions of some files, over both modes.
+def longest_prompt(run: Run, files: Mapping[str, Sequence[Question]], limit: int) -> Prompt:
+    """The longest prompt of all questions, over both modes. files: path -> its questions.
 
     Questions are counted only where the limit could matter: a token of a byte-level tokenizer has at least one byte, so
     the bytes of the longest question bound what it adds. With room for that the result is this bound.
@@ -40,8 +41,7 @@ def longest_prompt(run: Run, paths: Iterable[str], limit: int) -> Prompt:
         return max(len(encode(run.tokenizer, run.prompt(run.turn(question), mode))) for mode in ("on", "off"))
 
     found = Prompt(0, "")
-    for path in paths:
-        questions, _ = data.load_questions(path)
+    for path, questions in files.items():
         size = max(len(run.text(q["question"]).encode()) for q in questions)
         bound = tokens("?") + size + MERGES
         if bound + limit <= run.room:
@@ -65,8 +65,11 @@ def miniature(cfg: RunConfig) -> str:
     return f"{cfg.model} knows the prompt and the lengths of configs/mini.json alone: add --config configs/mini.json"
 
 
-def check_lengths(run: Run, wanted: Sequence[str]) -> None:
-    """Raise InputError if a prompt leaves no room for the longest completion of a wanted stage (none: of all)."""
+def check_lengths(run: Run, wanted: Sequence[str], files: Mapping[str, Sequence[Question]]) -> None:
+    """Raise InputError if a prompt leaves no room for the longest completion of a wanted stage (none: of all).
+
+    files: path -> questions, of at least the files that those stages draw for.
+    """
     cfg = run.cfg
     limits = {
         "sample": ("--draw-max-new", cfg.draw_max_new, [cfg.questions]),
@@ -74,23 +77,24 @@ def check_lengths(run: Run, wanted: Sequence[str]) -> None:
     }
     for stage, (flag, limit, paths) in limits.items():
         if not wanted or stage in wanted:
-            prompt = longest_prompt(run, paths, limit)
+            prompt = longest_prompt(run, {path: files[path] for path in paths}, limit)
             if told := too_long(flag, limit, prompt.tokens, prompt.what, run.room):
                 raise InputError("; ".join(part for part in (told, miniature(cfg)) if part))
 
 
 def check(run: Run, known: Sequence[str], wanted: Sequence[str], redo: Sequence[str]) -> None:
     """Raise InputError at the first thing that would stop the run later. known: the names of all stages."""
+
+    def due(*names: str) -> bool:
+        return not wanted or any(name in wanted for name in names)
+
     if unknown := [name for name in (*wanted, *redo) if name not in known]:
         raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
     if run.ranks.rank:
         return  # the first process speaks for all
-    weights = {"train", *({"sample", "eval"} if run.cfg.backend == "local" else ())}
-    if (not wanted or weights & set(wanted)) and (absent := hub.lacking(run.source.folder)):
-        raise InputError(f"{run.source.folder / absent}: no such file; fetch the model again, or give another --model")
-    if not wanted or {"sample", "scores"} & set(wanted):
-        data.load_questions(run.cfg.questions)
-    if not wanted or set(MEASURED) & set(wanted):
-        for path in run.eval_sets.values():
-            data.load_questions(path)
-    check_lengths(run, wanted)
+    if due("train") or room.stages_that_hold(run.cfg, wanted):
+        folder = run.source.folder
+        if absent := hub.lacking(folder):
+            raise InputError(f"{folder / absent}: no such file; fetch the model again, or give another --model")
+    paths = [*[run.cfg.questions] * due("sample", "scores"), *[*run.eval_sets.values()] * due(*MEASURED)]
+    check_lengths(run, wanted, {path: data.load_questions(path)[0] for path in paths})

@@ -40,16 +40,16 @@ def longest(run: Run, path: Path) -> int:
 def test_the_limit_that_is_named_is_the_largest_that_works(tmp_path, prompt):
     run = a_run(tmp_path, max_new=8192, prompt=str(ROOT / prompt))
     left = 512 - longest(run, TEST)
-    ready.check_lengths(run, ["sample", "candidates"])  # evaluation is not wanted
+    ready.check(run, STAGES, ["sample", "candidates"], [])  # evaluation is not wanted
     with pytest.raises(InputError, match="--max-new 8,192 and the prompt of question .*512 positions") as error:
-        ready.check_lengths(run, [])
+        ready.check(run, STAGES, [], [])
     assert re.search(r"set --max-new to (\d+) or less", str(error.value))[1] == str(left)
     assert ("--config configs/mini.json" in str(error.value)) is (prompt != "prompts/plain.txt")
     run.cfg = dataclasses.replace(run.cfg, max_new=left)
-    ready.check_lengths(run, [])
+    ready.check(run, STAGES, [], [])
     run.cfg = dataclasses.replace(run.cfg, max_new=left + 1)
     with pytest.raises(InputError, match=f"set --max-new to {left} or less"):
-        ready.check_lengths(run, ["eval"])
+        ready.check(run, STAGES, ["eval"], [])
 
 
 def test_the_dry_run_names_the_same_limit(tmp_path, capsys):
