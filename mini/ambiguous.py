@@ -1,6 +1,6 @@
 """Ambiguous labels: what Table 3 says when steps carry two labels as often as the paper's, and the truth is known.
 
-  python -m mini.ambiguous [--jobs 2]
+  python -m mini.ambiguous [--jobs 2] [--no-training]
 
 The cue phrases say which label every step of the miniature's candidates has. Here they are the truth and label nothing:
 two scripted annotators and an adjudicator answer behind a server on this machine, as mini/rehearsal_server.py plays
@@ -33,13 +33,20 @@ import numpy as np
 
 import annotate
 import em
+import eval as evaluation
 from annotate import Step
+from common import hub
 from common.endings import program
 from common.files import ROOT, read_json, read_jsonl, write_json
+from common.ranks import process_group
+from common.settings import from_json
 from common.table import markdown
 from llm import agreement
 from mini import study
 from mini.rehearsal_server import Habit, Panel, Server
+from pipeline import reporting
+from pipeline.config import RunConfig
+from pipeline.run import Run
 from tools import questions
 from tools.sweep import Child, flag, run_all, unfinished
 
@@ -99,9 +106,6 @@ class Cell:
         return "mralign" if self.panel else "kto,mralign"
 
 
-NOTED = Cell(SHARED, "em", 0, 3e-4)
-
-
 def cells() -> list[Cell]:
     """All runs, those first from which others borrow."""
     out = []
@@ -120,7 +124,7 @@ def lenders(cell: Cell) -> list[Path]:
     return list(dict.fromkeys(other.out for other in cells if other != cell))
 
 
-def child(cell: Cell, urls: Mapping[str, str]) -> Child:
+def child(cell: Cell, urls: Mapping[str, str], training: bool) -> Child:
     """The process of a run. urls: panel -> its server."""
     others = lenders(cell)
     settings: dict[str, Any] = {"seed": cell.seed, "lr": cell.lr, "method": cell.methods, "eval_sets": TEST}
@@ -131,8 +135,8 @@ def child(cell: Cell, urls: Mapping[str, str]) -> Child:
         settings |= ESTIMATES[cell.estimate]
     words = [str(ROOT / "mralign.py"), "--config", str(ROOT / "configs" / "mini.json"), "--resume"]
     words += [word for setting in settings.items() for word in flag(*setting)]
-    stages = ["sample", "candidates", "annotate", "fit", *(["train", "eval"] if cell.panel != OWN else [])]
-    words += stages if cell != NOTED else []  # all stages: its report has the receipt
+    words += ["sample", "candidates", "annotate", "fit"]
+    words += ["train", "eval"] if training and cell.panel != OWN else []
     return Child(cell.out.name, cell.out, lambda: words, others[-1].name if others[-1].parent == OUT else "")
 
 
@@ -296,17 +300,28 @@ def held_against_truth(run: Path) -> dict[str, Any]:
 # ---------- after training
 
 
+def finished(cell: Cell) -> bool:
+    """Is it trained and sampled, or not to be trained?"""
+    receipts = [cell.out / "done" / f"eval-{method}-test.json" for method in cell.methods.split(",")]
+    return cell.panel == OWN or all(path.exists() for path in receipts)
+
+
 def trained() -> dict[str, Any]:
-    """rate -> {settings: name -> acc, mis (mean, sd over seeds, all); differences to em: mean, low, high}."""
+    """rate -> {seeds: finished ones, settings: name -> acc, mis of every seed, differences to em: mean, low, high}."""
     out: dict[str, Any] = {}
-    for lr, seeds in RATES.items():
+    for lr, planned in RATES.items():
+        seeds = [
+            seed for seed in planned if all(finished(cell) for cell in cells() if (cell.seed, cell.lr) == (seed, lr))
+        ]
+        if not seeds:
+            continue
         of: dict[str, dict[str, list[dict[str, float]]]] = {}
         for seed in seeds:
             runs = {"thinkon": (Cell("", "em", seed, lr), "thinkon"), "kto": (Cell("", "em", seed, lr), "kto")}
             runs["truth"] = (Cell("", "em", seed, lr), "mralign")
             runs |= {name: (Cell(SHARED, name, seed, lr), "mralign") for name in ESTIMATES}
             for name, (cell, setting) in runs.items():
-                rows = [study.evaluation.score(r) for r in read_jsonl(cell.out / "eval" / "test" / f"{setting}.jsonl")]
+                rows = [evaluation.score(r) for r in read_jsonl(cell.out / "eval" / "test" / f"{setting}.jsonl")]
                 for metric in ("acc", "mis"):
                     of.setdefault(name, {}).setdefault(metric, []).append(study.by_fact(rows, metric))
         table: dict[str, Any] = {"seeds": list(seeds), "settings": {}, "differences": {}}
@@ -326,6 +341,14 @@ def trained() -> dict[str, Any]:
 
 
 # ---------- the page
+
+
+def machine() -> dict[str, Any]:
+    """Commit, device and versions."""
+    cfg = RunConfig(**from_json(RunConfig, str(ROOT / "configs" / "mini.json")))
+    with process_group() as ranks:
+        made = reporting.provenance(Run(cfg, hub.locate(str(MODEL)), ranks))
+    return {key: made[key] for key in ("commit", "device", "versions")}
 
 
 def shown(of: Mapping[str, float], scale: float = 1.0, digits: int = 3) -> str:
@@ -375,17 +398,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side [2]")
+    parser.add_argument("--no-training", action="store_true", help="labels and matrices only")
     given = parser.parse_args(argv)
     with servers() as urls:
-        children = [child(cell, urls) for cell in cells()]
+        wanted = [cell for cell in cells() if not given.no_training or (cell.estimate, cell.seed) == ("em", 0)]
+        children = [child(cell, urls, not given.no_training) for cell in wanted]
         ends = run_all(children, given.jobs, OUT)
     if code := unfinished(ends, children):
         return code
     first = next(iter(RATES))
-    receipt = read_json(NOTED.out / "results.json")["receipt"]
     result = {
-        "command": "python -m mini.ambiguous",
-        **{key: receipt[key] for key in ("commit", "device", "versions")},
+        "command": " ".join(["python -m mini.ambiguous", *(sys.argv[1:] if argv is None else argv)]),
+        **machine(),
         "rates and seeds": {f"{lr:g}": list(seeds) for lr, seeds in RATES.items()},
         "habits (share right, share of steps with one label more)": HABITS,
         "panels (share of the errors that all incline to)": PANELS,
