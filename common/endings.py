@@ -2,8 +2,8 @@
 
 0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right, things that must
 agree and do not, or memory that does not suffice, 75 stopped or a full disk and can be resumed, 130 interrupted and can
-be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. argparse
-ends with 2 by itself.
+be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. A command
+line that cannot be read is 2.
 
 The first SIGTERM or SIGINT says which of 75 and 130 it is, whatever follows it, and from then on the program is on its
 way out: it saves what is finished. Only a second Ctrl-C, later than ECHO seconds, ends it on the spot, with the same
@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped
+from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped, UsageError
 from common.files import write_json
 
 ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
-CODES = {InputError: 3, ServiceError: 4, NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+CODES = {UsageError: 2, InputError: 3, ServiceError: 4}
+CODES |= {NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
 ECHO = 2.0  # seconds in which torchrun repeats to its ranks what a terminal has sent them already
 FIRST = 5.0  # seconds that the other ranks leave to rank 0
@@ -112,6 +113,12 @@ def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
             write_json(path, {"state": state.get(code, "failed"), "exit_code": code, "rank": rank, "reason": reason})
 
 
+def say(error: BaseException, rank: int, reason: str) -> None:
+    """The line on stderr. A stop is everybody's, any other ending that of a rank."""
+    where = f" on rank {rank}" if rank and not isinstance(error, (Stopped, KeyboardInterrupt)) else ""
+    print(f"error{where}: {reason}", file=sys.stderr, flush=True)
+
+
 def settle(error: BaseException | None, out: Path | None) -> int:
     """The exit code of a program that ended with `error`, or None when all went well.
 
@@ -124,19 +131,22 @@ def settle(error: BaseException | None, out: Path | None) -> int:
         raise error
     if code == 141:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes
-    told = getattr(error, "told", False)  # by `status`, on a rank that is not the first
-    if code and rank and not told:
-        time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
-    if code and not told:
-        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
+    told = getattr(error, "told", False)  # by `status`
+    if error is not None and not told:
+        if rank:
+            time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
+        say(error, rank, reason)
     if out is not None:
         leave_status(out, rank, code, reason)
     return code
 
 
 @contextlib.contextmanager
-def status(out: Path) -> Iterator[None]:
-    """Within it, an ending of the run is also left in `out`/status.json, and said by a rank that is not the first."""
+def status(out: Path, first_to_say: Callable[[str], bool]) -> Iterator[None]:
+    """Within it, an ending of the run is also left in `out`/status.json, and said at once by the first rank it befalls.
+
+    first_to_say: `Ranks.first_to_say`. Use it inside the process group: a rank that has left ends the others' sums.
+    """
     try:
         yield
     except ENDINGS as error:
@@ -144,9 +154,9 @@ def status(out: Path) -> Iterator[None]:
         rank = int(os.environ.get("RANK", 0))
         if code != 1:
             leave_status(out, rank, code, reason)
-            if rank:
-                print(f"error on rank {rank}: {reason}", file=sys.stderr)
-                error.told = True  # type: ignore[union-attr]
+            if first_to_say(reason):
+                say(error, rank, reason)
+            error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
 

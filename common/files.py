@@ -167,7 +167,8 @@ def find(path: str | Path) -> Path:
     if path.is_absolute() or path.exists():
         return path
     if not (ROOT / path).exists():
-        raise InputError(f"{path}: no such file, neither in {Path.cwd()} nor in {ROOT}; check the path")
+        beside = "" if Path.cwd() == ROOT else f" nor in {ROOT}"
+        raise InputError(f"{path}: no such file in {Path.cwd()}{beside}; check the path")
     return ROOT / path
 
 

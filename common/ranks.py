@@ -38,6 +38,14 @@ class Ranks:
     stop: Stop = field(default_factory=Stop)
     patient: dist.ProcessGroup | None = None  # for waits that may be long; None: the group of the sums
     restarted: bool = False  # torchrun has started the processes again after one of them died
+    store: dist.Store | None = None  # what torchrun's processes share, also after one of them has left the group
+
+    def first_to_say(self, text: str) -> bool:
+        """Whether no other rank has asked this of the same text: what befalls all of them needs to be said once."""
+        try:
+            return self.store is None or self.store.add(f"said {text}", 1) == 1
+        except RuntimeError:  # who holds the store has gone
+            return True
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place, and returned. Its shape must not depend on data."""
@@ -65,6 +73,11 @@ class Ranks:
         """One line on stderr, from rank 0 alone."""
         if self.rank == 0:
             print(text, file=sys.stderr, flush=True)
+
+
+def not_joined() -> Ranks:
+    """This process before `process_group`: its number, and a device on which nothing may be computed yet."""
+    return Ranks(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))
 
 
 def end_with_launcher() -> None:
@@ -101,7 +114,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     JOINED.extend((dist.group.WORLD, patient))
     try:
-        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
+        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0, store=store)
     finally:
         dist.destroy_process_group()
 

@@ -182,7 +182,8 @@ def imported(file: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _imports(source: str) -> list[str]:
+@functools.cache
+def _imports(source: str) -> tuple[str, ...]:
     """The project's files that a text of code imports, at its top or within its functions."""
     modules: list[str] = []
     for node in ast.walk(ast.parse(source)):
@@ -191,7 +192,7 @@ def _imports(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     paths = (f"{module.replace('.', '/')}.py" for module in modules)
-    return [path for path in paths if (ROOT / path).is_file()]
+    return tuple(path for path in paths if (ROOT / path).is_file())
 
 
 @functools.cache

@@ -75,12 +75,12 @@ def test_torchs_out_of_memory_is_known_without_importing_torch() -> None:
 
 
 def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def run(error: BaseException | None, rank: str = "0") -> int:
+    def run(error: BaseException | None, rank: str = "0", first: bool = True) -> int:
         monkeypatch.setenv("RANK", rank)
 
         @endings.program
         def main() -> None:
-            with endings.status(tmp_path):
+            with endings.status(tmp_path, lambda text: first):
                 if error:
                     raise error
 
@@ -93,8 +93,10 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     failed = {"state": "failed", "exit_code": 3, "rank": 2, "reason": "bad"}
     assert read_json(tmp_path / "status.json") == failed
     assert run(Stopped(signal.SIGTERM)) == 75 and read_json(tmp_path / "status.json") == failed  # an error comes first
+    assert run(Stopped(signal.SIGTERM), "1") == 75
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error"]
+    assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error", "error"]
+    assert run(InputError("bad"), "0", first=False) == 3 and capsys.readouterr().err == ""  # another rank has said it
     (tmp_path / "status.json").unlink()
     assert run(None) == 0
     assert read_json(tmp_path / "status.json") == {"state": "done", "exit_code": 0, "rank": 0, "reason": ""}
@@ -110,6 +112,18 @@ def test_what_befalls_every_rank_is_said_by_rank_0(monkeypatch: pytest.MonkeyPat
         assert endings.settle(InputError("bad"), None) == 3
         assert (capsys.readouterr().err, slept) == (said, waits)
     assert endings.settle(None, None) == 0 and slept == [endings.FIRST]
+
+
+def test_one_text_is_said_by_one_rank() -> None:
+    import torch
+
+    from common.ranks import Ranks
+
+    store = torch.distributed.HashStore()
+    ranks = [Ranks(rank, 3, torch.device("cpu"), store=store) for rank in range(3)]
+    assert [r.first_to_say("the file is bad") for r in ranks] == [True, False, False]
+    assert [r.first_to_say(f"mine, {r.rank}") for r in ranks] == [True, True, True]
+    assert Ranks(0, 1, torch.device("cpu")).first_to_say("alone") is True
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
