@@ -258,7 +258,7 @@ def resampled(n: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """values: of the data, then of the resamples, whose interval is moved onto the value (llm/agreement.py says why)."""
+    """values: of the data, then of resamples, whose interval is moved onto the value (llm/agreement.py says why)."""
     drawn = np.array(values[1:])
     low, high = np.quantile(drawn - (drawn.mean() - values[0]), (0.025, 0.975)).tolist()
     return {"value": values[0], "low": low, "high": high}
