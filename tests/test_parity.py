@@ -111,7 +111,7 @@ def trl_trainer(
         loss_type=loss,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=2,
+        warmup_steps=1,
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,

@@ -241,7 +241,7 @@ def test_the_trainer_is_the_plain_loop(base, group, double, method, split):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("method", ["sft", "mralign", "apo_zero_unpaired"])
+@pytest.mark.parametrize("method", ["sft", "mralign", pytest.param("apo_zero_unpaired", marks=pytest.mark.long)])
 def test_two_ranks_are_the_plain_loop(tmp_path, base, launch, double, method):
     """Rows are grouped by tokens, so the ranks have different numbers of passes in some steps."""
     want, _ = plain_steps(base, method)
@@ -565,7 +565,7 @@ def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base, la
     assert read(torn)[1] == read(whole(1))[1]
 
 
-@pytest.mark.parametrize("lines", [3, 0, None])
+@pytest.mark.parametrize("lines", [3, None, pytest.param(0, marks=pytest.mark.long)])
 def test_a_checkpoint_brings_its_own_metrics(tmp_path, base, launch, whole, lines):
     """metrics.jsonl shorter than the checkpoint, empty or missing: the run goes on from the checkpoint's step."""
     shutil.copytree(whole(1), tmp_path / "run")
