@@ -43,10 +43,10 @@ data: .venv/ready-data  ## fetch the data sets that CONFIG names and that are no
 	$(PY) -m tools.fetch --for $(CONFIG)
 
 train: .venv/ready  ## the whole pipeline: sample, label, fit, train, evaluate, report (the miniature by default)
-	$(PY) -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
+	$(PY) -m tools.torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config $(CONFIG) --resume $(ARGS)
 
 report: .venv/ready  ## every table and figure of the paper on the miniature, with its ablations over three seeds
-	$(PY) -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
+	$(PY) -m tools.torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
 	$(PY) -m tools.sweep configs/mini-ablations.json --jobs $(RANKS)
 
 # A file's tests stay together (they share fixtures), large files first (tests/conftest.py). No plugin but xdist: pytest

@@ -36,10 +36,10 @@ from common import benchmarks, costs, hub
 from common.endings import program, status
 from common.errors import InputError
 from common.files import each_row, read_jsonl, write_json, write_jsonl
-from common.ranks import Progress, process_group
+from common.ranks import Progress, not_joined, process_group
 from common.settings import cli
 from llm import labelling
-from pipeline import cards, evaluation, room
+from pipeline import cards, evaluation, ready, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names, placed
@@ -183,10 +183,11 @@ def stages(run: Run) -> list[Stage]:
     label_settings = (*labelling.SHAPING, "seed", "system", "dtype") if own else (*labelling.SHAPING, "seed")
     labelled = annotations | {manifest.name: manifest}
     training = ("dtype", *(n for n in names(train.TrainSettings) if n not in train.SPEED_ONLY))
+    votes = labelling.may_leave(out)
     before = [
         Stage("sample", draw_samples, drawing, model | questions, samples, everyone=True, dear=True),
         Stage("candidates", select_candidates, filters, samples, candidates),
-        Stage("annotate", label_steps, label_settings, labels, labelled, everyone=own, dear=True),
+        Stage("annotate", label_steps, label_settings, labels, labelled, own, dear=True, may_leave=votes),
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:
@@ -198,8 +199,11 @@ def stages(run: Run) -> list[Stage]:
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
     shown = functools.partial(write_report, receipts=receipts)
-    last = Stage("report", shown, ("method", "also", "eval_sets"), reads, {"results.json": out / "results.json"})
-    return [*measured, last]
+    pages = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
+    made = {name: out / name for name in pages}
+    figures, votes = {"figures": out / "figures"}, {"agreement.json": votes["agreement.json"]}
+    how = ("method", "also", "eval_sets")
+    return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures)]
 
 
 def model_files(folder: Path) -> dict[str, Path]:
@@ -210,26 +214,29 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
     """Join the other processes and do what is due, of the named stages or of all. Raises what `main` settles."""
-    with process_group() as ranks, ranks.stop.listen():
-        run = Run(cfg, source, ranks)
-        work = stages(run)
-        known = list(dict.fromkeys(stage.called for stage in work))
-        redo = [part.strip() for part in cfg.redo.split(",") if part.strip()]
-        if unknown := [name for name in (*wanted, *redo) if name not in known]:
-            raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
-        run.check_room(wanted)
-        with only_writer(run.out, ranks):
-            if ranks.rank == 0:
-                (run.out / "status.json").unlink(missing_ok=True)
-            ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
-            if told := run.template.by_hand():
+    run = Run(cfg, source, not_joined())
+    work = stages(run)
+    redo = [part.strip() for part in cfg.redo.split(",") if part.strip()]
+    ready.check(run, list(dict.fromkeys(stage.called for stage in work)), wanted, redo)
+    with (
+        process_group() as ranks,
+        only_writer(run.out, ranks),
+        status(run.out, ranks.first_to_say),
+        ranks.stop.listen(),
+    ):
+        run.ranks = ranks
+        if ranks.rank == 0:
+            (run.out / "status.json").unlink(missing_ok=True)
+        ranks.log(f"model {source.name}, " + (f"commit {source.commit}" if source.commit else "a directory"))
+        for told in (run.template.by_hand(), ready.miniature(cfg)):
+            if told:
                 ranks.log(told)
-            for mode in ("on", "off"):
-                ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
-            ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
-            for stage in work:
-                if not wanted or stage.called in wanted:
-                    perform(run, stage, stage.called in redo, work)
+        for mode in ("on", "off"):
+            ranks.log(f"prompt, thinking {mode}: {run.prompt(run.turn('QUESTION'), mode)!r}")
+        ranks.log(f"{ranks.world} process(es) on {ranks.device.type}, log-probability op: {run.impl}")
+        for stage in work:
+            if not wanted or stage.called in wanted:
+                perform(run, stage, stage.called in redo, work)
 
 
 # ---------- the command line
@@ -267,8 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before the ranks join, since a download may take longer than they wait for each other; the cache has locks.
     source = hub.locate(cfg.model, cfg.revision)
     room.check(cfg, rest.stages, typed, source)
-    with status(Path(cfg.out)):
-        run_stages(cfg, source, rest.stages)
+    run_stages(cfg, source, rest.stages)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 0 done, 3 bad input, 4 a server, a key or the budget ended the run, 5 numbers that cannot be right, things that must
 agree and do not, or memory that does not suffice, 75 stopped or a full disk and can be resumed, 130 interrupted and can
-be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. argparse
-ends with 2 by itself.
+be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. A command
+line that cannot be read is 2.
+
+The first SIGTERM or SIGINT says which of 75 and 130 it is, whatever follows it, and from then on the program is on its
+way out: it saves what is finished. Only a second Ctrl-C, later than ECHO seconds, ends it on the spot, with the same
+code. Left out: the seconds in which Python imports the program, when a signal does what it does to any program.
 """
 
 import contextlib
@@ -12,24 +16,76 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped
+from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped, UsageError
 from common.files import write_json
 
 ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
-CODES = {InputError: 3, ServiceError: 4, NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+CODES = {UsageError: 2, InputError: 3, ServiceError: 4}
+CODES |= {NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
+ECHO = 2.0  # seconds in which torchrun repeats to its ranks what a terminal has sent them already
 FIRST = 5.0  # seconds that the other ranks leave to rank 0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
+class Stop:
+    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`).
+
+    plain: raise KeyboardInterrupt for SIGINT, as Python does by itself.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        self.plain, self.held, self.raised = plain, False, False
+        self.number, self.since = 0, 0.0  # of the first signal
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > ECHO:
+            os._exit(ending(Stopped(self.number))[0])
+        if not (self.held or self.raised):
+            self.end(self.number)
+
+    def end(self, number: int) -> NoReturn:
+        """Raise Stopped; further signals raise nothing. number: of the signal, which may have reached another rank."""
+        self.raised = True
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        raise KeyboardInterrupt if self.plain and number == signal.SIGINT else Stopped(number)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, the two signals come here, and after it too if one came: then the program is ending. Main thread."""
+        before = [signal.signal(n, self) for n in SIGNALS]
+        try:
+            yield
+        finally:
+            for n, handler in zip(SIGNALS, before, strict=True):
+                if not self.number and signal.getsignal(n) is self:  # nothing came, here or to a listener within
+                    signal.signal(n, handler)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, a signal only leaves a note for `Ranks.check_stop`. Raises Stopped at the end if one came."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        if self.number:
+            self.end(self.number)
+
+
 def ending(error: BaseException) -> tuple[int, str]:
     """What an error means to whoever started the program: (exit code, a line); code 1 is a bug."""
-    again = "the same command with --resume goes on"
+    again = "the same command goes on, with --resume where there is one"
     if isinstance(error, Stopped):
         return 130 if error.number == signal.SIGINT else 75, f"stopped by {error}; {again}"
     if isinstance(error, KeyboardInterrupt):
@@ -57,6 +113,12 @@ def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
             write_json(path, {"state": state.get(code, "failed"), "exit_code": code, "rank": rank, "reason": reason})
 
 
+def say(error: BaseException, rank: int, reason: str) -> None:
+    """The line on stderr. A stop is everybody's, any other ending that of a rank."""
+    where = f" on rank {rank}" if rank and not isinstance(error, (Stopped, KeyboardInterrupt)) else ""
+    print(f"error{where}: {reason}", file=sys.stderr, flush=True)
+
+
 def settle(error: BaseException | None, out: Path | None) -> int:
     """The exit code of a program that ended with `error`, or None when all went well.
 
@@ -69,19 +131,22 @@ def settle(error: BaseException | None, out: Path | None) -> int:
         raise error
     if code == 141:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes
-    told = getattr(error, "told", False)  # by `status`, on a rank that is not the first
-    if code and rank and not told:
-        time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
-    if code and not told:
-        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr)
+    told = getattr(error, "told", False)  # by `status`
+    if error is not None and not told:
+        if rank:
+            time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
+        say(error, rank, reason)
     if out is not None:
         leave_status(out, rank, code, reason)
     return code
 
 
 @contextlib.contextmanager
-def status(out: Path) -> Iterator[None]:
-    """Within it, an ending of the run is also left in `out`/status.json, and said by a rank that is not the first."""
+def status(out: Path, first_to_say: Callable[[str], bool]) -> Iterator[None]:
+    """Within it, an ending of the run is also left in `out`/status.json, and said at once by the first rank it befalls.
+
+    first_to_say: `Ranks.first_to_say`. Use it inside the process group: a rank that has left ends the others' sums.
+    """
     try:
         yield
     except ENDINGS as error:
@@ -89,9 +154,9 @@ def status(out: Path) -> Iterator[None]:
         rank = int(os.environ.get("RANK", 0))
         if code != 1:
             leave_status(out, rank, code, reason)
-            if rank:
-                print(f"error on rank {rank}: {reason}", file=sys.stderr)
-                error.told = True  # type: ignore[union-attr]
+            if first_to_say(reason):
+                say(error, rank, reason)
+            error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
 
@@ -107,11 +172,25 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def whole(*args: Any, **kwargs: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+            return ended(*args, **kwargs)
+        before = [signal.getsignal(n) for n in SIGNALS]
+        with Stop(plain=True).listen():
+            code = ended(*args, **kwargs)
+        if before != [signal.getsignal(n) for n in SIGNALS]:  # one came
+            for n in SIGNALS:  # Python takes handlers away as it shuts down, which would leave a late one its own way
+                signal.signal(n, signal.SIG_IGN)
+        return code
+
+    def ended(*args: Any, **kwargs: Any) -> int:
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()
         except ENDINGS as error:
-            return settle(error, None)
+            try:
+                return settle(error, None)
+            except (Stopped, KeyboardInterrupt):  # while it waited for rank 0 to speak
+                return ending(error)[0]
         return code
 
     return whole

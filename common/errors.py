@@ -7,6 +7,10 @@ class InputError(ValueError):
     """A mistake in what the user gave us. The message is one line: the place, what is wrong, what to do."""
 
 
+class UsageError(InputError):
+    """A command line that cannot be read: a flag that does not exist, a word where a number must be."""
+
+
 class NumericsError(RuntimeError):
     """A loss, gradient or logit that is not finite, or a first step that is not what the formulas demand.
 

@@ -76,15 +76,15 @@ def _download(model: str, revision: str) -> Path:
     except (errors.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{what}: the download failed ({reason}); run it again, what has arrived is kept") from None
-    if lacking := _lacking(folder):  # offline, the library gives whatever part of a snapshot there is
+    if absent := lacking(folder):  # offline, the library gives whatever part of a snapshot there is
         raise InputError(
-            f"{what}: its snapshot in the cache has no {lacking}; where there is a network run: {command}; "
+            f"{what}: its snapshot in the cache has no {absent}; where there is a network run: {command}; "
             "a file that is missing then is not in the repository"
         )
     return folder
 
 
-def _lacking(folder: Path) -> str:
+def lacking(folder: Path) -> str:
     """The first file without which a model is not whole, "" when all are there."""
     index = folder / "model.safetensors.index.json"
     needed = ["config.json", "tokenizer.json"]

@@ -14,58 +14,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.errors import Stopped
+from common.endings import SIGNALS, Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
 PATIENCE = datetime.timedelta(days=7)  # how long ranks wait while one of them works alone
 # Every group joined so far. Freeing a gloo group waits for its thread while holding Python's lock, and that thread may
 # itself wait for the lock to let go of its last sum: DDP, freed after an exception, hung there. So no group is freed.
 JOINED: list[object] = []
-
-
-class Stop:
-    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`)."""
-
-    def __init__(self) -> None:
-        self.held, self.number = False, 0
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.number = self.number or number
-        if not self.held:
-            self.end(self.number)
-
-    def end(self, number: int) -> NoReturn:
-        """Raise Stopped, deaf to further signals: torchrun repeats what a terminal has sent already."""
-        for n in SIGNALS:
-            signal.signal(n, signal.SIG_IGN)
-        raise Stopped(number)
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Inside, the two signals come here. Main thread only."""
-        before = [signal.signal(n, self) for n in SIGNALS]
-        try:
-            yield
-        finally:
-            for n, handler in zip(SIGNALS, before, strict=True):
-                signal.signal(n, handler)
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Inside, a signal only leaves a note for `Ranks.check_stop`. Raises Stopped at the end if one came."""
-        self.held = True
-        try:
-            yield
-        finally:
-            self.held = False
-        if self.number:
-            self.end(self.number)
 
 
 @dataclass(frozen=True)
@@ -78,6 +38,14 @@ class Ranks:
     stop: Stop = field(default_factory=Stop)
     patient: dist.ProcessGroup | None = None  # for waits that may be long; None: the group of the sums
     restarted: bool = False  # torchrun has started the processes again after one of them died
+    store: dist.Store | None = None  # what torchrun's processes share, also after one of them has left the group
+
+    def first_to_say(self, text: str) -> bool:
+        """Whether no other rank has asked this of the same text: what befalls all of them needs to be said once."""
+        try:
+            return self.store is None or self.store.add(f"said {text}", 1) == 1
+        except RuntimeError:  # who holds the store has gone
+            return True
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place, and returned. Its shape must not depend on data."""
@@ -105,6 +73,11 @@ class Ranks:
         """One line on stderr, from rank 0 alone."""
         if self.rank == 0:
             print(text, file=sys.stderr, flush=True)
+
+
+def not_joined() -> Ranks:
+    """This process before `process_group`: its number, and a device on which nothing may be computed yet."""
+    return Ranks(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))
 
 
 def end_with_launcher() -> None:
@@ -141,7 +114,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     JOINED.extend((dist.group.WORLD, patient))
     try:
-        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
+        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0, store=store)
     finally:
         dist.destroy_process_group()
 

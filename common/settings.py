@@ -9,9 +9,9 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from common.errors import InputError
+from common.errors import InputError, UsageError
 from common.files import find, read_json
 
 if TYPE_CHECKING:
@@ -91,6 +91,14 @@ def from_json(cls: type[T], path: str) -> dict[str, Any]:
     return values
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError in one line, where argparse prints the names of all flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls at a command line that it cannot read."""
+        raise UsageError(f"{message}; --help lists every flag")
+
+
 def cli(
     cls: type[T],
     argv: Sequence[str] | None,
@@ -101,12 +109,10 @@ def cli(
     """Parse `argv` into an instance of the dataclass `cls`; a bool field becomes --x / --no-x.
 
     `extra(parser)` may add arguments that are not fields; they come back in the namespace. `--config FILE` is always
-    there. presets: name -> fields, chosen by the field `preset`; the file and the flags go before them. Exits with code
-    2 on a usage error, raises InputError on a bad file, a value that a field may not have, or an unknown preset.
+    there. presets: name -> fields, chosen by the field `preset`; the file and the flags go before them. Raises
+    UsageError at words that cannot be read, InputError at a bad file, a value that may not be, an unknown preset.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", default="", metavar="FILE", help="JSON file of settings; flags override it")
     if extra:
         extra(parser)

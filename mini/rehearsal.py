@@ -246,7 +246,7 @@ def launch(words: Sequence[str], log: Path) -> dict[str, float]:
 
 def torchrun(ranks: int) -> list[str]:
     """The words that start the pipeline on so many processes."""
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "mralign.py"]
+    return ["-m", "tools.torchrun", "--standalone", f"--nproc_per_node={ranks}", "mralign.py"]
 
 
 def run_pipeline(out: Path) -> dict[str, float]:

@@ -19,20 +19,22 @@ import torch
 
 import data
 import sample
-from common import costs
+from common import costs, hub
 from common.benchmarks import SOURCES, in_file
 from common.errors import InputError
 from common.files import ROOT, each_row, read_jsonl
 from common.model_config import ModelConfig
+from common.ranks import not_joined
 from common.table import markdown
 from kto import LOSSES
 from llm import judge, labelling, ledger
 from llm.client import parse_endpoint
-from pipeline import plan, room
+from pipeline import plan, ready, room
 from pipeline.config import REFINE, RET, RunConfig
+from pipeline.run import Run, too_long
 
 READING = 0.6  # assumed share of the bandwidth while a token is decoded
-PAPER_QUESTIONS = 79_168 + 11_679  # A.1: NQ-Open and SciQ
+ASKED = {"nq_open": 79_168, "sciq": 11_679}  # the paper's questions (A.1), of which Table 1 keeps rows
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,42 @@ def questions_of(path: str) -> Set:
     return Set(sum(sizes.values()), sizes, SOURCES[names[0]].task, False)
 
 
-def candidates_of(questions: Set) -> int:
-    """Candidates to expect: Table 1's for a data set it has, its share of all questions for another one."""
-    share = plan.PAPER["rows"] / PAPER_QUESTIONS
-    kept = {name: sum(SOURCES[name].kept) if name in SOURCES else 0 for name in questions.datasets}
-    return round(sum(kept[name] or n * share for name, n in questions.datasets.items()))
+def candidates_of(questions: Set) -> tuple[float, float]:
+    """(chosen, rejected) to expect, fractions included: of each question what Table 1 keeps of its data set's.
+
+    Questions of another data set yield what all of the paper's do. Files that are not there yet count as the paper's.
+    """
+    kept = [SOURCES[name].kept for name in ASKED]
+    found = [0.0, 0.0]
+    for name, n in questions.datasets.items():
+        for side in (0, 1):
+            share = sum(of[side] for of in kept) / sum(ASKED.values())
+            if name in SOURCES:
+                share = SOURCES[name].kept[side] / ASKED.get(name, n)
+            found[side] += share * (n if questions.there else ASKED.get(name, n))
+    return found[0], found[1]
+
+
+def rows_of(cfg: RunConfig, questions: Set | None) -> plan.Rows:
+    """The training rows there will be: counted in the run's files, else from its questions, else the paper's."""
+
+    def counted(rows: list[dict[str, Any]], side: str) -> plan.Lengths:
+        lengths = ([len(row[ids]) for row in rows] for ids in ("prompt_ids", "completion_ids"))
+        return plan.Lengths(*lengths, [row[side] for row in rows])
+
+    out = Path(cfg.out)
+    if (path := out / "train.jsonl").exists():
+        rows = data.load_train(path)
+        return plan.Rows(counted(rows, "label"), str(path), rows)
+    if (path := out / "candidates.jsonl").exists():
+        rows = read_jsonl(path, ("id", "chosen", "prompt_ids", "completion_ids"))
+        return plan.Rows(counted(rows, "chosen"), str(path), [])
+    assumed = "thoughts of 450 to 1,000 tokens are assumed"
+    if questions is None:
+        return plan.Rows(plan.assumed_lengths(), f"no rows and no questions: the paper's counts; {assumed}", [])
+    chosen, rejected = map(round, candidates_of(questions))
+    source = f"no {out}/train.jsonl yet: what Table 1 keeps of so many questions; {assumed}"
+    return plan.Rows(plan.assumed_lengths(chosen, rejected), source, [])
 
 
 def drawn_lengths(out: Path) -> dict[str, tuple[float, float]]:
@@ -212,7 +245,7 @@ def label_needs(cfg: RunConfig, questions: Set | None, gpu: str, gpus: int) -> l
     if (given := out / "candidates.jsonl").exists():
         add("labels of candidates", read_jsonl(given, ("id", "question", "answers", "completion", "spans")), 1)
     elif questions:
-        add("labels of candidates", made, candidates_of(questions) / len(made))
+        add("labels of candidates", made, sum(candidates_of(questions)) / len(made))
     if thoughts := cfg.label_eval * (1 + len(cfg.methods)) * len(cfg.labelled_sets):
         add("labels of evaluated thoughts", made, thoughts / len(made))
     return needs
@@ -303,13 +336,11 @@ def search_needs(cfg: RunConfig, sets: dict[str, Set]) -> list[Need]:
     return needs
 
 
-def training_needs(cfg: RunConfig, config: ModelConfig, gpu: str, gpus: int) -> list[Need]:
-    """Training of every method, from the rows that plan.py counts."""
-    lengths, needs, s, given = plan.assumed_lengths(), [], cfg.training, Path(cfg.out) / "train.jsonl"
-    if given.exists():
-        rows = data.load_train(given)
-        counted = ([len(row[ids]) for row in rows] for ids in ("prompt_ids", "completion_ids"))
-        lengths = plan.Lengths(*counted, [row["label"] for row in rows])
+def training_needs(cfg: RunConfig, config: ModelConfig, lengths: plan.Lengths, gpu: str, gpus: int) -> list[Need]:
+    """Training of every method on the rows of these lengths."""
+    needs, s = [], cfg.training
+    if not lengths.chosen:
+        return [Need(f"train {method}", 0, "rows", hours=0.0) for method in cfg.methods]
     size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
     level, _ = plan.level_and_tokens(config, s, size, gpu, gpus, lengths)
     for method in cfg.methods:
@@ -344,11 +375,23 @@ def memory_lines(cfg: RunConfig, how: Decoding, gpus: int) -> list[str]:
             n = room.cards(sample.memory(how.config, how.dtype, 1, round(prompt + limit)), int(mem * 1e9))
             serve, again = (" ".join(line) for line in room.server_lines(cfg, ["--model", cfg.model, "..."], n))
             lines += [f"  {what} DO NOT FIT on a {how.gpu}: {error}", f"    over {n} of them: {serve}", f"    {again}"]
-        if prompt + limit > (most := how.config.max_position_embeddings):
-            lines.append(
-                f"  {what} EXCEED the model's {most:,} positions: lower {flag} to {most - prompt:,.0f} or less"
-            )
     return lines
+
+
+def length_lines(cfg: RunConfig, config: ModelConfig) -> list[str]:
+    """What the run would refuse for the model's positions; with an assumed prompt where none can be counted."""
+    folder, lines = plan.shape_of(cfg.model)[1].parent, []
+    run = Run(cfg, hub.Source(folder, cfg.model), not_joined()) if (folder / "tokenizer.json").exists() else None
+    for what, flag, limit, paths in (
+        ("draws", "--draw-max-new", cfg.draw_max_new, [cfg.questions] if cfg.questions else []),
+        ("evaluation", "--max-new", cfg.max_new, list(cfg.eval_paths.values())),
+    ):
+        prompt = ready.Prompt(ASSUMED.prompt, "a prompt of assumed length")
+        if run and paths and all(Path(path).is_file() for path in paths):
+            prompt = ready.longest_prompt(run, {path: data.load_questions(path)[0] for path in paths}, limit)
+        if told := too_long(flag, limit, prompt.tokens, prompt.what, config.max_position_embeddings):
+            lines.append(f"  {what} would be REFUSED: {told}")
+    return [*lines, *(["  " + told] if (told := ready.miniature(cfg)) else [])]
 
 
 def table(needs: list[Need], gpu: str, gpus: int) -> str:
@@ -383,9 +426,11 @@ def report_text(cfg: RunConfig, gpu: str, gpus: int) -> str:
     sets = {name: questions_of(path) for name, path in cfg.eval_paths.items()}
     how = decoding(cfg.model, cfg, gpu)
     needs = sampling_needs(cfg, questions, sets, how, gpus) + label_needs(cfg, questions, gpu, gpus)
-    needs += training_needs(cfg, config, gpu, gpus) + search_needs(cfg, sets) + judge_needs(cfg, sets)
-    lines = [plan.report_text(cfg.model, Path(cfg.out), cfg.method, cfg.dtype, cfg.training, gpu, gpus)]
+    rows = rows_of(cfg, questions)
+    needs += training_needs(cfg, config, rows.lengths, gpu, gpus) + search_needs(cfg, sets) + judge_needs(cfg, sets)
+    lines = [plan.report_text(cfg.model, rows, cfg.method, cfg.dtype, cfg.training, gpu, gpus)]
     lines += ["", annotator_line(cfg), *counted_lines(cfg, questions, sets), "", *memory_lines(cfg, how, gpus)]
+    lines += length_lines(cfg, config)
     lines += ["", table(needs, gpu, gpus), "", *assumption_lines(cfg, gpu)]
     return "\n".join(lines)
 
@@ -400,8 +445,11 @@ def counted_lines(cfg: RunConfig, questions: Set | None, sets: dict[str, Set]) -
         how = "counted" if of.there else "not there yet: the published size"
         lines.append(f"{name:<15} {of.n:,} in {path}, {how}")
     if questions and not (Path(cfg.out) / "candidates.jsonl").exists():
+        chosen, rejected = candidates_of(questions)
+        few = "" if min(chosen, rejected) >= 1 else "; too few to train on, draw for more questions"
         lines.append(
-            f"{'candidates':<15} {candidates_of(questions):,}, as many as Table 1 keeps (Qwen3-8B; others keep others)"
+            f"{'candidates':<15} {chosen:,.4g} chosen, {rejected:,.4g} rejected, as Table 1 keeps of the paper's "
+            f"questions (Qwen3-8B; others keep others){few}"
         )
     return lines
 

@@ -25,7 +25,7 @@ from report import analysis
 
 SHAPES = ROOT / "configs" / "shapes"  # config.json of public models, for a dry run offline
 RATIO = (1.0, 1.5)  # lambda_c n_c over lambda_r n_r, section 4.3
-PAPER = {
+PAPER: dict[str, Any] = {
     "rows": 6973,
     "chosen": 4830,
     "thought": (450, 1000),
@@ -56,13 +56,22 @@ def shape_of(model: str) -> tuple[ModelConfig, Path]:
     raise InputError(f"--model {model!r}: no folder with a config.json, and none of {known}; put a config.json in one")
 
 
-def assumed_lengths() -> Lengths:
-    """The paper's rows: its counts, thoughts spread evenly over its length filter."""
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Training rows, there or to come: their lengths, where these are from, and what train.jsonl holds already."""
+
+    lengths: Lengths
+    source: str
+    there: list[dict[str, Any]]
+
+
+def assumed_lengths(chosen: int = PAPER["chosen"], rejected: int = PAPER["rows"] - PAPER["chosen"]) -> Lengths:
+    """So many rows, by default the paper's, with thoughts spread evenly over its length filter."""
     low, high = PAPER["thought"]
-    n = PAPER["rows"]
-    completion = [low + (high - low) * i // (n - 1) + PAPER["answer"] for i in range(n)]
-    chosen = [i * PAPER["chosen"] // n != (i + 1) * PAPER["chosen"] // n for i in range(n)]
-    return Lengths([PAPER["prompt"]] * n, completion, chosen)
+    n = chosen + rejected
+    completion = [low + (high - low) * i // max(1, n - 1) + PAPER["answer"] for i in range(n)]
+    sides = [i * chosen // n != (i + 1) * chosen // n for i in range(n)]
+    return Lengths([PAPER["prompt"]] * n, completion, sides)
 
 
 def level_and_tokens(
@@ -165,28 +174,25 @@ def memory_table(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> str
     return markdown([*rows, {what: f"of {memory} GB, {1 - costs.ROOM:.0%} left free"} | fits])
 
 
-def report_text(model: str, out: Path, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
-    """The whole dry run as text. out: the run's folder, whose train.jsonl is read if it is there."""
+def report_text(model: str, given: Rows, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
+    """The training part of the dry run as text: rows, steps, memory, time."""
     config, path = shape_of(model)
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    rows = data.load_train(out / "train.jsonl") if (out / "train.jsonl").exists() else []
-    lengths = assumed_lengths()
-    source = f"no {out}/train.jsonl yet: the paper's counts, thoughts of 450 to 1,000 tokens are assumed"
-    if rows:
-        source = str(out / "train.jsonl")
-        lengths = Lengths(
-            *([len(r[k]) for r in rows] for k in ("prompt_ids", "completion_ids")), [r["label"] for r in rows]
-        )
+    rows, lengths = given.there, given.lengths
     n = costs.parameters(config, s.lora_r)
+    lines = [
+        f"model      {model}: {n['layers'] + n['rest']:,} parameters, {n['adapters']:,} trained, from {path}",
+        *expert_lines(config, n),
+        f"data       {given.source}",
+    ]
+    if not lengths.chosen:
+        return "\n".join([*lines, "rows       0: nothing to train on"])
     level, _ = level_and_tokens(config, s, size, gpu, gpus, lengths)
     flops = step_flops(config, s, s.batch_size, lengths, level)
     card = costs.GPUS[gpu]
     seconds = flops / (gpus * card.tflops * 1e12 * costs.UTILISATION)
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))
-    lines = [
-        f"model      {model}: {n['layers'] + n['rest']:,} parameters, {n['adapters']:,} trained, from {path}",
-        *expert_lines(config, n),
-        f"data       {source}",
+    lines += [
         *data_lines(lengths, s, method),
         "",
         memory_table(memory(config, s, size, gpu, gpus, lengths), gpu, gpus),

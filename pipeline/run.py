@@ -31,6 +31,7 @@ from common.tokens import (
     guarded,
     load_stop_ids,
     load_tokenizer,
+    speller,
     token_offsets,
     unguarded,
     unused_ids,
@@ -48,13 +49,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Generate = Callable[..., None]  # (prompts, seeds, max_new, how: sample.Sampling, finished(index, completion))
 
 
+def too_long(flag: str, limit: int, tokens: int, what: str, room: int) -> str:
+    """The sentence about a completion for which a model of `room` positions has none left, "" where it fits.
+
+    flag, limit: the setting, such as "--max-new", and its value. tokens, what: of the prompt.
+    """
+    if tokens + limit <= room:
+        return ""
+    left = f"set {flag} to {room - tokens:,} or less" if tokens < room else "shorten the question or leave it out"
+    told = f"{flag} {limit:,} and {what}, {tokens:,} tokens, exceed the model's {room:,} positions"
+    return f"{told} (max_position_embeddings); {left}"
+
+
 class Run:
-    """What every stage of a run needs to know."""
+    """What every stage of a run needs to know.
+
+    ranks: `not_joined()` until the processes join; settable, since what can be refused without them is refused first.
+    """
 
     def __init__(self, cfg: RunConfig, source: hub.Source, ranks: Ranks) -> None:
         self.cfg, self.source, self.ranks, self.out = cfg, source, ranks, Path(cfg.out)
         self.methods, self.variants, self.eval_sets = cfg.methods, cfg.variants, cfg.eval_paths
-        self.impl = cfg.kernel or default_impl(ranks.device)
         self.tokenizer = load_tokenizer(source.folder)
         self.template = ChatTemplate(source.folder, cfg.system)
         self.template.check(self.tokenizer)
@@ -66,24 +81,15 @@ class Run:
         self.lent: Path | None = None  # samples of another run that the stage under way may use (pipeline/reuse.py)
         self.journals: list[Path] = []  # finished completions of the stage under way; kept until its receipt is there
 
+    @property
+    def impl(self) -> str:
+        """Who computes log-probabilities: "torch" or "triton"."""
+        return self.cfg.kernel or default_impl(self.ranks.device)
+
     @functools.cached_property
     def room(self) -> int:
         """Positions of the model: tokens of a prompt and its completion together."""
         return ModelConfig.from_json(self.source.folder / "config.json").max_position_embeddings
-
-    def check_room(self, wanted: Sequence[str]) -> None:
-        """Raise InputError if the shortest prompt leaves no room for the longest completion of a wanted stage.
-
-        wanted: as on the command line, none for all. Said before the first stage: evaluation comes after training.
-        """
-        shortest = len(encode(self.tokenizer, self.prompt(self.turn("?"), "on")))
-        limits = {"sample": ("--draw-max-new", self.cfg.draw_max_new), "eval": ("--max-new", self.cfg.max_new)}
-        for stage, (flag, limit) in limits.items():
-            if (not wanted or stage in wanted) and shortest + limit > self.room:
-                raise InputError(
-                    f"{flag} {limit:,} and a prompt of {shortest} tokens or more exceed the model's {self.room:,} "
-                    f"positions (max_position_embeddings); lower {flag} to less than {self.room - shortest:,}"
-                )
 
     def beside(self, source: hub.Source) -> "Run":
         """The same run with another base model, to ask it something; it shares the stage under way and its journals."""
@@ -195,12 +201,12 @@ class Run:
     def _server(self, method: str) -> Generate:
         client = self.client(method)
         eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
-        end_id = eos if isinstance(eos, int) else eos[0]
+        end_id, spell = eos if isinstance(eos, int) else eos[0], speller(self.tokenizer)
 
         def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             to_ids = functools.partial(encode, self.tokenizer)
             known = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
-            stops = {"stop_ids": self.stop_ids, "end_id": end_id, "known": known}
+            stops = {"stop_ids": self.stop_ids, "end_id": end_id, "known": known, "spell": spell}
             again = remote.generate(
                 client, to_ids, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
             )
@@ -236,6 +242,11 @@ class Run:
                 read[text] = unguarded(text), array("i", encode_guarded(self.tokenizer, text))
             prompts.append(read[text])
         seeds = [sample.seed_of(cfg.seed, q["id"], mode, k) for q, mode, k in mine]
+        if mine and not shorten:  # prompts with search results or an earlier answer are known here only
+            flag = "--draw-max-new" if what == "draws" else "--max-new"
+            (_, ids), (q, _, _) = max(zip(prompts, mine, strict=True), key=lambda pair: len(pair[0][1]))
+            if told := too_long(flag, max_new, len(ids), f"the prompt of question {q['id']}", self.room):
+                raise InputError(f"{what}: {told}")
         journal_path = path.with_suffix(f".rank{ranks.rank}.jsonl")
         self.journals.append(journal_path)
         done: dict[int, tuple[array, str]] = {}  # ids and finish

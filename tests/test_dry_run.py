@@ -87,11 +87,13 @@ def test_a_file_that_is_there_is_counted(tmp_path):
     write_jsonl(path, rows)
     of = dry_run.questions_of(str(path))
     assert (of.n, of.datasets, of.there) == (5, {"own": 1, "sciq": 4}, True)
-    assert dry_run.candidates_of(of) == 760 + 358  # SciQ's of Table 1; one question more keeps less than half a row
+    chosen, rejected = dry_run.candidates_of(of)  # four questions of SciQ's yield, one of that of all
+    assert chosen == pytest.approx(4 * 760 / 11_679 + 4830 / 90_847)
+    assert rejected == pytest.approx(4 * 358 / 11_679 + 2143 / 90_847)
     both = dry_run.questions_of("nowhere/nq_open+sciq-train.jsonl")
-    assert both.n == 87_925 + 11_679 and dry_run.candidates_of(both) == 6973 and not both.there
-    other = dry_run.Set(90_847, {"own": 90_847}, "short", True)
-    assert dry_run.candidates_of(other) == 6973  # as many questions as the paper's, as many rows
+    assert both.n == 87_925 + 11_679 and dry_run.candidates_of(both) == (4830, 2143) and not both.there
+    other = dry_run.Set(90_847, {"own": 90_847}, "short", True)  # as many questions as the paper's, as many rows
+    assert dry_run.candidates_of(other) == pytest.approx((4830, 2143))
     with pytest.raises(InputError, match="not called SET-SPLIT.jsonl"):
         dry_run.questions_of("nowhere/own.jsonl")
 
@@ -133,12 +135,32 @@ def test_what_does_not_fit_is_what_the_run_refuses(nothing):
     config, _ = plan.shape_of("Qwen/Qwen3-8B")
     assert 42_000 > (24e9 - 2 * 8_190_735_360) * 0.8 / 147_456 > 40_960  # tokens of one row on 24 GB, in blocks of 512
     out = nothing("--gpu", "rtx4090", "--max-new", 40_700)
-    assert "DO NOT FIT" not in out and "EXCEED" not in out
+    assert "DO NOT FIT" not in out and "REFUSED" not in out
     out = nothing("--gpu", "rtx4090", "--max-new", 42_000)
     with pytest.raises(InputError) as refused:
         sample.check_memory(config, torch.bfloat16, 42_120, int(24e9), "--max-new")
     assert f"evaluation DO NOT FIT on a rtx4090: {refused.value}\n" in out
-    assert "evaluation EXCEED the model's 40,960 positions: lower --max-new to 40,840 or less" in out
+    told = "evaluation would be REFUSED: --max-new 42,000 and a prompt of assumed length, 120 tokens, exceed the "
+    assert told + "model's 40,960 positions (max_position_embeddings); set --max-new to 40,840 or less" in out
+
+
+def test_training_rows_are_counted_from_the_questions_that_are_there(tmp_path, capsys):
+    """3 questions keep 0.16 and 0.07 rows; 300 keep 300 * 4830 / 90847 = 16 and 300 * 2143 / 90847 = 7."""
+    for n, words in ((3, "0.1595 chosen, 0.07077 rejected"), (300, "15.95 chosen, 7.077 rejected")):
+        write_jsonl(tmp_path / "own.jsonl", [{"id": str(k), "question": "q?", "answers": ["a"]} for k in range(n)])
+        flags = ["--model", "Qwen/Qwen3-8B", "--questions", str(tmp_path / "own.jsonl"), "--annotator", "self"]
+        assert mralign.main([*flags, "--out", str(tmp_path / "run"), "--method", "sft,kto", "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert words in out and ("too few to train on" in out) is (n == 3)
+        counts = {name: int(cells[0].split()[0]) for name, cells in lines_of(out).items() if name.startswith("train")}
+        assert counts == ({"train sft": 0, "train kto": 0} if n == 3 else {"train sft": 16, "train kto": 23})
+        assert ("rows       23: 16 chosen, 7 rejected" in out) is (n == 300)
+    row = {"id": "a", "question": "q?", "answers": ["a"], "completion": "x", "spans": [[0, 1]]}
+    made = [row | {"id": str(k), "chosen": k < 3, "prompt_ids": [1] * 5, "completion_ids": [1] * 7} for k in range(4)]
+    write_jsonl(tmp_path / "run/candidates.jsonl", made)
+    assert mralign.main([*flags, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "rows       4: 3 chosen, 1 rejected" in out and "rows of 12 to 12" in out
 
 
 def test_the_hours_of_labels_by_the_model_itself(nothing, tmp_path):

@@ -75,12 +75,12 @@ def test_torchs_out_of_memory_is_known_without_importing_torch() -> None:
 
 
 def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def run(error: BaseException | None, rank: str = "0") -> int:
+    def run(error: BaseException | None, rank: str = "0", first: bool = True) -> int:
         monkeypatch.setenv("RANK", rank)
 
         @endings.program
         def main() -> None:
-            with endings.status(tmp_path):
+            with endings.status(tmp_path, lambda text: first):
                 if error:
                     raise error
 
@@ -93,8 +93,10 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     failed = {"state": "failed", "exit_code": 3, "rank": 2, "reason": "bad"}
     assert read_json(tmp_path / "status.json") == failed
     assert run(Stopped(signal.SIGTERM)) == 75 and read_json(tmp_path / "status.json") == failed  # an error comes first
+    assert run(Stopped(signal.SIGTERM), "1") == 75
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error"]
+    assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error", "error"]
+    assert run(InputError("bad"), "0", first=False) == 3 and capsys.readouterr().err == ""  # another rank has said it
     (tmp_path / "status.json").unlink()
     assert run(None) == 0
     assert read_json(tmp_path / "status.json") == {"state": "done", "exit_code": 0, "rank": 0, "reason": ""}
@@ -110,6 +112,18 @@ def test_what_befalls_every_rank_is_said_by_rank_0(monkeypatch: pytest.MonkeyPat
         assert endings.settle(InputError("bad"), None) == 3
         assert (capsys.readouterr().err, slept) == (said, waits)
     assert endings.settle(None, None) == 0 and slept == [endings.FIRST]
+
+
+def test_one_text_is_said_by_one_rank() -> None:
+    import torch
+
+    from common.ranks import Ranks
+
+    store = torch.distributed.HashStore()
+    ranks = [Ranks(rank, 3, torch.device("cpu"), store=store) for rank in range(3)]
+    assert [r.first_to_say("the file is bad") for r in ranks] == [True, False, False]
+    assert [r.first_to_say(f"mine, {r.rank}") for r in ranks] == [True, True, True]
+    assert Ranks(0, 1, torch.device("cpu")).first_to_say("alone") is True
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
@@ -137,3 +151,86 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         assert started.stdout.readline() == "ready\n"
         started.kill()
         assert started.stdout.read() == f"stopped by {int(signal.SIGTERM)}\n"  # and the pipe is closed: nobody is left
+
+
+PHASES = """
+import os, sys
+from common import endings
+phase, first, second = sys.argv[1], *map(int, sys.argv[2:])
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+def again():
+    send(second)
+
+class AtTheEnd:  # is taken apart when Python shuts down
+    def __del__(self, kill=os.kill, me=os.getpid(), number=second):
+        kill(me, number)
+
+@endings.program
+def main():
+    stop = endings.Stop()
+    if phase == "before":  # while it looks for its model
+        send(first)
+    with stop.listen():
+        if phase == "held":
+            with stop.hold():
+                send(first)
+                again()
+        try:
+            send(first)
+        finally:
+            if phase == "cleaning":
+                again()
+
+settled = endings.settle
+if phase == "settling":
+    endings.settle = lambda *args: again() or settled(*args)
+if phase == "shutdown":
+    end = AtTheEnd()
+sys.exit(main())
+"""
+TWO = [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize("phase", ["before", "held", "cleaning", "settling", "shutdown"])
+def test_the_first_signal_says_how_it_ends_whatever_follows(phase: str) -> None:
+    """A second one never puts its own number, -15 or -2, in the place of 75 or 130, in any phase."""
+    runs = []
+    for first, code in TWO:
+        for second, _ in TWO:
+            words = [sys.executable, "-c", PHASES, phase, str(int(first)), str(int(second))]
+            runs.append((code, subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)))
+    for code, run in runs:
+        _, said = run.communicate()
+        assert run.returncode == code and said.startswith("error: ") and said.count("\n") == 1, (said, run.args)
+
+
+def test_a_second_ctrl_c_ends_it_on_the_spot_with_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that torchrun repeats at once, and no SIGTERM: a step may be under way that is saved."""
+    clock, ended = [100.0], []
+    monkeypatch.setattr(endings.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(endings.os, "_exit", ended.append)
+    for first, code in TWO:
+        stop = endings.Stop()
+        with pytest.raises(Stopped), stop.hold():
+            stop(first, None)
+            clock[0] += 1.9
+            stop(signal.SIGINT, None)
+            clock[0] += 60.0
+            stop(signal.SIGTERM, None)
+            assert ended == [] and stop.number == first
+            stop(signal.SIGINT, None)
+            assert ended == [code]
+        ended.clear()
+
+
+def test_a_signal_while_an_error_waits_to_be_said_keeps_the_errors_code() -> None:
+    """torchrun ends the other ranks as soon as one has ended: they say nothing more, and are no bug."""
+    script = "import os, signal, sys\nfrom common import endings\nfrom common.errors import InputError\n"
+    script += "endings.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "def main():\n    raise InputError('bad')\nsys.exit(endings.program(main)())"
+    env = os.environ | {"RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")

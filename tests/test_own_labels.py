@@ -151,21 +151,6 @@ def test_a_thought_too_long_for_the_model_is_not_asked_about_and_counted(tmp_pat
     assert last["id"] == "long" and [s["labels"] for s in last["steps"]] == [[], [], []]
 
 
-def test_limits_beyond_the_models_positions_are_refused_before_the_first_stage(tmp_path, group):
-    """8,192 new tokens and a model with fewer positions: said at once, not by the evaluation after the training."""
-    run = a_run(tmp_path, group, max_new=8192, draw_max_new=64)
-    del run.room
-    assert run.room == 512
-    run.check_room(["sample", "candidates"])
-    for wanted in ([], ["eval"]):
-        with pytest.raises(
-            InputError, match="--max-new 8,192 and a prompt of .* lower --max-new to less than"
-        ) as error:
-            run.check_room(wanted)
-    run.room = 8192 + 512 - int(str(error.value).rpartition(" ")[2])  # the prompt's length and the limit
-    run.check_room([])
-
-
 def test_two_models_and_the_rules(tmp_path, group, monkeypatch):
     """By hand: the same set; one label shared and one added above 7; nothing shared, so the first model decides."""
     run = a_run(tmp_path, group, annotator_model=str(ROOT / "mini/model-world1"))

@@ -209,6 +209,30 @@ def test_a_damaged_result_is_never_used(run, slices, tmp_path):
     assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
 
 
+@pytest.mark.long
+def test_every_file_that_a_run_leaves_is_in_a_receipt_and_a_damaged_page_is_made_anew(run, slices, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    receipts = [read_json(path) for path in (copy / "done").iterdir()]
+    kept = {digest for receipt in receipts for digest in receipt["outputs"].values()}
+    files = [p for p in copy.rglob("*") if p.is_file() and p.name not in ("stdout.txt", "stderr.txt", "lock")]
+    files = [p for p in files if "done" not in p.parts and "checkpoint" not in p.parent.name]  # they check themselves
+    lacking = {p.name for p in files if hashlib.sha256(p.read_bytes()).hexdigest() not in kept}
+    assert lacking == {"status.json"} and {"report.html", "weights.png", "README.md"} < {p.name for p in files}
+    page = (copy / "report.html").read_text()
+    figure, card = (copy / "figures/weights.png").read_bytes(), (copy / "kto/README.md").read_text()
+    (copy / "report.html").write_text(page.replace("MR-ALIGN", "MR-ALIEN", 1))
+    (copy / "figures/weights.png").write_bytes(figure[:-1])
+    (copy / "kto/README.md").unlink()
+    (copy / "figures/own.txt").write_text("a file of somebody's own")
+    again = command_line(*flags(slices, copy), "report")
+    assert said(again, "report.html, kto/README.md, figures/weights.png is not as it was left") == ["report"]
+    assert "MR-ALIEN" not in (copy / "report.html").read_text() and (copy / "figures/own.txt").exists()
+    assert (copy / "figures/weights.png").read_bytes() == figure and (copy / "kto/README.md").read_text() != ""
+    assert "Not evaluated yet" not in card and "Not evaluated yet" not in (copy / "kto/README.md").read_text()
+    assert said(command_line(*flags(slices, copy), "report"), "unchanged, reused") == ["report"]
+
+
 def test_a_stage_without_what_it_reads_is_refused_before_the_model_is_looked_for(tmp_path, monkeypatch):
     """A model of the Hub is gigabytes: that train.jsonl is missing is said first, and by whom it is written."""
     monkeypatch.chdir(ROOT)

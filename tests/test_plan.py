@@ -16,7 +16,7 @@ from common.files import write_json, write_jsonl
 from common.model_config import ModelConfig
 from common.settings import cli
 from common.tokens import encode
-from pipeline import plan
+from pipeline import dry_run, plan
 from pipeline.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +140,8 @@ def test_a_run_with_rows_shows_labels_weights_and_one_row_token_by_token(tmp_pat
     }
     row |= {"completion_ids": encode(tiny_tokenizer, completion), "w": [1.5, 0.5]}
     write_jsonl(out / "train.jsonl", [row, row | {"id": "r", "label": False}])
-    text = plan.report_text(str(folder), out, "mralign", "bfloat16", train.TrainSettings(), "h100", 1)
+    given = dry_run.rows_of(RunConfig(model=str(folder), out=str(out)), None)
+    text = plan.report_text(str(folder), given, "mralign", "bfloat16", train.TrainSettings(), "h100", 1)
     lines = text.splitlines()
     assert "rows       2: 1 chosen, 1 rejected" in lines
     assert f"tokens     {2 * (len(row['prompt_ids']) + len(row['completion_ids']))} an epoch" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.endings import program
 from common.errors import InputError
 from common.settings import check, cli, from_json, opt
 
@@ -93,6 +94,19 @@ def test_a_preset_is_checked_too() -> None:
         cli(Settings, ["--preset", "p"], "", presets={"p": {"rank": 0}, "": {}})
     with pytest.raises(InputError, match="--preset 'q' is not one of p"):
         cli(Settings, ["--preset", "q"], "", presets={"p": {}})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--no-such", "1"], "unrecognized arguments: --no-such 1; --help lists every flag"),
+        (["--rank", "many"], "argument --rank: invalid int value: 'many'; --help lists every flag"),
+        (["--rank"], "argument --rank: expected one argument; --help lists every flag"),
+    ],
+)
+def test_words_that_cannot_be_read_are_one_line_and_code_2(capsys: pytest.CaptureFixture, words, said) -> None:
+    assert program(lambda: cli(Settings, words, "") and None)() == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_help_shows_choices_groups_and_defaults(capsys: pytest.CaptureFixture) -> None:

@@ -104,7 +104,7 @@ def flag(name: str, value: Any) -> list[str]:
 
 def command(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str]) -> list[str]:
     """The command line of one run and seed, without the Python that runs it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    launch = ["-m", "tools.torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     settings = sweep["settings"] | sweep["runs"][name]["settings"] | {"seed": seed, "out": folder(sweep, name, seed)}
     settings |= {"reuse_from": ",".join(map(str, lenders(sweep, name, seed)))}
     changes = [word for setting in settings.items() for word in flag(*setting)]
@@ -173,22 +173,21 @@ class Processes:
                     process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             if not self.stopped:
                 print("stopping the runs; once more kills them", file=sys.stderr, flush=True)
-            self.stopped = STOPPED[number == signal.SIGINT]
+            self.stopped = self.stopped or STOPPED[number == signal.SIGINT]
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Inside, signals come here. Main thread only."""
+        """Inside, signals come here, and after it too if one came: then the program is ending. Main thread only."""
         before = {number: signal.signal(number, self) for number in self.SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in before.items() if not self.stopped else ():
                 signal.signal(number, handler)
 
     def run(self, child: Child) -> int:
         """Run one to its end. Returns its exit code, STOPPED's where it was asked to stop, 128 + n if signal n did."""
         child.out.mkdir(parents=True, exist_ok=True)
-        (child.out / "status.json").unlink(missing_ok=True)
         started = time.perf_counter()
         words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT)}
         with open(child.out / "log.txt", "a", encoding="utf-8") as log:
@@ -205,8 +204,6 @@ class Processes:
             code = self.stopped
         elif code < 0:
             code = 128 - code
-        elif code and (child.out / "status.json").exists():  # torchrun itself always says 1
-            code = read_json(child.out / "status.json")["exit_code"]
         how = f"{time.perf_counter() - started:.0f} s" if not code else f"exit code {code}, see {child.out}/log.txt"
         print(f"{child.name}: {how}", file=sys.stderr, flush=True)
         return code
