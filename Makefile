@@ -49,11 +49,15 @@ report: .venv/ready  ## every table and figure of the paper on the miniature, wi
 	$(PY) -m tools.torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=$(RANKS) mralign.py --config configs/mini-report.json --resume $(ARGS)
 	$(PY) -m tools.sweep configs/mini-ablations.json --jobs $(RANKS)
 
+# A file's tests stay together (they share fixtures), large files first (tests/conftest.py). No plugin but xdist: pytest
+# rewrites the asserts of all that comes with a plugin, a hundred modules of hypothesis, in every worker.
+PYTEST := $(PY) -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder --disable-plugin-autoload -p xdist.plugin
+
 test: .venv/ready-test  ## the tests: every part, in a few minutes
-	$(PY) -m pytest -q tests -m "not long" -n 2 --dist loadfile
+	$(PYTEST) -m "not long"
 
 test-all: .venv/ready-test  ## all tests: also what is long (soaks, whole pipelines on several processes, the rehearsal)
-	$(PY) -m pytest -q tests -n 2 --dist loadfile
+	$(PYTEST)
 
 lint: .venv/ready-test  ## style, formatting, and types of the method and the kernels
 	$(PY) -m ruff check .

@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from common import verifier
 from common.errors import InputError
 from common.files import read_jsonl
 from common.template import TAGS, opens_thought
@@ -293,7 +294,12 @@ def equals_gold(text: str, golds: Iterable[str], fold: bool = False) -> bool:
     return bool(text) and any(text == normalise(gold, fold) for gold in golds)
 
 
-MATCHERS = {"equal": equals_gold, "contains": contains_gold, "words": contains_gold_words}
+def verified(text: str, golds: Iterable[str], fold: bool = False) -> bool:
+    """Has `text`, or what its last \\boxed holds, the value of a gold? For mathematics: common/verifier.py, no folding."""
+    return any(verifier.equal(text, gold) for gold in golds)
+
+
+MATCHERS = {"equal": equals_gold, "contains": contains_gold, "words": contains_gold_words, "verifier": verified}
 
 
 def exact_match(
@@ -302,7 +308,8 @@ def exact_match(
     """(EM_t, EM_a) of A.2: a gold is a substring of the thought; the answer is a gold. Any alias counts.
 
     PAPER: A.2's formula asks that the answer equals the gold, its text that the gold appears in the answer.
-    HERE:  matcher "equal" is the formula and the headline, "contains" the text, "words" the text in whole words.
+    HERE:  matcher "equal" is the formula and the headline, "contains" the text, "words" the text in whole words;
+           "verifier" compares values, for problems whose answer a program decides, which the paper has none of.
     WHY:   containment takes "asexual" for sexual, both take "not Mark Twain" for Mark Twain; equality fails a sentence.
     """
     return contains_gold(thought, golds, fold), MATCHERS[matcher](answer, golds, fold)
@@ -348,7 +355,9 @@ def select_candidates(
         thoughts.update(parse_sample(sample).outcome for sample in draws["on"])
         found: list[str] = ["questions"]
         z_on, z_off = ({_is_right(sample, matcher, fold) for sample in draws[mode]} for mode in ("on", "off"))
-        if len(z_on) + len(z_off) > 2:
+        if matcher == "verifier" and not any(map(verifier.usable, draws["on"][0]["answers"])):
+            found.append("gold has no value")  # nothing would ever be right
+        elif len(z_on) + len(z_off) > 2:
             found.append("draws disagree")
         elif z_on == z_off:
             found.append("right in both modes" if z_on == {True} else "wrong in both modes")

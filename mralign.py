@@ -183,10 +183,11 @@ def stages(run: Run) -> list[Stage]:
     label_settings = (*labelling.SHAPING, "seed", "system", "dtype") if own else (*labelling.SHAPING, "seed")
     labelled = annotations | {manifest.name: manifest}
     training = ("dtype", *(n for n in names(train.TrainSettings) if n not in train.SPEED_ONLY))
+    votes = labelling.may_leave(out)
     before = [
         Stage("sample", draw_samples, drawing, model | questions, samples, everyone=True, dear=True),
         Stage("candidates", select_candidates, filters, samples, candidates),
-        Stage("annotate", label_steps, label_settings, labels, labelled, everyone=own, dear=True),
+        Stage("annotate", label_steps, label_settings, labels, labelled, own, dear=True, may_leave=votes),
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:
@@ -198,8 +199,11 @@ def stages(run: Run) -> list[Stage]:
     receipts = {stage.name: stage.receipt(out) for stage in measured}
     reads = {name: path for stage in measured for name, path in stage.outputs.items()}
     shown = functools.partial(write_report, receipts=receipts)
-    last = Stage("report", shown, ("method", "also", "eval_sets"), reads, {"results.json": out / "results.json"})
-    return [*measured, last]
+    pages = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
+    made = {name: out / name for name in pages}
+    figures, votes = {"figures": out / "figures"}, {"agreement.json": votes["agreement.json"]}
+    how = ("method", "also", "eval_sets")
+    return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures)]
 
 
 def model_files(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,10 @@
 agree and do not, or memory that does not suffice, 75 stopped or a full disk and can be resumed, 130 interrupted and can
 be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. A command
 line that cannot be read is 2.
+
+The first SIGTERM or SIGINT says which of 75 and 130 it is, whatever follows it, and from then on the program is on its
+way out: it saves what is finished. Only a second Ctrl-C, later than ECHO seconds, ends it on the spot, with the same
+code. Left out: the seconds in which Python imports the program, when a signal does what it does to any program.
 """
 
 import contextlib
@@ -12,10 +16,11 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import Disagreement, InputError, MemoryFull, NumericsError, ServiceError, Stopped, UsageError
 from common.files import write_json
@@ -23,14 +28,64 @@ from common.files import write_json
 ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
 CODES = {UsageError: 2, InputError: 3, ServiceError: 4}
 CODES |= {NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
+ECHO = 2.0  # seconds in which torchrun repeats to its ranks what a terminal has sent them already
 FIRST = 5.0  # seconds that the other ranks leave to rank 0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
+class Stop:
+    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`).
+
+    plain: raise KeyboardInterrupt for SIGINT, as Python does by itself.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
+        self.plain, self.held, self.raised = plain, False, False
+        self.number, self.since = 0, 0.0  # of the first signal
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > ECHO:
+            os._exit(ending(Stopped(self.number))[0])
+        if not (self.held or self.raised):
+            self.end(self.number)
+
+    def end(self, number: int) -> NoReturn:
+        """Raise Stopped; further signals raise nothing. number: of the signal, which may have reached another rank."""
+        self.raised = True
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        raise KeyboardInterrupt if self.plain and number == signal.SIGINT else Stopped(number)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, the two signals come here, and after it too if one came: then the program is ending. Main thread."""
+        before = [signal.signal(n, self) for n in SIGNALS]
+        try:
+            yield
+        finally:
+            for n, handler in zip(SIGNALS, before, strict=True):
+                if not self.number and signal.getsignal(n) is self:  # nothing came, here or to a listener within
+                    signal.signal(n, handler)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, a signal only leaves a note for `Ranks.check_stop`. Raises Stopped at the end if one came."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        if self.number:
+            self.end(self.number)
+
+
 def ending(error: BaseException) -> tuple[int, str]:
     """What an error means to whoever started the program: (exit code, a line); code 1 is a bug."""
-    again = "the same command with --resume goes on"
+    again = "the same command goes on, with --resume where there is one"
     if isinstance(error, Stopped):
         return 130 if error.number == signal.SIGINT else 75, f"stopped by {error}; {again}"
     if isinstance(error, KeyboardInterrupt):
@@ -117,11 +172,25 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def whole(*args: Any, **kwargs: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+            return ended(*args, **kwargs)
+        before = [signal.getsignal(n) for n in SIGNALS]
+        with Stop(plain=True).listen():
+            code = ended(*args, **kwargs)
+        if before != [signal.getsignal(n) for n in SIGNALS]:  # one came
+            for n in SIGNALS:  # Python takes handlers away as it shuts down, which would leave a late one its own way
+                signal.signal(n, signal.SIG_IGN)
+        return code
+
+    def ended(*args: Any, **kwargs: Any) -> int:
         try:
             code = main(*args, **kwargs) or 0
             sys.stdout.flush()
         except ENDINGS as error:
-            return settle(error, None)
+            try:
+                return settle(error, None)
+            except (Stopped, KeyboardInterrupt):  # while it waited for rank 0 to speak
+                return ending(error)[0]
         return code
 
     return whole

@@ -146,6 +146,9 @@ def csv_rows(raw: bytes, name: str | Path) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(as_text(raw, name), newline=""), strict=True)
     rows = []
     try:
+        header = list(reader.fieldnames or [])
+        if again := [column for k, column in enumerate(header) if column in header[:k]]:
+            raise InputError(f"{name}:1: the column {again[0]!r} stands twice; rename one of them")
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(f"{name}:{reader.line_num}: not as many fields as the header has; repair this row")
@@ -173,21 +176,60 @@ def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+class _Twice(ValueError):
+    """A key stands twice in one object. JSON readers take either value, so neither is what was meant for sure."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Twice
+    return value
+
+
+PART = re.compile(r'("(?:[^"\\]|\\.)*")\s*(:)?|[{}]')  # a string, and whether it is a key; an object's ends
+
+
+def _twice(text: str) -> tuple[str, int]:
+    """(key, line of its second place) of the first key that stands twice in an object of a JSON text."""
+    objects: list[set[str]] = []
+    for part in PART.finditer(text):
+        if part[0] == "{":
+            objects.append(set())
+        elif part[0] == "}":
+            objects.pop()
+        elif part[2]:
+            key = json.loads(part[1])
+            if key in objects[-1]:
+                ends = "\n" if "\n" in text else "\r"
+                return key, text.count(ends, 0, part.start()) + 1
+            objects[-1].add(key)
+    raise AssertionError(text)
+
+
+DECODER = json.JSONDecoder(parse_constant=_not_json, object_pairs_hook=_unique)  # json.loads would make one per row
+
+
 def _parse(text: bytes) -> Any:
     """One JSON value of strict UTF-8. Raises ValueError or RecursionError when it could not be written back."""
     decoded = text.decode("utf-8")
-    value = json.loads(decoded, parse_constant=_not_json)
+    value = DECODER.decode(decoded)
     if "\\u" in decoded:  # an escape may spell half a surrogate pair, which no UTF-8 file and no tokenizer can hold
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def read_json(path: str | Path) -> Any:
-    """One JSON document, see `utf8`. Raises InputError naming the file when it is missing or malformed."""
+    """One JSON document, see `utf8`. Raises InputError naming the file when it is missing or malformed.
+
+    A key that stands twice in one object is refused with its line, here and in rows.
+    """
+    raw = utf8(read_bytes(path), path)
     try:
-        return _parse(utf8(read_bytes(path), path))
-    except InputError:
-        raise
+        return _parse(raw)
+    except _Twice:
+        key, line = _twice(raw.decode())
+        raise InputError(f"{path}:{line}: the key {key!r} stands twice in one object; delete one of the two") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); restore or rewrite the file") from None
 
@@ -227,6 +269,9 @@ def each_row(
             continue
         try:
             row = _parse(line)
+        except _Twice:
+            key = _twice(line.decode())[0]
+            raise InputError(f"{path}:{number}: the key {key!r} stands twice in one object; delete one") from None
         except (ValueError, RecursionError) as error:
             if first and line.lstrip().startswith(b"["):
                 raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B") from None

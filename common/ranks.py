@@ -14,58 +14,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.errors import Stopped
+from common.endings import SIGNALS, Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
 PATIENCE = datetime.timedelta(days=7)  # how long ranks wait while one of them works alone
 # Every group joined so far. Freeing a gloo group waits for its thread while holding Python's lock, and that thread may
 # itself wait for the lock to let go of its last sum: DDP, freed after an exception, hung there. So no group is freed.
 JOINED: list[object] = []
-
-
-class Stop:
-    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`)."""
-
-    def __init__(self) -> None:
-        self.held, self.number = False, 0
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.number = self.number or number
-        if not self.held:
-            self.end(self.number)
-
-    def end(self, number: int) -> NoReturn:
-        """Raise Stopped, deaf to further signals: torchrun repeats what a terminal has sent already."""
-        for n in SIGNALS:
-            signal.signal(n, signal.SIG_IGN)
-        raise Stopped(number)
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        """Inside, the two signals come here. Main thread only."""
-        before = [signal.signal(n, self) for n in SIGNALS]
-        try:
-            yield
-        finally:
-            for n, handler in zip(SIGNALS, before, strict=True):
-                signal.signal(n, handler)
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Inside, a signal only leaves a note for `Ranks.check_stop`. Raises Stopped at the end if one came."""
-        self.held = True
-        try:
-            yield
-        finally:
-            self.held = False
-        if self.number:
-            self.end(self.number)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ here. Left out: tokenizers that are not byte-level BPE.
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -220,3 +220,25 @@ def _decode(raw: bytes) -> tuple[str, np.ndarray]:
         text += part + ("\ufffd" if bad else "")
         raw = raw[good + bad :]
     return text, np.concatenate(index)
+
+
+LEAST_SPELT = 0.9  # of the letters that ids spell, in a server's text
+
+
+def speller(tokenizer: Tokenizer) -> Callable[[Sequence[int], str], bool]:
+    """A function that says whether a server's text is that of its ids.
+
+    Not letter by letter: servers leave out the token that stopped them and other special tokens, put blanks around
+    added ones, cut a character that is not finished, and drop a token now and then where they decode piece by piece.
+    So added tokens, white space and broken characters do not count, and up to a tenth of the rest may be missing in
+    the text. It must hold nothing else.
+    """
+    names = sorted({token.content for token in tokenizer.get_added_tokens_decoder().values()}, key=len, reverse=True)
+    passed = re.compile("|".join([*map(re.escape, names), r"\s", "\ufffd"]))
+
+    def spells(ids: Sequence[int], text: str) -> bool:
+        own, given = passed.sub("", token_offsets(tokenizer, ids)[0]), passed.sub("", text)
+        left = iter(own)
+        return own == given or (len(given) >= LEAST_SPELT * len(own) and all(c in left for c in given))
+
+    return spells

@@ -374,6 +374,7 @@ def _inequality(text: str, depth: int) -> Value | None:
     return Value(brackets="".join(sign[-1].replace("q", "≤") for sign in signs), items=tuple(sides))
 
 
+@functools.lru_cache(maxsize=4096)  # a reference is read again for every sample
 def parse(text: str) -> Value | None:
     """The value of a short LaTeX or plain answer; None when it is empty, only a unit, unbalanced or too long.
 

@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import Refused, Unanswered
-from llm.client import Client, Endpoint
+from common.errors import Refused, ServiceError, Unanswered
+from llm.client import Client, Endpoint, only_choice
 from llm.ledger import Call, Ledger, Price, sha256_json
 
 PATH = "/chat/completions"
@@ -157,7 +157,11 @@ class Chat:
         assert self.client is not None, self.role
         # For tokens a minute servers count about a quarter of the bytes, and the length limit whether used or not.
         reply = self.client.post(PATH, body, tokens=prompt_bound // 4 + completion_bound, account=call)
-        text, finish = _content(reply)
+        try:
+            text, finish = _content(reply, str(self.endpoint))
+        except ServiceError:
+            call.release(maybe_billed=True)
+            raise
         call.settle(reply.get("usage"), id=str(reply.get("id", "")), content=text, finish=finish)
         return Answer(text, finish, cached=False)
 
@@ -170,13 +174,12 @@ def _joined(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _content(reply: dict[str, Any]) -> tuple[str, str]:
-    """(text, finish reason) of a chat completion, ("", ...) when it holds none.
+def _content(reply: dict[str, Any], where: str) -> tuple[str, str]:
+    """(text, finish reason) of a chat completion, ("", ...) when it holds none. Raises ServiceError at several.
 
     A server that splits thoughts from answers may put the answer on the wrong side: a thought that is alone counts.
     """
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    choice = only_choice(reply, where)
     message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
     texts = [_joined(message.get(name)) for name in ("content", "reasoning_content", "reasoning")]
     text = next((t for t in texts if t.strip()), "")

@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from common.errors import CallsStopped, InputError, Refused, Unanswered
+from common.errors import CallsStopped, InputError, Refused, ServiceError, Unanswered
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -398,6 +398,23 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 def _error(text: str) -> Any:
     return (_json_object(text) or {}).get("error")
+
+
+def only_choice(reply: dict[str, Any], where: str) -> dict[str, Any]:
+    """The one choice of a completion, {} where it holds none. where: the endpoint.
+
+    Raises ServiceError at several and at one that is not number 0: one was asked for, so they answer somebody else.
+    """
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return {}
+    index = choices[0].get("index")
+    if len(choices) > 1 or not (index is None or type(index) is int and index == 0):
+        raise ServiceError(
+            f"{where}: a completion of {len(choices)} choice(s), the first with index {index!r}; one with index 0 was "
+            "asked for, so whose answer is it? look there"
+        )
+    return choices[0]
 
 
 def _error_text(text: str) -> str:

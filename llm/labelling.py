@@ -196,6 +196,12 @@ def write_annotations(
     write_json(manifest_path(path), manifest)
 
 
+def may_leave(out: Path) -> dict[str, Path]:
+    """What may come with annotations.jsonl under `out`: the votes of each model and how far they agree."""
+    asked = [f"{role}{again}.jsonl" for role in ("a", "b", "judge") for again in ("", "-again")]
+    return {name: out / "annotation" / name for name in ("votes.jsonl", "agreement.json", *asked)}
+
+
 def lend_replies(other: Path, out: Path) -> None:
     """Copy the replies another run has paid for, so that they are not asked for again; our own file stays as it is."""
     paid, own = other / "annotation" / "calls.jsonl", out / "annotation" / "calls.jsonl"

@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import Refused, ServiceError
 from common.ranks import Ranks
-from llm.client import Client, Endpoint, Limits, in_threads
+from llm.client import Client, Endpoint, Limits, in_threads, only_choice
 from sample import Completion, Sampling
 
 PATH = "/completions"
@@ -33,7 +33,8 @@ def logprobs(client: Client, prompt: list[int], completion: list[int]) -> list[f
     body = {"model": client.endpoint.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True}
     reply = client.post(PATH, body | {"logprobs": 1})
     try:
-        values = reply["choices"][0]["logprobs"]["token_logprobs"][len(prompt) : len(ids)]
+        choice = only_choice(reply, str(client.endpoint))
+        values = choice["logprobs"]["token_logprobs"][len(prompt) : len(ids)]
         if len(values) == len(completion):
             return [float(value) for value in values]
     except (LookupError, TypeError):
@@ -54,6 +55,7 @@ def generate(
     stop_ids: set[int],
     end_id: int,
     known: Container[int],
+    spell: Callable[[Sequence[int], str], bool],
     sampling: Sampling,
     finished: Callable[[int, Completion], object],
     logprobs: bool = False,
@@ -61,7 +63,7 @@ def generate(
     """Complete every prompt (token ids) and hand each completion to `finished(index, completion)` as it comes.
 
     encode: text to ids without special tokens added, for servers that send no ids. known: the ids that the tokenizer
-    has. end_id: the token that stands for "the model stopped" when the server does not say which one it was. logprobs:
+    has. spell: whether ids spell a text (tokens.speller). end_id: the token that stands for "the model stopped" when the server does not say which one it was. logprobs:
     ask for the sampled tokens' too. Returns how many completions were encoded again. Raises ServiceError when the
     server refuses, fails for good or answers with something else than a completion of this model.
     """
@@ -77,6 +79,7 @@ def generate(
         done, again = completion(reply, encode, stop_ids, end_id, str(client.endpoint), logprobs)
         if not again:  # the end token may come on top of them
             check_ids(done.ids, known, limit + (done.finish == "stop"), str(client.endpoint))
+            check_text(done.ids, reply["choices"][0].get("text"), spell, str(client.endpoint))
         return done, again
 
     encoded = 0
@@ -124,8 +127,7 @@ def completion(
 
     logprobs: the reply must hold those of its tokens; the end token that the server has not sent has None.
     """
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    choice = only_choice(reply, where)
     finish, text, ids = (choice.get(name) for name in ("finish_reason", "text", "token_ids"))
     if finish not in ("stop", "length"):
         raise ServiceError(f"{where}: a completion ended with finish_reason {finish!r}, not stop or length; look there")
@@ -151,6 +153,15 @@ def check_ids(ids: Sequence[int], known: Container[int], most: int, where: str) 
         )
     if len(ids) > most:
         raise ServiceError(f"{where}: a completion of {len(ids):,} tokens, {most:,} were asked for; look there")
+
+
+def check_text(ids: Sequence[int], text: Any, spell: Callable[[Sequence[int], str], bool], where: str) -> None:
+    """Raise ServiceError where a server's text is not what its ids spell. No text, or an empty one, says nothing."""
+    if isinstance(text, str) and text and not spell(ids, text):
+        raise ServiceError(
+            f"{where}: the token ids of a completion do not spell its text, which begins {text[:40]!r}; is it this "
+            "model, with the same tokenizer?"
+        )
 
 
 def _logprobs(choice: dict[str, Any], ids: list[int], again: bool, where: str) -> list[float | None]:

@@ -28,7 +28,7 @@ import sample
 from common import verifier
 from common.errors import InputError, NumericsError
 from common.ranks import Progress, Ranks
-from common.tokens import unused_ids
+from common.tokens import speller, unused_ids
 from common.training import memory_named, peak_memory
 from kernels.segment_logprob import default_impl
 from llm import remote
@@ -129,6 +129,7 @@ class Masa:
             done = sample.generate(self.model, prompts, seeds, max_new=limits, **common)
         else:
             known = set(self.prompts.tokenizer.get_vocab(with_added_tokens=True).values())
+            common |= {"spell": speller(self.prompts.tokenizer)}
             common |= {"end_id": self.prompts.end, "known": known, "logprobs": trained and self.s.is_cap > 0}
             done = self.server.generate(prompts, seeds, limits, sampling=how, **common)
         if time.perf_counter() - progress.started > 10:

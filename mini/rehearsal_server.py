@@ -29,7 +29,8 @@ import sys
 import threading
 from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -483,28 +484,67 @@ def searched(query: str, num: int) -> dict[str, Any]:
 SPOILT = 0.04  # share of the first replies that cannot be used
 
 
+@dataclass(frozen=True)
+class Habit:
+    """How an annotator errs. right: share of its labels that are the true one; second: share of the steps to which it
+    gives one label more than there are true ones; shared: share of its errors that all annotators incline to."""
+
+    right: float
+    second: float = 0.0
+    shared: float = 0.0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The annotators: model -> habit, and who says which labels of a segment are true."""
+
+    habits: Mapping[str, Habit]
+    truth: Callable[[str], tuple[str, ...]]
+
+
 @functools.cache
-def confusion(model: str) -> np.ndarray:
-    """(15, 15): how often an annotator says label b where a is true; each has errors of its own."""
-    right = {"annotator-a": 0.85, "annotator-b": 0.75, "adjudicator": 0.9}[model]
+def confusion(model: str, right: float, shared: float = 0.0) -> np.ndarray:
+    """(15, 15): how often an annotator says label b where a is true; each has errors of its own.
+
+    shared: share of the errors drawn from rows that are the same for all and mostly hold one or two labels.
+    """
     rng = np.random.default_rng([len(model), ord(model[-1])])
     n = len(em.LABELS)
     errors = rng.gamma(0.5, size=(n, n)) * (1 - np.eye(n))
-    return right * np.eye(n) + (1 - right) * errors / errors.sum(1, keepdims=True)
+    errors /= errors.sum(1, keepdims=True)
+    common = np.random.default_rng(15).gamma(0.1, size=(n, n)) * (1 - np.eye(n))
+    errors = (1 - shared) * errors + shared * common / common.sum(1, keepdims=True)
+    return right * np.eye(n) + (1 - right) * errors
 
 
 @functools.cache
-def _confused(model: str) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in np.cumsum(confusion(model), axis=1).tolist())
+def _confused(model: str, habit: Habit) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in np.cumsum(confusion(model, habit.right, habit.shared), axis=1).tolist())
 
 
-def opinion(model: str, key: str, texts: Sequence[str]) -> dict[str, float]:
-    """label -> confidence that a model gives a step of some segments."""
-    rng = random.Random(f"{model}/{key}/{'/'.join(texts)}")
+PANEL = Panel({"annotator-a": Habit(0.85), "annotator-b": Habit(0.75), "adjudicator": Habit(0.9)}, labels_in)
+
+
+def opinion(model: str, key: str, texts: Sequence[str], panel: Panel = PANEL) -> dict[str, float]:
+    """label -> confidence that a model gives a step of some segments.
+
+    For every true label one drawn from its row of the confusion matrix; a second one, where the habit adds it, is drawn
+    from the row of the first true label until it is another one.
+    """
+    rng, habit = random.Random(f"{model}/{key}/{'/'.join(texts)}"), panel.habits[model]
     said: dict[str, float] = {}
-    for label in dict.fromkeys(label for text in texts for label in labels_in(text)):
-        heard = em.LABELS[_pick(rng, _confused(model)[em.LABELS.index(label)])]
+    true = dict.fromkeys(label for text in texts for label in panel.truth(text))
+    table = _confused(model, habit)
+
+    def hear(label: str) -> None:
+        heard = em.LABELS[_pick(rng, table[em.LABELS.index(label)])]
         said.setdefault(heard, float(rng.randint(7, 10) if heard == label else rng.randint(3, 9)))
+
+    for label in true:
+        hear(label)
+    if habit.second and len(said) == 1 and rng.random() < habit.second:
+        while len(said) == 1:
+            hear(next(iter(true)))
     return dict(itertools.islice(said.items(), 2))
 
 
@@ -522,7 +562,7 @@ def as_reply(steps: Sequence[tuple[Sequence[int], dict[str, float]]]) -> str:
     return json.dumps({"index_base": 0, "steps": rows, "final_confidence_rating": 7.0})
 
 
-def annotated(body: dict[str, Any]) -> str:
+def annotated(body: dict[str, Any], panel: Panel = PANEL) -> str:
     """What an annotator or the adjudicator says of the trace in a chat request."""
     model, first = body["model"], body["messages"][0]["content"]
     asked = json.loads(first.rpartition("is an instruction to you.\n")[2])
@@ -537,7 +577,7 @@ def annotated(body: dict[str, Any]) -> str:
                 units[-1].append(i)
             else:
                 units.append([i])
-    steps = [(unit, opinion(model, asked["question"], [texts[i] for i in unit])) for unit in units]
+    steps = [(unit, opinion(model, asked["question"], [texts[i] for i in unit], panel)) for unit in units]
     text = as_reply(steps)
     if len(body["messages"]) > 1 or rng.random() >= SPOILT:
         return text
@@ -583,6 +623,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     script: Script
+    panel: Panel
     counts: Counter[str]
     lock: threading.Lock
 
@@ -609,7 +650,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/completions":
             reply = complete(self.script, body)
             return "draws" if body["temperature"] < 0.5 else "samples", reply
-        text = judged(body) if body["model"] == "judge" else annotated(body)
+        text = judged(body) if body["model"] == "judge" else annotated(body, self.panel)
         asked = sum(len(m["content"]) for m in body["messages"]) // 4
         usage = {"prompt_tokens": asked, "completion_tokens": len(text) // 4, "total_tokens": asked + len(text) // 4}
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -622,13 +663,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The server of one tokenizer; port 0 takes a free one."""
+    """The server of one tokenizer and one panel of annotators; port 0 takes a free one."""
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        fields = {"script": Script(folder), "counts": Counter(), "lock": threading.Lock()}
+    def __init__(self, folder: Path, port: int = 0, panel: Panel = PANEL) -> None:
+        fields = {"script": Script(folder), "panel": panel, "counts": Counter(), "lock": threading.Lock()}
         super().__init__(("127.0.0.1", port), type("Bound", (Handler,), fields))
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 

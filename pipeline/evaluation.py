@@ -55,19 +55,25 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
             work = functools.partial(draw_answers, variant=variant, name=name)
             made = {f"{variant} on {name}": run.samples(name, variant)}
             reads = model | _reads(run, variant, name)
-            found.append(Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True))
+            told = {f"feedback of {variant} on {name}": run.file(name, variant, "feedback")}
+            found.append(
+                Stage(f"eval {variant} {name}", work, DECODING, reads, made, everyone=True, dear=True, may_leave=told)
+            )
     if cfg.label_eval:
         settings = (*labelling.SHAPING, "seed", "label_eval")
         settings += ("system", "dtype") if cfg.annotator == "self" else ()  # how the model is asked
         by = {path.name: path for path in labelling.inputs(cfg)}
         own, dear = cfg.annotator == "self", cfg.annotator != "cues"
         reads = samples | by | (model if own else {})
-        found.append(Stage("labels", label_thoughts, settings, reads, labels, everyone=own, dear=dear))
+        also = {f"labels/{name}": path for name, path in labelling.may_leave(out / "eval" / "labels").items()}
+        found.append(Stage("labels", label_thoughts, settings, reads, labels, everyone=own, dear=dear, may_leave=also))
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
         settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
         made = {"judge.json": out / "eval" / "judge.json"}
-        found.append(Stage("judge", judge_answers, settings, sets | samples | prompts, made, dear=True))
+        kinds = [(v, n, kind) for v in run.variants for n in run.eval_sets for kind in ("judged", "claims")]
+        also = {f"{v} on {n}, {kind}": run.file(n, v, kind) for v, n, kind in kinds}
+        found.append(Stage("judge", judge_answers, settings, sets | samples | prompts, made, dear=True, may_leave=also))
     questions = {"training questions": Path(cfg.questions)}
     made = {"scores.json": out / "eval" / "scores.json"}
     found.append(Stage("scores", score, (*which, *MATCHING), questions | sets | samples, made))

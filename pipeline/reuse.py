@@ -6,7 +6,7 @@ it made and of its code. The next run compares:
   nothing changed           reused
   settings or inputs        done again
   code only                 done again if it takes seconds; kept, and said so, if it costs hours or money (`Stage.dear`)
-  an output damaged         done again if it takes seconds; refused with the remedy if it is dear
+  an output damaged         done again if it takes seconds (the page, a figure); refused with the remedy if it is dear
   --redo STAGE              done again
   --reuse-from RUN          what that run made with the same settings and inputs is taken over before anything dear is
                             done; where only its questions differ, the completions of the questions both have
@@ -29,7 +29,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class Stage:
     name: its first word is what the command line calls it ("train kto" is one of the stages called train).
     work: what does it; returns what is worth a line in the log. settings: names in RunConfig. inputs, outputs: files by
     a name that stays the same wherever they lie, such as {"samples.jsonl": Path("runs/mini/samples.jsonl")}.
-    everyone: all ranks work on it, else rank 0 alone. dear: it costs hours or money.
+    everyone: all ranks work on it, else rank 0 alone. dear: it costs hours or money. may_read, may_leave: files and
+    folders of files, by name too, that need not be there: figures, say, of which there are more or fewer.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Stage:
     outputs: Mapping[str, Path]
     everyone: bool = False
     dear: bool = False
+    may_read: Mapping[str, Path] = field(default_factory=dict)
+    may_leave: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def called(self) -> str:
@@ -66,6 +69,20 @@ class Stage:
         """Where it notes what it was last done with."""
         return out / "done" / f"{self.name.replace(' ', '-')}.json"
 
+    def left(self) -> dict[str, Path]:
+        """Every file that it must leave, and those there are of what it may leave."""
+        return {**self.outputs, **present(self.may_leave)}
+
+
+def present(named: Mapping[str, Path]) -> dict[str, Path]:
+    """The files that are there, by name; a folder's as "figures/weights.png" where its name is "figures"."""
+    found: dict[str, Path] = {}
+    for name, path in named.items():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found[name if file == path else f"{name}/{file.relative_to(path).as_posix()}"] = file
+    return found
+
 
 # ---------- what a stage depends on
 
@@ -74,7 +91,7 @@ def depends(stage: Stage, cfg: Any) -> dict[str, dict[str, Any]]:
     """{"settings": name -> value, "inputs": name -> checksum, "code": file -> checksum}."""
     return {
         "settings": {name: getattr(cfg, name) for name in stage.settings},
-        "inputs": {name: checksum(path) for name, path in sorted(stage.inputs.items())},
+        "inputs": {n: checksum(p) for n, p in sorted({**stage.inputs, **present(stage.may_read)}.items())},
         "code": code_of(stage.work),
     }
 
@@ -165,7 +182,8 @@ def imported(file: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _imports(source: str) -> list[str]:
+@functools.cache
+def _imports(source: str) -> tuple[str, ...]:
     """The project's files that a text of code imports, at its top or within its functions."""
     modules: list[str] = []
     for node in ast.walk(ast.parse(source)):
@@ -174,7 +192,7 @@ def _imports(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     paths = (f"{module.replace('.', '/')}.py" for module in modules)
-    return [path for path in paths if (ROOT / path).is_file()]
+    return tuple(path for path in paths if (ROOT / path).is_file())
 
 
 @functools.cache
@@ -224,11 +242,12 @@ def due(stage: Stage, old: Mapping[str, Any] | None, new: Mapping[str, Any], red
     changed = changes(old["depends"], new)
     if hard := changed["settings"] + changed["inputs"]:
         return True, f"done again: {_few(hard)} changed"
-    damaged = [name for name, path in stage.outputs.items() if _sha_or_none(path) != old["outputs"].get(name)]
+    left = stage.left()
+    damaged = [n for n in {**stage.outputs, **old["outputs"]} if _sha_or_none(left.get(n)) != old["outputs"].get(n)]
     if damaged and stage.dear and any(path.exists() for path in stage.outputs.values()):
         raise InputError(
-            f"{stage.outputs[damaged[0]]}: not the file that the stage {stage.name} left (checksum); put that back, "
-            f"or make it anew with --redo {stage.called}"
+            f"{left.get(damaged[0], damaged[0])}: not the file that the stage {stage.name} left (checksum); put that "
+            f"back, or make it anew with --redo {stage.called}"
         )
     if damaged:
         return True, f"done again: {_few(damaged)} is not as it was left"
@@ -239,8 +258,8 @@ def due(stage: Stage, old: Mapping[str, Any] | None, new: Mapping[str, Any], red
     return False, f"unchanged, reused (took {old['seconds']} s)"
 
 
-def _sha_or_none(path: Path) -> str | None:
-    return checksum(path) if path.exists() else None
+def _sha_or_none(path: Path | None) -> str | None:
+    return checksum(path) if path and path.exists() else None
 
 
 def _few(names: list[str]) -> str:
@@ -249,11 +268,12 @@ def _few(names: list[str]) -> str:
 
 def check_inputs(stage: Stage, stages: Sequence[Stage], out: Path) -> None:
     """Raise InputError when an input of `stage` is not what the stage that made it, one of `stages`, left."""
-    inputs = set(stage.inputs.values())
+    inputs = {*stage.inputs.values(), *present(stage.may_read).values()}
     for maker in stages:
         old = _receipt(maker.receipt(out))
-        for name, path in maker.outputs.items() if old else ():
-            if path in inputs and _sha_or_none(path) != old["outputs"].get(name):
+        for name, path in maker.left().items() if old else ():
+            known = name in maker.outputs or name in old["outputs"]
+            if known and path in inputs and _sha_or_none(path) != old["outputs"].get(name):
                 raise InputError(
                     f"{path}: not the file that the stage {maker.name} left (checksum); put that back, make it anew "
                     f"with --redo {maker.called}, or remove {maker.receipt(out)} if the file is your own"
@@ -267,8 +287,8 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
     """
     told: dict[str, Any] = {}  # by rank 0, who alone looks at files
     if run.ranks.rank == 0:
-        receipt, new = stage.receipt(run.out), depends(stage, run.cfg)
-        needed, words = due(stage, _receipt(receipt), new, redo)
+        old, new = _receipt(stage.receipt(run.out)), depends(stage, run.cfg)
+        needed, words = due(stage, old, new, redo)
         lent = None
         for other in run.cfg.lenders if needed and stage.dear and not redo else []:
             needed, words, some = take_over(stage, other, run.out, new, words)
@@ -277,7 +297,8 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
                 break
         if needed:
             check_inputs(stage, stages, run.out)
-        told = {"needed": needed, "words": words, "depends": new, "lent": lent}
+        left = list(old["outputs"]) if old else []
+        told = {"needed": needed, "words": words, "depends": new, "lent": lent, "left": left}
     told = run.ranks.gather(told)[0]
     run.lent = told["lent"]
     run.ranks.log(f"[{stage.name}] {told['words']}".rstrip())
@@ -287,11 +308,14 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
     started = time.perf_counter()
     if run.ranks.rank == 0:
         stage.receipt(run.out).unlink(missing_ok=True)  # what it speaks of is about to change
+        for name, path in present(stage.may_leave).items():  # it may leave fewer of them this time
+            if name in stage.may_leave or name in told["left"]:  # else a file that somebody has put beside them
+                path.unlink()
     result = stage.work(run) if stage.everyone or run.ranks.rank == 0 else None
     run.ranks.wait()
     if run.ranks.rank == 0:
         seconds = round(time.perf_counter() - started, 1)
-        outputs = {name: checksum(path) for name, path in stage.outputs.items()}
+        outputs = {name: checksum(path) for name, path in stage.left().items()}
         told |= {"seconds": seconds, "result": result, "outputs": outputs}
         _write_receipt(stage.receipt(run.out), {k: told[k] for k in ("depends", "outputs", "seconds", "result")})
         run.ranks.log(f"[{stage.name}] {seconds} s {json.dumps(result)}")
@@ -308,16 +332,18 @@ def take_over(
     old = _receipt(stage.receipt(other))
     if old is None:
         return True, words, None
+    places = {name: path.relative_to(out) for name, path in stage.may_leave.items()}
     lent = {name: other / path.relative_to(out) for name, path in stage.outputs.items()}
-    if any(_sha_or_none(path) != old["outputs"].get(name) for name, path in lent.items()):
+    extra = present({name: other / path for name, path in places.items()})
+    if any(_sha_or_none({**lent, **extra}.get(n)) != old["outputs"].get(n) for n in {**lent, **old["outputs"]}):
         return True, words, None
     changed = changes(old["depends"], new)
     if changed["settings"] or any(not name.startswith("questions") for name in changed["inputs"]):
         return True, words, None
     if changed["inputs"]:
         return True, f"{words} questions differ from those of {other}".strip(), next(iter(lent.values()))
-    for name, path in lent.items():
-        link_or_copy(path, stage.outputs[name])
+    for path in (*lent.values(), *(extra[name] for name in extra if name in old["outputs"])):
+        link_or_copy(path, out / path.relative_to(other))
     _write_receipt(stage.receipt(out), old)
     return False, f"taken over from {other} (took {old['seconds']} s there)", None
 

@@ -31,6 +31,7 @@ from common.tokens import (
     guarded,
     load_stop_ids,
     load_tokenizer,
+    speller,
     token_offsets,
     unguarded,
     unused_ids,
@@ -200,12 +201,12 @@ class Run:
     def _server(self, method: str) -> Generate:
         client = self.client(method)
         eos = ModelConfig.from_json(self.source.folder / "config.json").eos_token_id
-        end_id = eos if isinstance(eos, int) else eos[0]
+        end_id, spell = eos if isinstance(eos, int) else eos[0], speller(self.tokenizer)
 
         def generate(prompts: Any, seeds: Any, max_new: list[int], how: sample.Sampling, finished: Any) -> None:
             to_ids = functools.partial(encode, self.tokenizer)
             known = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
-            stops = {"stop_ids": self.stop_ids, "end_id": end_id, "known": known}
+            stops = {"stop_ids": self.stop_ids, "end_id": end_id, "known": known, "spell": spell}
             again = remote.generate(
                 client, to_ids, prompts, seeds, max_new=max_new, sampling=how, finished=finished, **stops
             )

@@ -25,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.reportchars += "s"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Large files first: they take longest, and one that starts last would keep a single worker busy at the end."""
+    items.sort(key=lambda item: (-item.path.stat().st_size, item.path))  # stable: the order within a file stays
+
+
 def shared_data() -> Path:
     """The folder with public data sets and the Qwen3 tokenizer: $MRALIGN_SHARED, else ../shared/data. Skips without."""
     folder = Path(os.environ.get("MRALIGN_SHARED", ROOT.parent / "shared" / "data"))

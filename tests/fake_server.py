@@ -141,6 +141,10 @@ def said(text: Callable[[str], str | None], **more: Any) -> Callable:
     return lambda h: h.send(200, h.reply(text(h.answer()), **more))
 
 
+def two_choices(reply: dict[str, Any]) -> dict[str, Any]:
+    return reply | {"choices": [choice | {"index": k} for k in range(2) for choice in reply["choices"]]}
+
+
 def in_date(h: Handler) -> None:
     h.error(429, "slow", {"Retry-After": email.utils.formatdate(time.time() + 2, usegmt=True)})
 
@@ -244,6 +248,7 @@ BEHAVIOURS: dict[str, Callable[[Handler], None]] = {
     "deep json": lambda h: h.send(200, b"[" * 200_000),
     "error in 200": lambda h: h.error(200, "upstream is busy", code=502),
     "no choices": lambda h: h.send(200, b'{"choices": []}'),
+    "two choices": lambda h: h.send(200, json.dumps(two_choices(json.loads(h.reply(h.answer())))).encode()),
     "null content": said(lambda text: None),
     "empty content": said(lambda text: ""),
     "content filter": said(lambda text: None, finish="content_filter", refusal="I can't help with that."),

@@ -3,7 +3,7 @@
 import pytest
 from fake_server import FakeServer
 
-from common.errors import Refused, Unanswered
+from common.errors import Refused, ServiceError, Unanswered
 from llm.chat import Chat
 from llm.client import Client, Endpoint, Limits
 from llm.ledger import Ledger
@@ -54,6 +54,15 @@ def test_the_dialect_is_found_once_and_remembered(server, tmp_path, name):
     with Ledger(tmp_path / "calls.jsonl") as book:  # the next run speaks the same dialect, so it finds the replies
         assert chat(server, book).ask(ASK).cached and chat(server, book, "b").ask(ASK).cached
         assert len(server.requests) == count + 1
+
+
+def test_several_answers_are_refused_in_one_line_and_count_as_maybe_billed(server, tmp_path):
+    server.script = ["two choices"]
+    with Ledger(tmp_path / "calls.jsonl") as book:
+        with pytest.raises(ServiceError, match=f"^m@{server.url}: a completion of 2 choice"):
+            chat(server, book, schema=None).ask(ASK)
+        assert not book.replies and book.tokens > 100  # the worst case, as nobody knows what it was
+        assert chat(server, book, schema=None).ask(ASK).text == "I am m" and len(server.requests) == 2
 
 
 def test_everything_that_shapes_the_reply_is_in_the_key(server, tmp_path):

@@ -322,6 +322,7 @@ def test_whole_words():
     assert words("a.b", ["a.b"])  # nothing in a gold is a pattern
 
 
+STRINGS = {name: match for name, match in data.MATCHERS.items() if name != "verifier"}
 JUDGED = [  # answer, gold, whether a person calls it right -> equal, contains, words
     ("sexual", "sexual", True, 1, 1, 1),
     ("asexual", "sexual", False, 0, 1, 0),  # SciQ
@@ -340,25 +341,40 @@ JUDGED = [  # answer, gold, whether a person calls it right -> equal, contains, 
 
 @pytest.mark.parametrize(("answer", "gold", "right", "equal", "contains", "words"), JUDGED)
 def test_matchers_on_hand_made_answers(answer, gold, right, equal, contains, words):
-    assert [match(answer, [gold]) for match in data.MATCHERS.values()] == [equal, contains, words]
+    assert [match(answer, [gold]) for match in STRINGS.values()] == [equal, contains, words]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("So it is \\boxed{1,200}.", "1200", True),
+        ("\\boxed{3} or rather \\boxed{0.5}", "\\frac{1}{2}", True),  # the last box counts
+        ("0.5", "\\frac12", True),
+        ("\\boxed{12}", "121", False),
+        ("The answer is 12.", "12", False),  # a sentence is no value
+        ("", "12", False),
+    ],
+)
+def test_the_verifier_as_a_matcher_compares_values(answer, gold, right):
+    assert data.MATCHERS["verifier"](answer, ["no value {", gold]) == right
 
 
 def test_whole_words_take_fewest_wrong_answers_among_those_that_accept_sentences():
     wrong = [(answer, gold) for answer, gold, right, *_ in JUDGED if not right]
-    taken = {name: sum(match(a, [g]) for a, g in wrong) for name, match in data.MATCHERS.items()}
+    taken = {name: sum(match(a, [g]) for a, g in wrong) for name, match in STRINGS.items()}
     assert taken == {"equal": 0, "contains": 5, "words": 1}
 
 
 def test_distractors_of_sciq_taken_for_the_gold():
     """9,000 wrong options of SciQ: what each matcher takes for the right one."""
     folder = shared_data() / "sciq"
-    taken: dict[str, int] = dict.fromkeys(data.MATCHERS, 0)
+    taken: dict[str, int] = dict.fromkeys(STRINGS, 0)
     total = 0
     for name in ("sciq_test.jsonl", "sciq_train_first2000.jsonl"):
         for row in files.read_jsonl(folder / name):
             for k in (1, 2, 3):
                 total += 1
-                for matcher, match in data.MATCHERS.items():
+                for matcher, match in STRINGS.items():
                     taken[matcher] += match(row[f"distractor{k}"], [row["correct_answer"]])
     assert (total, taken) == (9000, {"equal": 7, "contains": 48, "words": 11})
 
@@ -927,6 +943,9 @@ def test_the_matcher_is_the_callers(tiny_tokenizer):
     assert data.select_candidates(samples, tiny_tokenizer, **SMALL)[1]["all"]["chosen"] == 1
     assert data.select_candidates(samples, tiny_tokenizer, matcher="contains", **SMALL)[1]["all"]["chosen"] == 2
     assert data.select_candidates(samples, tiny_tokenizer, matcher="words", **SMALL)[1]["all"]["chosen"] == 2
+    boxed = [s | {"answers": ["{"]} for s in draws(tiny_tokenizer, 4, (1, 1, 1), (0, 0, 0))]
+    tally = data.select_candidates([*samples, *boxed], tiny_tokenizer, matcher="verifier", **SMALL)[1]["all"]
+    assert (tally["chosen"], tally["gold has no value"]) == (1, 1)
 
 
 def test_bad_samples_are_named(tiny_tokenizer):

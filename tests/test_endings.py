@@ -151,3 +151,86 @@ def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         assert started.stdout.readline() == "ready\n"
         started.kill()
         assert started.stdout.read() == f"stopped by {int(signal.SIGTERM)}\n"  # and the pipe is closed: nobody is left
+
+
+PHASES = """
+import os, sys
+from common import endings
+phase, first, second = sys.argv[1], *map(int, sys.argv[2:])
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+def again():
+    send(second)
+
+class AtTheEnd:  # is taken apart when Python shuts down
+    def __del__(self, kill=os.kill, me=os.getpid(), number=second):
+        kill(me, number)
+
+@endings.program
+def main():
+    stop = endings.Stop()
+    if phase == "before":  # while it looks for its model
+        send(first)
+    with stop.listen():
+        if phase == "held":
+            with stop.hold():
+                send(first)
+                again()
+        try:
+            send(first)
+        finally:
+            if phase == "cleaning":
+                again()
+
+settled = endings.settle
+if phase == "settling":
+    endings.settle = lambda *args: again() or settled(*args)
+if phase == "shutdown":
+    end = AtTheEnd()
+sys.exit(main())
+"""
+TWO = [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize("phase", ["before", "held", "cleaning", "settling", "shutdown"])
+def test_the_first_signal_says_how_it_ends_whatever_follows(phase: str) -> None:
+    """A second one never puts its own number, -15 or -2, in the place of 75 or 130, in any phase."""
+    runs = []
+    for first, code in TWO:
+        for second, _ in TWO:
+            words = [sys.executable, "-c", PHASES, phase, str(int(first)), str(int(second))]
+            runs.append((code, subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)))
+    for code, run in runs:
+        _, said = run.communicate()
+        assert run.returncode == code and said.startswith("error: ") and said.count("\n") == 1, (said, run.args)
+
+
+def test_a_second_ctrl_c_ends_it_on_the_spot_with_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that torchrun repeats at once, and no SIGTERM: a step may be under way that is saved."""
+    clock, ended = [100.0], []
+    monkeypatch.setattr(endings.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(endings.os, "_exit", ended.append)
+    for first, code in TWO:
+        stop = endings.Stop()
+        with pytest.raises(Stopped), stop.hold():
+            stop(first, None)
+            clock[0] += 1.9
+            stop(signal.SIGINT, None)
+            clock[0] += 60.0
+            stop(signal.SIGTERM, None)
+            assert ended == [] and stop.number == first
+            stop(signal.SIGINT, None)
+            assert ended == [code]
+        ended.clear()
+
+
+def test_a_signal_while_an_error_waits_to_be_said_keeps_the_errors_code() -> None:
+    """torchrun ends the other ranks as soon as one has ended: they say nothing more, and are no bug."""
+    script = "import os, signal, sys\nfrom common import endings\nfrom common.errors import InputError\n"
+    script += "endings.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)\n"
+    script += "def main():\n    raise InputError('bad')\nsys.exit(endings.program(main)())"
+    env = os.environ | {"RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")

@@ -94,13 +94,13 @@ def test_a_signal_ends_the_check_and_its_server(tmp_path, monkeypatch, capsys, n
 
     monkeypatch.setattr(engine_check, "make_environment", hang)
     monkeypatch.setattr(engine_check.end, "__defaults__", (0.1,))  # of patience
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        assert engine_check.main([]) == 130
+        assert engine_check.main([]) == (75 if number == signal.SIGTERM else 130)
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
-    assert "interrupted" in capsys.readouterr().err
+    assert ("stopped by SIGTERM" if number == signal.SIGTERM else "interrupted") in capsys.readouterr().err
     assert_ends(int(log.read_text()))
 
 

@@ -340,10 +340,11 @@ def test_every_matcher_of_data_is_a_column_and_a_headline():
         evaluation.score(sample(think("x", "a Paris x"), name="r")),
     ]
     found = {m: evaluation.indicator(scored, "mis", m).tolist() for m in data.MATCHERS}
-    assert found == {"equal": [False, False], "contains": [True, True], "words": [False, True]}
-    assert [evaluation.metrics(scored, m)["mis"]["k"] for m in data.MATCHERS] == [0, 2, 1]
+    nothing = {"verifier": [False, False]}  # neither answer has a value
+    assert found == {"equal": [False, False], "contains": [True, True], "words": [False, True]} | nothing
+    assert [evaluation.metrics(scored, m)["mis"]["k"] for m in data.MATCHERS] == [0, 2, 1, 0]
     other = [evaluation.score(sample(think("x", "Rome"), name=name)) for name in ("q", "r")]
-    assert [evaluation.compare(scored, other, m)["mis"]["difference"] for m in data.MATCHERS] == [0, 1, 0.5]
+    assert [evaluation.compare(scored, other, m)["mis"]["difference"] for m in data.MATCHERS] == [0, 1, 0.5, 0]
 
 
 def test_a_completion_without_a_thought_is_counted_by_itself_and_no_part_of_mis():

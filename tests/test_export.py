@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,11 @@ import model as qwen
 from common import hub
 from common.errors import InputError
 from common.files import write_json
+from common.ranks import Ranks
 from llm import client
+from pipeline import reporting, room
+from pipeline.config import RunConfig
+from pipeline.run import Run
 from report import card
 from tools import export
 
@@ -269,6 +274,31 @@ def test_an_adapter_too_weak_to_check(served: Any, tmp_path: Path) -> None:
     weak = adapter(tmp_path / "weak", base, 1e-6)
     with pytest.raises(InputError, match="too little to tell it from none"):
         export.serve_check(base, weak, client.parse_endpoint(f"x@{url}"))
+
+
+def test_a_report_asks_the_server_for_what_one_gpu_cannot_compute(
+    served: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Policy and reference of a row, from this program and from a server that is transformers with PEFT."""
+    path, url, engine, handler = served
+    handler.said = lambda ids: (truth if handler.seen[-1]["model"] == "mralign" else ignoring)(engine, ids)
+    run = object.__new__(Run)
+    run.source, run.out, run.impl = hub.Source(path.parent / "base", "my/base"), tmp_path, "torch"
+    run.ranks, run.methods = Ranks(0, 1, torch.device("cpu")), ["kto", "mralign"]
+    run.cfg = RunConfig(method="kto,mralign", dtype="float32", backend="openai", base_url=url)
+    shutil.copytree(path, tmp_path / "mralign")
+    row = {"prompt_ids": [5, 9, 31], "completion_ids": [7, 250, 12, 99, 3]}
+    handler.seen.clear()
+    here = reporting.token_logps(run)(row)
+    assert not handler.seen
+    monkeypatch.setattr(room, "holds", lambda cfg, config: False)
+    there = reporting.token_logps(run)(row)
+    assert [body["model"] for body in handler.seen] == ["mralign", "my/base"]
+    assert all(body["prompt"] == row["prompt_ids"] + row["completion_ids"] for body in handler.seen)
+    assert (there[0] - there[1]).abs().max() > 0.05
+    for mine, theirs in zip(here, there, strict=True):
+        assert mine.dtype == theirs.dtype == torch.float64
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 
 # ---------- the card

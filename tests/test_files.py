@@ -461,3 +461,21 @@ def test_line_ends_of_the_repository_are_pinned() -> None:
     assert "* text=auto eol=lf\n" in (ROOT / ".gitattributes").read_text()
     for path in [*(ROOT / "prompts").glob("*.txt"), *(ROOT / "mini").rglob("*.jsonl")]:
         assert b"\r" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, end):
+    """Which of the two counts is every reader's own choice; equal keys of two objects, and in texts, are none."""
+    fine = ['{"a": {"id": 1}, "b": {"id": 2},', ' "c": "\\"id\\": {\\"id\\": }", "d": ["id", "id"],', ' "id": 3}']
+    path = tmp_path / "prices.json"
+    path.write_bytes(end.join(fine).encode())
+    assert files.read_json(path) == {"a": {"id": 1}, "b": {"id": 2}, "c": '"id": {"id": }', "d": ["id", "id"], "id": 3}
+    path.write_bytes(end.join([*fine[:2], ' "e": [{"x": 1, "y": {}, "\\u0078"', ": 2}]}"]).encode("utf-8-sig"))
+    with pytest.raises(InputError, match=r"prices.json:3: the key 'x' stands twice in one object; delete one"):
+        files.read_json(path)
+    rows = tmp_path / "train.jsonl"
+    rows.write_bytes(end.join(['{"id": "q1", "w": [1]}', '{"id": "q2", "w": [1], "w": [2]}', ""]).encode())
+    with pytest.raises(InputError, match=r"train.jsonl:2: the key 'w' stands twice in one object; delete one"):
+        files.read_jsonl(rows)
+    with pytest.raises(InputError, match=r"a.csv:1: the column 'question' stands twice; rename one"):
+        files.csv_rows(end.join(["id,question,question", "1,a,b", ""]).encode(), "a.csv")

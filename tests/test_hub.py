@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,26 +28,49 @@ PROGRAM = """
 import json, os, sys
 from common import hub
 from common.errors import InputError
-try:
-    source = hub.locate(*sys.argv[1:])
-    print(json.dumps([str(source.folder), source.name, source.commit, sorted(os.listdir(source.folder))]))
-except InputError as error:
-    print(f"InputError: {error}")
+for line in sys.stdin:
+    try:
+        source = hub.locate(*json.loads(line))
+        told = json.dumps([str(source.folder), source.name, source.commit, sorted(os.listdir(source.folder))])
+    except InputError as error:
+        told = f"InputError: {error}"
+    print(json.dumps(told), flush=True)
 """
+Locate = Callable[..., str]
 
 
-def locate(home: Path, url: str, *args: str, **variables: str) -> str:
-    """What a fresh process prints: the library reads its variables when it is imported."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROGRAM, *args]
-    done = subprocess.run(command, env=env | variables, cwd=home, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout.strip()
+@pytest.fixture(scope="module")
+def locate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locate]:
+    """hub.locate in another process, one for each environment: the library reads its variables when it is imported."""
+    log = tmp_path_factory.mktemp("hub") / "stderr"
+    processes: dict[tuple[object, ...], subprocess.Popen[str]] = {}
+
+    def ask(home: Path, url: str, *args: str, **variables: str) -> str:
+        key = (home, url, *sorted(variables.items()))
+        if key not in processes:
+            env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+            env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            env |= {"PYTHONPATH": str(ROOT)} | variables
+            with open(log, "a") as stderr:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+                processes[key] = subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, cwd=home, **pipes)
+        process = processes[key]
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(args) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        assert TOKEN not in line + log.read_text()
+        return json.loads(line)
+
+    yield ask
+    for process in processes.values():
+        process.communicate()
+        assert process.returncode == 0
+    assert TOKEN not in log.read_text()
 
 
-def test_a_download_and_what_comes_after_it(tmp_path: Path) -> None:
+def test_a_download_and_what_comes_after_it(locate: Locate, tmp_path: Path) -> None:
     with FakeHub(WANTED | UNWANTED) as server:
         folder, name, commit, files = json.loads(locate(tmp_path, server.url, NAME))
         assert (name, commit) == (NAME, COMMIT) and files == sorted(WANTED)
@@ -67,30 +92,36 @@ def test_a_download_and_what_comes_after_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variables", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no network", "offline"])
-def test_a_miss_says_what_to_run_elsewhere(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_a_miss_says_what_to_run_elsewhere(locate: Locate, tmp_path: Path, variables: dict[str, str]) -> None:
     message = locate(tmp_path, "http://127.0.0.1:9", NAME, "v1", **variables)
     assert message.startswith(f"InputError: {NAME} at v1: no such directory, and as a model of the Hub")
     assert f"run: hf download {NAME} --revision v1 --include '*.safetensors'" in message and "\n" not in message
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "model-00002-of-00002.safetensors", "index"])
-def test_half_a_snapshot_offline_names_the_command(tmp_path: Path, missing: str) -> None:
+def test_half_a_snapshot_offline_names_the_command(locate: Locate, home: Path, missing: str) -> None:
     """What an interrupted or hand-made download leaves: the library calls it the model, and later stages would fail."""
     shards = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
     index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}})
     whole = {"config.json": "{}", "tokenizer.json": "{}", **dict.fromkeys(shards, "x")}
     whole["model.safetensors.index.json"] = index
-    cache = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    cache = home / "hub" / f"models--{NAME.replace('/', '--')}"
+    shutil.rmtree(cache, ignore_errors=True)
     snapshot = cache / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     for name, text in whole.items():
         (snapshot / name).write_text(text)
-    assert json.loads(locate(tmp_path, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1"))[2] == COMMIT
+    assert json.loads(locate(home, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1"))[2] == COMMIT
     name = "model.safetensors.index.json" if missing == "index" else missing
     (snapshot / name).unlink()
-    message = locate(tmp_path, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1")
+    message = locate(home, "http://127.0.0.1:9", NAME, HF_HUB_OFFLINE="1")
     lacking = "model.safetensors" if missing == "index" else missing
     assert message.startswith(
         f"InputError: {NAME}: its snapshot in the cache has no {lacking}; where there is a network"
@@ -98,7 +129,7 @@ def test_half_a_snapshot_offline_names_the_command(tmp_path: Path, missing: str)
     assert f"hf download {NAME} --include '*.safetensors'" in message and "\n" not in message
 
 
-def test_gated_and_unknown_models(tmp_path: Path) -> None:
+def test_gated_and_unknown_models(locate: Locate, tmp_path: Path) -> None:
     with FakeHub(WANTED, gated=True) as server:
         assert "the model is gated; accept its terms" in locate(tmp_path, server.url, NAME)
         assert json.loads(locate(tmp_path, server.url, NAME, HF_TOKEN=TOKEN))[2] == COMMIT
@@ -108,7 +139,7 @@ def test_gated_and_unknown_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_download_that_breaks_off(tmp_path: Path) -> None:
+def test_a_download_that_breaks_off(locate: Locate, tmp_path: Path) -> None:
     """It fails by name, leaves nothing that would pass for the model, and goes on when the server is well again."""
     shard = "model-00001-of-00001.safetensors"
     with FakeHub(WANTED, cut=shard) as server:

@@ -1,6 +1,7 @@
 """The annotate stage through the real command line, against a server that misbehaves: money, kills, keys, artefacts."""
 
 import dataclasses
+import functools
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from common.errors import InputError
 from common.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from common.ranks import Ranks
 from common.settings import cli
-from llm import labelling
+from llm import agreement, labelling
 from pipeline import evaluation
 from pipeline.config import RunConfig
 from pipeline.run import Run
@@ -63,6 +64,12 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """test_agreement.py looks at the intervals; 500 resamples of three pairs are most of what a small run takes."""
+    monkeypatch.setattr(agreement, "report", functools.partial(agreement.report, resamples=20))
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_annotators_confuse_as_their_matrix_says_and_a_spoilt_reply_is_mended():
 
     label, n = "retrieval", 4000
     said = [next(iter(world.opinion("annotator-b", str(k), [world.OPENERS[label][0]]))) for k in range(n)]
-    row = world.confusion("annotator-b")[em.LABELS.index(label)]
+    row = world.confusion("annotator-b", 0.75)[em.LABELS.index(label)]
     for other, p in zip(em.LABELS, row, strict=True):
         assert said.count(other) / n == pytest.approx(p, abs=4.5 * np.sqrt(p * (1 - p) / n) + 1e-9)
     spoilt = 0

@@ -23,8 +23,8 @@ from common import verifier
 from common.errors import ServiceError
 from common.files import read_jsonl, write_jsonl
 from common.ranks import process_group
-from common.tokens import load_tokenizer, token_offsets
-from llm import remote
+from common.tokens import load_tokenizer, speller, token_offsets
+from llm import chat, remote
 from llm.client import Endpoint
 from masa.problems import Prompts, load_problems
 from masa.step import Masa
@@ -185,6 +185,49 @@ def test_a_reply_becomes_a_completion_or_an_error():
     for reply in ({}, {"choices": []}, {"choices": None}, {"choices": ["x"]}):
         with pytest.raises(ServiceError, match="^there: a completion"):
             remote.completion(reply, str.split, {7}, 7, "there")
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"index": 1}],
+        [{"index": "0"}],
+        [{"index": True}],
+        [{"index": 0}, {"index": 1}],
+        [{"index": None}, {"index": None}],
+    ],
+)
+def test_a_choice_that_nobody_asked_for_is_refused_in_one_line(choices):
+    """One was asked for: of two, or of one with another number, nobody knows whether it answers this prompt."""
+    said = {"finish_reason": "stop", "text": "Paris", "message": {"content": "Paris"}}
+    reply = {"choices": [said | choice for choice in choices]}
+    for read in (lambda: remote.completion(reply, len, {7}, 7, "there"), lambda: chat._content(reply, "there")):
+        with pytest.raises(ServiceError, match="^there: a completion of . choice.*; one with index 0 was asked for"):
+            read()
+    for fine in ({"index": 0}, {"index": None}, {}):
+        assert chat._content({"choices": [said | fine]}, "there") == ("Paris", "stop")
+
+
+def test_a_text_must_be_what_its_ids_spell():
+    """Servers strip, pad and now and then drop a piece; another answer, or another model's tokens, is refused."""
+    tokenizer = load_tokenizer(MODEL)
+    spell, end = speller(tokenizer), tokenizer.token_to_id("<|im_end|>")
+    said = "<think>\nI recall that it is Paris, in the north of France.\n</think>\n\n<answer>Paris</answer>"
+    ids = tokenizer.encode(said, add_special_tokens=False).ids
+    bare = said.replace("<think>", "").replace("</think>", "")
+    padded = said.replace("</think>", " </think> ")
+    for text in (said, f"{said}<|im_end|>", bare, bare.strip(), padded, f" {said}", said.replace("that", ""), "", None):
+        remote.check_text([*ids, end], text, spell, "there")
+        remote.check_text(ids, text, spell, "there")
+    cut = tokenizer.encode("Zürich", add_special_tokens=False).ids
+    for text in ("Z\ufffd", "Z", "Z\ufffd\ufffd"):
+        remote.check_text(cut[:2], text, spell, "there")
+    other = said.replace("Paris", "Lyon")
+    for text in (other, said.replace("recall", "recall, oh,"), "no", said[: len(said) // 2], said[::-1]):
+        with pytest.raises(ServiceError, match="^there: the token ids of a completion do not spell its text, which"):
+            remote.check_text([*ids, end], text, spell, "there")
+    with pytest.raises(ServiceError, match="is it this model, with the same tokenizer"):
+        remote.check_text([i + 1 for i in ids], said, spell, "there")
 
 
 def test_backend_and_address_go_together(questions, tmp_path):

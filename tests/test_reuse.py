@@ -1,5 +1,6 @@
 """When a stage is done again: settings and inputs by content, code it reaches, damaged results, what is dear."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -87,3 +88,34 @@ def test_an_input_must_be_what_its_stage_left(tmp_path):
     train.receipt(tmp_path).write_text(text.replace("7.0", "7.1"))
     with pytest.raises(InputError, match="train-kto.json: not as it was written .* remove it"):
         reuse.check_inputs(score, [train, score], tmp_path)
+
+
+def test_what_a_stage_may_leave_is_checked_too(tmp_path: Path):
+    """A figure that changed, or went, makes a cheap stage due; a dear one is refused; one more file is nobody's."""
+    (tmp_path / "figures").mkdir()
+    for name in ("results.json", "figures/a.png", "figures/b.png"):
+        (tmp_path / name).write_text(name)
+    s = reuse.Stage("report", print, (), {}, {"o": tmp_path / "results.json"}, may_leave={"f": tmp_path / "figures"})
+    assert list(s.left()) == ["o", "f/a.png", "f/b.png"]
+    old = OLD | {"outputs": {name: reuse.checksum(path) for name, path in s.left().items()}}
+    (tmp_path / "figures/own.png").write_text("of one's own")
+    assert not reuse.due(s, old, OLD["depends"], False)[0]
+    (tmp_path / "figures/b.png").unlink()
+    assert reuse.due(s, old, OLD["depends"], False) == (True, "done again: f/b.png is not as it was left")
+    (tmp_path / "figures/b.png").write_text("other")
+    with pytest.raises(InputError, match="figures/b.png: not the file that the stage report left"):
+        reuse.due(dataclasses.replace(s, dear=True), old, OLD["depends"], False)
+
+
+def test_what_may_be_read_is_an_input_once_it_is_there(tmp_path: Path):
+    path = tmp_path / "agreement.json"
+    s = reuse.Stage("report", stage, (), {}, {}, may_read={"agreement.json": path})
+    assert reuse.depends(s, None)["inputs"] == {}
+    path.write_text("{}")
+    assert reuse.depends(s, None)["inputs"] == {"agreement.json": reuse.checksum(path)}
+    maker = reuse.Stage("annotate", print, (), {}, {}, may_leave={"agreement.json": path})
+    reuse._write_receipt(maker.receipt(tmp_path), OLD | {"outputs": {"agreement.json": reuse.checksum(path)}})
+    reuse.check_inputs(s, [maker, s], tmp_path)
+    path.write_text("{ }")
+    with pytest.raises(InputError, match="agreement.json: not the file that the stage annotate left"):
+        reuse.check_inputs(s, [maker, s], tmp_path)

@@ -95,7 +95,7 @@ def run(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None 
 
 
 def stop_as_interrupt(number: int, frame: object) -> NoReturn:
-    """A handler for SIGTERM and SIGHUP: they end this program as Ctrl-C does, so that nothing stays behind."""
+    """A handler for SIGHUP, of a terminal that closes: it ends this program as Ctrl-C does; nothing stays behind."""
     raise KeyboardInterrupt
 
 
@@ -318,8 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="to draw for, and to evaluate [200]")
     given = parser.parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop_as_interrupt)
+    signal.signal(signal.SIGHUP, stop_as_interrupt)
     python, out = make_environment(), HOME / "run"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

@@ -186,16 +186,16 @@ class Processes:
                     process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             if not self.stopped:
                 print("stopping the runs; once more kills them", file=sys.stderr, flush=True)
-            self.stopped = STOPPED[number == signal.SIGINT]
+            self.stopped = self.stopped or STOPPED[number == signal.SIGINT]
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Inside, signals come here. Main thread only."""
+        """Inside, signals come here, and after it too if one came: then the program is ending. Main thread only."""
         before = {number: signal.signal(number, self) for number in self.SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in before.items() if not self.stopped else ():
                 signal.signal(number, handler)
 
     def run(self, child: Child) -> int:
