@@ -139,7 +139,9 @@ def of_size(out: Path, n: int) -> dict[str, tuple[float, float]]:
         found[name] = measured(command, out / "log.txt")
         seconds, peak = found[name]
         took = time.perf_counter() - started
-        print(f"{n:,} questions, {name}: {seconds:.0f} CPU s, {took:.0f} s, {peak:,.0f} MiB", file=sys.stderr, flush=True)
+        print(
+            f"{n:,} questions, {name}: {seconds:.0f} CPU s, {took:.0f} s, {peak:,.0f} MiB", file=sys.stderr, flush=True
+        )
     shutil.rmtree(out)
     return found
 
