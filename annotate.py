@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import em
 from common.errors import InputError
-from common.files import find, read_json, read_jsonl
+from common.files import each_row, find, read_json
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
@@ -225,14 +225,15 @@ def read_steps(path: str | Path, candidates: Iterable[dict[str, Any]]) -> dict[s
 
     candidates: rows with "id" and "spans". Raises InputError when one has no annotation or one that is not sound.
     """
-    records = {record["id"]: record for record in read_jsonl(path, ("id", "steps"))}
-    steps = {}
-    for c in candidates:
-        if c["id"] not in records:
-            raise InputError(f"{path}: no annotation for candidate {c['id']!r}; run the annotate stage again")
-        validate(records[c["id"]], len(c["spans"]), f"{path}: {c['id']}")
-        steps[c["id"]] = steps_of(records[c["id"]], len(c["spans"]))
-    return steps
+    sizes = {c["id"]: len(c["spans"]) for c in candidates}
+    found = {}
+    for record in each_row(path, ("id", "steps")):
+        if record["id"] in sizes:
+            validate(record, sizes[record["id"]], f"{path}: {record['id']}")
+            found[record["id"]] = steps_of(record, sizes[record["id"]])
+    if lacking := [name for name in sizes if name not in found]:
+        raise InputError(f"{path}: no annotation for candidate {lacking[0]!r}; run the annotate stage again")
+    return {name: found[name] for name in sizes}
 
 
 def check_coverage(steps: Iterable[Sequence[Step]], weights: Iterable[float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common import verifier
 from common.errors import InputError
-from common.files import read_jsonl
+from common.files import each_row, read_jsonl
 from common.template import TAGS, opens_thought
 from common.tokens import Span, token_offsets
 
@@ -295,7 +295,7 @@ def equals_gold(text: str, golds: Iterable[str], fold: bool = False) -> bool:
 
 
 def verified(text: str, golds: Iterable[str], fold: bool = False) -> bool:
-    """Has `text`, or what its last \\boxed holds, the value of a gold? For mathematics: common/verifier.py, no folding."""
+    """Has `text`, or what its last \\boxed holds, the value of a gold? For mathematics (common/verifier.py)."""
     return any(verifier.equal(text, gold) for gold in golds)
 
 
@@ -488,6 +488,11 @@ class Row:
 
 def load_train(path: str | Path) -> list[dict[str, Any]]:
     """Training records as the fit stage writes them, each field checked. Raises InputError at the first bad line."""
+    return list(each_train(path))
+
+
+def each_train(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records that `load_train` returns, one by one."""
     ids: set[str] = set()
 
     def check(row: dict[str, Any]) -> None:
@@ -496,10 +501,9 @@ def load_train(path: str | Path) -> list[dict[str, Any]]:
         if problem:
             raise InputError(f"{problem}; run the fit stage again or repair this line")
 
-    rows = read_jsonl(path, TRAIN_FIELDS, check)
-    if not rows:
+    yield from each_row(path, TRAIN_FIELDS, check)
+    if not ids:
         raise InputError(f"{path}: holds no training row; loosen the candidate filters and run the stages again")
-    return rows
 
 
 def _train_problem(row: dict[str, Any]) -> str:

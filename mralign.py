@@ -83,7 +83,8 @@ def select_candidates(run: Run) -> dict[str, Any]:
 
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
-    rows = read_jsonl(run.out / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
+    fields = ("id", "question", "answers", "completion", "spans")
+    rows = [{k: c[k] for k in fields} for c in each_row(run.out / "candidates.jsonl", fields)]
     if run.cfg.annotator == "self":
         return own_labels.label(run, rows, run.out)
     for other in run.cfg.lenders:
@@ -97,7 +98,8 @@ def label_steps(run: Run) -> dict[str, Any]:
 
 def fit_transitions(run: Run) -> dict[str, Any]:
     """Stage fit: transition matrices and the weight of every step (3.2.2)."""
-    candidates = read_jsonl(run.out / "candidates.jsonl", ("id", "chosen", "completion", "spans"))
+    path, fields = run.out / "candidates.jsonl", ("id", "chosen", "spans")
+    candidates = [{k: c[k] for k in fields} for c in each_row(path, fields)]  # texts and ids stay on the disk
     steps = annotate.read_steps(run.out / "annotations.jsonl", candidates)  # id -> steps of its trace
     labels = {name: [step.labels for step in of] for name, of in steps.items()}
     if run.cfg.labels == "one":
@@ -108,18 +110,21 @@ def fit_transitions(run: Run) -> dict[str, Any]:
 
     positive, negative = ([c for c in candidates if c["chosen"] is side] for side in (True, False))
     everything, pos, neg = fit(candidates), fit(positive), fit(negative)
-    rows = []
+    w = {}
     for c in candidates:
         own = pos if c["chosen"] else neg
-        w = em.segment_weights(labels[c["id"]], own.P, everything.P)  # Eq. 10
+        w[c["id"]] = em.segment_weights(labels[c["id"]], own.P, everything.P)  # Eq. 10
+    flat = [x for of in w.values() for x in of]
+    coverage = annotate.check_coverage(steps.values(), flat)
+
+    def row(c: dict[str, Any]) -> dict[str, Any]:
         spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
         row |= {"dataset": c["dataset"]} if "dataset" in c else {}
-        rows.append(row | {"labels": [list(x) for x in labels[c["id"]]], "w": w})
-    flat = [w for r in rows for w in r["w"]]
-    coverage = annotate.check_coverage(steps.values(), flat)
-    write_jsonl(run.out / "train.jsonl", rows)
+        return row | {"labels": [list(x) for x in labels[c["id"]]], "w": w[c["id"]]}
+
+    write_jsonl(run.out / "train.jsonl", map(row, each_row(path, ("prompt", "completion", "completion_ids"))))
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}

@@ -233,8 +233,9 @@ def speller(tokenizer: Tokenizer) -> Callable[[Sequence[int], str], bool]:
     So added tokens, white space and broken characters do not count, and up to a tenth of the rest may be missing in
     the text. It must hold nothing else.
     """
-    names = sorted({token.content for token in tokenizer.get_added_tokens_decoder().values()}, key=len, reverse=True)
-    passed = re.compile("|".join([*map(re.escape, names), r"\s", "\ufffd"]))
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.content}
+    longest_first = sorted(added, key=len, reverse=True)
+    passed = re.compile("|".join([*map(re.escape, longest_first), r"\s", "\ufffd"]))
 
     def spells(ids: Sequence[int], text: str) -> bool:
         own, given = passed.sub("", token_offsets(tokenizer, ids)[0]), passed.sub("", text)

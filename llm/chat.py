@@ -174,7 +174,7 @@ def _joined(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _content(reply: dict[str, Any], where: str) -> tuple[str, str]:
+def _content(reply: dict[str, Any], where: str = "the server") -> tuple[str, str]:
     """(text, finish reason) of a chat completion, ("", ...) when it holds none. Raises ServiceError at several.
 
     A server that splits thoughts from answers may put the answer on the wrong side: a thought that is alone counts.

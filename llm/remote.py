@@ -63,9 +63,10 @@ def generate(
     """Complete every prompt (token ids) and hand each completion to `finished(index, completion)` as it comes.
 
     encode: text to ids without special tokens added, for servers that send no ids. known: the ids that the tokenizer
-    has. spell: whether ids spell a text (tokens.speller). end_id: the token that stands for "the model stopped" when the server does not say which one it was. logprobs:
-    ask for the sampled tokens' too. Returns how many completions were encoded again. Raises ServiceError when the
-    server refuses, fails for good or answers with something else than a completion of this model.
+    has. spell: whether ids spell a text (tokens.speller). end_id: the token that stands for "the model stopped" when
+    the server does not say which one it was. logprobs: ask for the sampled tokens' too. Returns how many completions
+    were encoded again. Raises ServiceError when the server refuses, fails for good or answers with something else than
+    a completion of this model.
     """
     sampling.check()
     limits = [max_new] * len(prompts) if isinstance(max_new, int) else max_new

@@ -9,6 +9,7 @@ python -m masa shapley --out runs/masa
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ import model as qwen
 from common import checkpoint, hub, verifier
 from common.endings import program, status
 from common.errors import InputError, Stopped
-from common.files import read_jsonl, sha256_file, write_json, write_jsonl
+from common.files import journal_rows, read_jsonl, sha256_file, write_json, write_jsonl, write_sealed
 from common.ranks import process_group
 from common.settings import cli
 from common.template import load_prompt
@@ -96,8 +97,23 @@ class Run:
             raise InputError(f"{self.out}: has {done} steps already; give --steps {done} or more, or another --out")
         masa.taken, masa.sampled = manifest["taken"], manifest["sampled"]
         masa.experts = [Expert(*fields) for fields in manifest["experts"]]
-        rows = read_jsonl(self.out / EVALUATIONS) if (self.out / EVALUATIONS).exists() else []
-        self.evaluations = [row for row in rows if row["step"] <= done]
+        self.evaluations = [row for row in self.saved_evaluations() if row["step"] <= done]
+
+    def saved_evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evals.jsonl, without the last evaluation where one of its rows is damaged: it is made again.
+
+        Raises InputError at a damaged row of an earlier one, whose weights are gone.
+        """
+        path = self.out / EVALUATIONS
+        if not path.exists():
+            return []
+        with open(path, "rb") as f:
+            rows = journal_rows(f, path)
+        count = Counter((row["step"], row["set"]) for row in rows)
+        short = {step for (step, name), n in count.items() if n != len(self.evals.get(name, ()))}
+        if any(step < self.training.saved for step in short):
+            raise InputError(f"{path}: rows of step {min(short)} are damaged; restore the file, or drop --resume")
+        return [row for row in rows if row["step"] not in short]
 
     def evaluate(self, number: int) -> None:
         """All evaluation sets as they stand after `number` steps, unless that has been done."""
@@ -106,7 +122,7 @@ class Run:
                 continue
             self.evaluations += self.masa.evaluate(number, name, problems)
             if self.ranks.rank == 0:
-                write_jsonl(self.out / EVALUATIONS, self.evaluations)
+                write_sealed(self.out / EVALUATIONS, self.evaluations)
         self.ranks.wait()
 
     def train(self) -> None:

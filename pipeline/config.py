@@ -74,7 +74,7 @@ class CandidateSettings:
     max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive", low=1)
     matcher: str = opt(
         "equal",
-        "an answer is right if it equals a gold, contains one (A.2), has it in whole words, has its value (mathematics)",
+        "an answer is right if it equals a gold, contains one (A.2), has it in whole words, has its value (verifier)",
         choices=MATCHERS,
     )
     fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")

@@ -15,8 +15,9 @@ Left out: anything that needs a model, a judge or a server.
 """
 
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -197,21 +198,24 @@ def _with_without(right: Mapping[str, bool], has: Mapping[str, set[str]], thing:
 # ---------- Fig. 4, Fig. 7
 
 
-def bootstrap_counts(traces: Sequence[Labels], n_boot: int, seed: int, size: int = 0) -> list[Counter[em.Observation]]:
+def bootstrap_counts(
+    traces: Sequence[Labels], n_boot: int, seed: int, size: int = 0
+) -> Iterator[Counter[em.Observation]]:
     """Observations of `n_boot` resamples of whole traces, drawn with replacement, each as a Counter for em.fit.
 
     size: traces in a resample, 0 for as many as there are.
     """
-    each = [Counter(em.observations(steps)) for steps in traces]
-    rng = np.random.default_rng(seed)
-    out = []
+    numbers: dict[em.Observation, int] = {}
+    flat, owner = array("i"), array("i")  # every move of every trace, and whose it is
+    for trace, steps in enumerate(traces):
+        moves = [numbers.setdefault(move, len(numbers)) for move in em.observations(steps)]
+        flat.extend(moves)
+        owner.extend([trace] * len(moves))
+    rng, kinds = np.random.default_rng(seed), list(numbers)
     for _ in range(n_boot):
-        total: Counter[em.Observation] = Counter()
-        for index, times in Counter(rng.integers(len(each), size=size or len(each)).tolist()).items():
-            for move, count in each[index].items():
-                total[move] += times * count
-        out.append(total)
-    return out
+        times = np.bincount(rng.integers(len(traces), size=size or len(traces)), minlength=len(traces))
+        seen = np.bincount(np.asarray(flat), weights=times[np.asarray(owner)], minlength=len(kinds))
+        yield Counter({kinds[k]: int(seen[k]) for k in np.flatnonzero(seen)})
 
 
 def change(

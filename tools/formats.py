@@ -22,7 +22,7 @@ from pathlib import Path
 import data
 from common.endings import program
 from common.errors import InputError
-from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.files import each_row, read_json, write_json, write_jsonl
 from tools.trl_rows import Chat, Exchange, Row, as_label, exchanges
 
 # What LLaMA-Factory takes from an entry of dataset_info.json that does not say otherwise.
@@ -59,7 +59,7 @@ def _imported(path: Path, rows: Iterable[Row], convert: Callable[[int, Row], Ite
 def to_trl(source: Path, target: Path, chat: None = None) -> int:
     """TRL's unpaired preference rows. Returns how many."""
     fields = ("id", "prompt", "completion", "label")
-    return write_jsonl(target, ({k: r[k] for k in fields} for r in data.load_train(source)))
+    return write_jsonl(target, ({k: r[k] for k in fields} for r in data.each_train(source)))
 
 
 def from_trl(source: Path, target: Path, chat: Chat) -> int:
@@ -69,7 +69,7 @@ def from_trl(source: Path, target: Path, chat: Chat) -> int:
         for exchange in exchanges(r):
             yield chat.row(_name(r, n), exchange)
 
-    return write_jsonl(target, _imported(source, read_jsonl(source), convert))
+    return write_jsonl(target, _imported(source, each_row(source), convert))
 
 
 def to_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mralign") -> int:
@@ -79,7 +79,7 @@ def to_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mralign
         turns = (("human", chat.user_turn(r["prompt"])), ("gpt", r["completion"]))
         yield {"id": r["id"], "conversations": [{"from": a, "value": b} for a, b in turns], "kto_tag": r["label"]}
 
-    rows = list(_imported(source, data.load_train(source), convert))
+    rows = list(_imported(source, data.each_train(source), convert))
     write_json(target / f"{name}.json", rows)
     info = target / "dataset_info.json"
     entries = read_json(info) if info.exists() else {}
@@ -144,7 +144,7 @@ def to_factalign(source: Path, target: Path, chat: Chat) -> int:
         row = {"id": r["id"], "prompt": said, "completion": answered, "label": r["label"]}
         yield row | {"completion_sentences": sentences, "sentence_label": r.get("sentence_label", helps)}
 
-    return write_jsonl(target, _imported(source, data.load_train(source), convert))
+    return write_jsonl(target, _imported(source, data.each_train(source), convert))
 
 
 def from_factalign(source: Path, target: Path, chat: Chat) -> int:
@@ -165,7 +165,7 @@ def from_factalign(source: Path, target: Path, chat: Chat) -> int:
             yield chat.row(_name(r, n), exchange, sentences) | {"sentence_label": labels}
 
     fields = ("prompt", "completion", "label", "completion_sentences", "sentence_label")
-    return write_jsonl(target, _imported(source, read_jsonl(source, fields), convert))
+    return write_jsonl(target, _imported(source, each_row(source, fields), convert))
 
 
 WAYS = {f.__name__.replace("_", "-"): f for f in (to_trl, from_trl, to_llamafactory, from_llamafactory)}

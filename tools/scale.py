@@ -6,7 +6,7 @@
 The data is made up: every question has one draw with thinking on and one with it off, by a script that writes thoughts
 of the miniature's cue phrases; a tenth of the questions become candidates, so 1,000,000 questions give 100,000 traces.
 Each stage is a process of its own, on one thread: its CPU seconds, so that other work on the machine counts less, and
-its highest memory, libraries included (a process with nothing to do is the first row). Needs about 8 kB of disk a
+its highest memory, libraries included (the first row is a process with nothing to do). Needs some 4 kB of disk a
 question. Left out: what draws, trains or asks somebody, which takes its time elsewhere.
 """
 
@@ -25,10 +25,11 @@ from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, write_jsonl
 from common.table import markdown
-from common.tokens import load_tokenizer
+from common.tokens import encode, load_tokenizer
 
 MODEL = ROOT / "mini" / "model"
 SHARES = (0.05, 0.05, 0.45)  # of the questions: chosen, rejected, right in both modes; the rest is wrong in both
+SHUT = "<think>\n\n</think>\n\n"  # before an answer without thinking
 POOL = 400  # different thoughts
 USE = "import sys; from pathlib import Path; import data; run = Path(sys.argv[1])\n"
 READ = "rows = data.load_train(run / 'train.jsonl')\n"
@@ -48,21 +49,20 @@ PARTS = {  # what has no command of its own
 
 
 def thoughts(rng: random.Random) -> list[str]:
-    """Thoughts of eight to twelve steps, each begun by a cue phrase; chosen and rejected ones do not differ."""
+    """Thoughts of five to nine steps, each begun by a cue phrase; chosen and rejected ones do not differ."""
     cues = [phrase for of in read_json(ROOT / "mini" / "cues.json").values() for phrase in of]
     words = "the answer city name place fact known from memory river which is of in and that was first".split()
 
     def step() -> str:
-        return f"{rng.choice(cues)} {' '.join(rng.choices(words, k=rng.randint(15, 30)))}."
+        return f"{rng.choice(cues)} {' '.join(rng.choices(words, k=rng.randint(6, 12)))}."
 
-    return ["\n\n".join(step() for _ in range(rng.randint(8, 12))) for _ in range(POOL)]
+    return ["\n\n".join(step() for _ in range(rng.randint(5, 9))) for _ in range(POOL)]
 
 
 def make(out: Path, n: int) -> None:
     """OUT/questions.jsonl and OUT/run/samples.jsonl of n questions. Rows are put together from texts: it is quick."""
     rng, tokenizer = random.Random(0), load_tokenizer(MODEL)
     end = tokenizer.token_to_id("<|im_end|>")
-    head = {"on": "<|im_start|>assistant\n", "off": "<|im_start|>assistant\n<think>\n\n</think>\n\n"}
     drawn: dict[tuple[str, bool], list[str]] = {}
     for right in (True, False):
         said = f"<answer>{'right' if right else 'wrong'}</answer>"
@@ -73,10 +73,12 @@ def make(out: Path, n: int) -> None:
                 json.dumps({"mode": mode, "draw": 0, "text": t, "ids": [*i.ids, end]})[1:-1]
                 for t, i in zip(of, ids, strict=True)
             ]
-    prompts = {
-        mode: json.dumps({"prompt": h, "prompt_ids": tokenizer.encode(h, add_special_tokens=False).ids})[1:-1]
-        for mode, h in head.items()
-    }
+    before = (
+        "<|im_start|>user\n",
+        {m: f"<|im_end|>\n<|im_start|>assistant\n{x}" for m, x in (("on", ""), ("off", SHUT))},
+    )
+    ids = {x: encode(tokenizer, x) for x in (before[0], *before[1].values())}
+
     tail = '"answers": ["right"], "finish": "stop", "dataset": "scale", "model": "script", "engine": "script"'
 
     def kinds() -> Iterator[tuple[bool, bool]]:
@@ -95,8 +97,11 @@ def make(out: Path, n: int) -> None:
     with atomic_write(out / "run" / "samples.jsonl") as f:
         for i, kind in enumerate(kinds()):
             for mode, right in zip(("on", "off"), kind, strict=True):
-                own = f'"id": "q{i}", "question": "Which of the {n:,} places is number {i}?"'
-                f.write(f"{{{own}, {rng.choice(drawn[mode, right])}, {prompts[mode]}, {tail}}}\n")
+                question = f"Which of the {n:,} places is number {i}?"
+                whole = before[0] + question + before[1][mode]
+                row = {"id": f"q{i}", "question": question, "prompt": whole}
+                row["prompt_ids"] = ids[before[0]] + encode(tokenizer, question) + ids[before[1][mode]]
+                f.write(f"{{{json.dumps(row)[1:-1]}, {rng.choice(drawn[mode, right])}, {tail}}}\n")
 
 
 def commands(out: Path) -> dict[str, list[str]]:
@@ -104,6 +109,7 @@ def commands(out: Path) -> dict[str, list[str]]:
     run = out / "run"
     stage = ["mralign.py", "--config", "configs/mini.json", "--out", str(run)]
     stage += ["--questions", str(out / "questions.jsonl"), "--draws", "1"]
+    stage += ["--min-think-tokens", "1", "--max-think-tokens", "10000"]
     parts = {name: ["-c", code, str(run), str(MODEL)] for name, code in PARTS.items()}
     found = {name: parts[name] for name in list(PARTS)[:2]}
     found["dry run, with samples"] = [*stage, "--dry-run"]
