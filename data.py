@@ -295,7 +295,7 @@ def equals_gold(text: str, golds: Iterable[str], fold: bool = False) -> bool:
 
 
 def verified(text: str, golds: Iterable[str], fold: bool = False) -> bool:
-    """Has `text`, or what its last \\boxed holds, the value of a gold? For mathematics: common/verifier.py, no folding."""
+    """Has `text`, or what its last \\boxed holds, the value of a gold? For mathematics (common/verifier.py)."""
     return any(verifier.equal(text, gold) for gold in golds)
 
 

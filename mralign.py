@@ -226,7 +226,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
     with (
         process_group() as ranks,
         only_writer(run.out, ranks),
-        status(run.out, ranks.first_to_say),
+        status(run.out),
         ranks.stop.listen(),
     ):
         run.ranks = ranks

@@ -114,7 +114,10 @@ def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
 
 
 def say(error: BaseException, rank: int, reason: str) -> None:
-    """The line on stderr. A stop is everybody's, any other ending that of a rank."""
+    """The line on stderr, unless another rank has said it. A stop is everybody's, any other ending that of a rank."""
+    ranks = sys.modules.get("common.ranks")  # a program that does not know it runs alone
+    if ranks and not ranks.first_to_say(reason):
+        return
     where = f" on rank {rank}" if rank and not isinstance(error, (Stopped, KeyboardInterrupt)) else ""
     print(f"error{where}: {reason}", file=sys.stderr, flush=True)
 
@@ -142,10 +145,10 @@ def settle(error: BaseException | None, out: Path | None) -> int:
 
 
 @contextlib.contextmanager
-def status(out: Path, first_to_say: Callable[[str], bool]) -> Iterator[None]:
+def status(out: Path) -> Iterator[None]:
     """Within it, an ending of the run is also left in `out`/status.json, and said at once by the first rank it befalls.
 
-    first_to_say: `Ranks.first_to_say`. Use it inside the process group: a rank that has left ends the others' sums.
+    Use it inside the process group: a rank that has left ends the others' sums.
     """
     try:
         yield
@@ -154,8 +157,7 @@ def status(out: Path, first_to_say: Callable[[str], bool]) -> Iterator[None]:
         rank = int(os.environ.get("RANK", 0))
         if code != 1:
             leave_status(out, rank, code, reason)
-            if first_to_say(reason):
-                say(error, rank, reason)
+            say(error, rank, reason)
             error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")

@@ -38,14 +38,6 @@ class Ranks:
     stop: Stop = field(default_factory=Stop)
     patient: dist.ProcessGroup | None = None  # for waits that may be long; None: the group of the sums
     restarted: bool = False  # torchrun has started the processes again after one of them died
-    store: dist.Store | None = None  # what torchrun's processes share, also after one of them has left the group
-
-    def first_to_say(self, text: str) -> bool:
-        """Whether no other rank has asked this of the same text: what befalls all of them needs to be said once."""
-        try:
-            return self.store is None or self.store.add(f"said {text}", 1) == 1
-        except RuntimeError:  # who holds the store has gone
-            return True
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place, and returned. Its shape must not depend on data."""
@@ -80,6 +72,25 @@ def not_joined() -> Ranks:
     return Ranks(int(os.environ.get("RANK", 0)), 1, torch.device("cpu"))
 
 
+def first_to_say(text: str) -> bool:
+    """Whether none of the processes that torchrun started has asked this of the same text; inside a group and outside.
+
+    What befalls all of them needs to be said once. True where they share no store: alone, or if a rank itself holds it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        store: dist.Store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=5)))[0]
+        return dist.PrefixStore(f"attempt{_attempt()}", store).add(f"said {text}", 1) == 1
+    except RuntimeError:  # the launcher, which holds the store, has gone
+        return True
+
+
+def _attempt() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def end_with_launcher() -> None:
     """On Linux, SIGTERM to this process when the one that started it dies: a launcher killed by -9 cannot send one."""
     if sys.platform == "linux":
@@ -100,7 +111,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
         torch.cuda.set_device(device)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarts = _attempt()
     store: dist.Store = dist.HashStore()
     if launched:  # a restarted group must not meet the addresses of the one before it, which the store still holds
         store = dist.PrefixStore(f"attempt{restarts}", next(dist.rendezvous("env://"))[0])
@@ -114,7 +125,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     JOINED.extend((dist.group.WORLD, patient))
     try:
-        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0, store=store)
+        yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
     finally:
         dist.destroy_process_group()
 

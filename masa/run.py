@@ -193,7 +193,7 @@ def step_line(m: Mapping[str, Any], total: int) -> str:
 
 def work(s: Settings, source: hub.Source, command: str = "train") -> None:
     """Join the other processes, train or score, and leave what comes of it in `s.out`."""
-    with process_group() as ranks, status(Path(s.out), ranks.first_to_say), ranks.stop.listen():
+    with process_group() as ranks, status(Path(s.out)), ranks.stop.listen():
         prompts = Prompts(source.folder, s)
         paths = dict(part.split("=", 1) for part in s.eval_sets.split(",") if part)
         evals = {name: load_problems(path, bool(s.reward))[0] for name, path in paths.items()}

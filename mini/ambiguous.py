@@ -24,6 +24,7 @@ import contextlib
 import functools
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,40 +200,55 @@ def estimates(steps: Mapping[str, Sequence[Step]]) -> dict[str, tuple[Labels, qu
     return {"em": (two, em.fit), "frequency": (two, em.frequency), "one label": (one, em.fit)}
 
 
-def measure(
-    labels: Labels,
-    fit: questions.Fit,
-    segments: Mapping[str, Sequence[int]],
-    true: Labels,
-    chosen: Mapping[str, bool],
-    drawn: Mapping[str, int],
-) -> dict[str, float]:
-    """Distances of one estimate from the truth on candidates, each counted `drawn` times.
+class Estimate:
+    """P and w from labels of traces, each of which may count several times.
 
-    segments: candidate -> number of segments of every step. {P, P_pos, P_neg: mean L1 (Eq. 13); chosen, rejected: rank
-    correlation of w with the true w over segments; spread, true spread: mean of log w without its sign}.
+    labels: trace -> labels of every step; sizes: trace -> number of segments of every step; chosen: trace -> class.
     """
 
-    def fitted(of: Labels, how: questions.Fit) -> dict[str, np.ndarray]:
-        moves: dict[str, list[em.Observation]] = {"P": [], "P_pos": [], "P_neg": []}
-        for key, times in drawn.items():
-            found = em.observations(of[key]) * times
-            moves["P"] += found
-            moves["P_pos" if chosen[key] else "P_neg"] += found
-        return {name: how(obs).P for name, obs in moves.items()}
+    def __init__(
+        self, labels: Labels, fit: questions.Fit, sizes: Mapping[str, Sequence[int]], chosen: Mapping[str, bool]
+    ) -> None:
+        self.fit, self.chosen = fit, np.array([chosen[key] for key in labels])
+        seen = [Counter(em.observations(of)) for of in labels.values()]
+        into = [em.incoming(of) for of in labels.values()]
+        self.moves = sorted({move for counts in seen for move in counts})
+        place = {move: k for k, move in enumerate(self.moves)} | {None: len(self.moves)}
+        self.counts = np.array([[counts[move] for move in self.moves] for counts in seen])  # (traces, moves)
+        steps = [np.repeat([place[m] for m in of], sizes[key]) for key, of in zip(labels, into, strict=True)]
+        self.step_into = np.concatenate(steps).astype(int)  # of every segment
+        self.trace = np.repeat(np.arange(len(steps)), [len(of) for of in steps])
 
-    P, Q = fitted(labels, fit), fitted(true, em.fit)
+    def matrices(self, times: np.ndarray) -> dict[str, np.ndarray]:
+        """P, P_pos, P_neg when trace i counts times[i] times."""
+        sides = {"P": np.ones(len(times), dtype=bool), "P_pos": self.chosen, "P_neg": ~self.chosen}
+        totals = {name: (times * side) @ self.counts for name, side in sides.items()}
+        return {
+            name: self.fit(Counter({m: int(n) for m, n in zip(self.moves, of, strict=True) if n})).P
+            for name, of in totals.items()
+        }
+
+    def log_weights(self, P: Mapping[str, np.ndarray]) -> np.ndarray:
+        """log w of every segment: that of its step (Eq. 10)."""
+        of_class = [np.log([*questions._move_weights(self.moves, P[own], P["P"]), 1.0]) for own in ("P_neg", "P_pos")]
+        return np.where(self.chosen[self.trace], of_class[1][self.step_into], of_class[0][self.step_into])
+
+
+def measure(estimate: Estimate, true: Estimate, times: np.ndarray) -> dict[str, float]:
+    """Distances of an estimate from the truth when trace i counts times[i] times.
+
+    {P, P_pos, P_neg: mean L1 (Eq. 13); chosen, rejected: rank correlation of w with the true w over segments; spread,
+    true spread: mean of log w without its sign}.
+    """
+    P, Q = estimate.matrices(times), true.matrices(times)
     out = {name: agreement.mean_l1(P[name], Q[name]) for name in P}
-    logs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for key, times in drawn.items():
-        own = "P_pos" if chosen[key] else "P_neg"
-        w = np.repeat(em.segment_weights(labels[key], P[own], P["P"]), segments[key])
-        right = em.segment_weights(true[key], Q[own], Q["P"])
-        logs[chosen[key]] += list(zip(np.log(w).tolist(), np.log(right).tolist(), strict=True)) * times
+    weight = times[true.trace]
+    logs = [of.log_weights(fitted) for of, fitted in ((estimate, P), (true, Q))]
     for name, side in (("chosen", True), ("rejected", False)):
-        out[name] = questions.spearman(*zip(*logs[side], strict=True)) or 0.0
-    both = np.abs(np.array(logs[True] + logs[False])).mean(0)
-    return out | {"spread": float(both[0]), "true spread": float(both[1])}
+        repeats = weight * (true.chosen[true.trace] == side)
+        out[name] = questions.spearman(*(np.repeat(x, repeats) for x in logs)) or 0.0
+    spread, true_spread = (float(np.average(np.abs(x), weights=weight)) for x in logs)
+    return out | {"spread": spread, "true spread": true_spread}
 
 
 def resampled(n: int, seed: int = 0) -> list[np.ndarray]:
@@ -241,10 +257,10 @@ def resampled(n: int, seed: int = 0) -> list[np.ndarray]:
     return [np.ones(n, dtype=int), *rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)]
 
 
-def interval(values: Sequence[float], shifted: bool) -> dict[str, float]:
-    """values: of the data, then of the resamples. shifted: the interval is moved onto the value (agreement.py: why)."""
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """values: of the data, then of resamples, whose interval is moved onto the value (llm/agreement.py says why)."""
     drawn = np.array(values[1:])
-    low, high = np.quantile(drawn - (drawn.mean() - values[0] if shifted else 0.0), (0.025, 0.975)).tolist()
+    low, high = np.quantile(drawn - (drawn.mean() - values[0]), (0.025, 0.975)).tolist()
     return {"value": values[0], "low": low, "high": high}
 
 
@@ -260,18 +276,16 @@ def held_against_truth(run: Path) -> dict[str, Any]:
     tries = {name: (said["merged"], *of) for name, of in estimates(steps).items()}
     tries |= {f"{name}, alone": (said[name], *estimates(said[name])["em"]) for name in ("annotator a", "annotator b")}
     found: dict[str, list[dict[str, float]]] = {}
+    draws = resampled(len(both))
+    right = Estimate({key: true[key] for key in both}, em.fit, {key: [1] * len(true[key]) for key in both}, chosen)
     for name, (of, labels, fit) in tries.items():
         sizes = {key: [len(step.segments) for step in of[key]] for key in both}
-        found[name] = [
-            measure(labels, fit, sizes, true, chosen, {key: int(n) for key, n in zip(both, times, strict=True) if n})
-            for times in resampled(len(both))
-        ]
-    distances = {
-        name: {key: interval([x[key] for x in of], key.startswith("P")) for key in of[0]} for name, of in found.items()
-    }
+        estimate = Estimate({key: labels[key] for key in both}, fit, sizes, chosen)
+        found[name] = [measure(estimate, right, times) for times in draws]
+    distances = {name: {key: interval([x[key] for x in of]) for key in of[0]} for name, of in found.items()}
     apart = {
         f"{name} - em": {
-            key: interval([x[key] - y[key] for x, y in zip(found[name], found["em"], strict=True)], key.startswith("P"))
+            key: interval([x[key] - y[key] for x, y in zip(found[name], found["em"], strict=True)])
             for key in ("P", "P_pos", "P_neg", "chosen", "rejected")
         }
         for name in found
@@ -282,7 +296,9 @@ def held_against_truth(run: Path) -> dict[str, Any]:
     agree = {
         name: {
             key: value
-            for key, value in agreement.compare(*([said[x][k] for k in both] for x in pair)).items()
+            for key, value in agreement.compare(
+                *([said[x][k] for k in both] for x in pair), resamples=RESAMPLES
+            ).items()
             if key in (*agreement.MEASURES, "mean_l1")
         }
         for name, pair in pairs.items()
@@ -400,13 +416,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side [2]")
     parser.add_argument("--no-training", action="store_true", help="labels and matrices only")
     given = parser.parse_args(argv)
+    first = next(iter(RATES))
+    labelled = [Cell(name, "em", 0, first) for name in ("", *PANELS)]
     with servers() as urls:
-        wanted = [cell for cell in cells() if not given.no_training or (cell.estimate, cell.seed) == ("em", 0)]
+        wanted = [cell for cell in cells() if not given.no_training or cell in labelled]
         children = [child(cell, urls, not given.no_training) for cell in wanted]
         ends = run_all(children, given.jobs, OUT)
     if code := unfinished(ends, children):
         return code
-    first = next(iter(RATES))
     result = {
         "command": " ".join(["python -m mini.ambiguous", *(sys.argv[1:] if argv is None else argv)]),
         **machine(),

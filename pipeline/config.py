@@ -74,7 +74,7 @@ class CandidateSettings:
     max_think_tokens: int = opt(1000, "longest thought, tokens, inclusive", low=1)
     matcher: str = opt(
         "equal",
-        "an answer is right if it equals a gold, contains one (A.2), has it in whole words, has its value (mathematics)",
+        "an answer is right if it equals a gold, contains one (A.2), has it in whole words, has its value (verifier)",
         choices=MATCHERS,
     )
     fold: bool = opt(False, "before matching, fold accents, Unicode dashes, quotes and degree signs")
@@ -277,6 +277,10 @@ def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:
 def _check_variants(cfg: RunConfig) -> None:
     """Refuse variants that do not exist or lack what they need. Raises InputError."""
     also = cfg.more_variants
+    if cfg.search and not cfg.search.startswith("serper") and not Path(cfg.search).exists():
+        raise InputError(
+            f"--search {cfg.search}: no such file; give serper, serper#KEY_VARIABLE or a file of documents"
+        )
     known = {REFINE, *(v + RET for v in ("thinkoff", "thinkon", REFINE, *cfg.methods))}
     for k, variant in enumerate(also):
         if variant not in known or variant in also[:k]:

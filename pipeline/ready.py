@@ -5,16 +5,20 @@ once, by the first process, since a long file takes a second or two. The dry run
 same function.
 """
 
+import socket
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import data
 from common import hub
-from common.errors import InputError
+from common.errors import InputError, ServiceError
 from common.files import ROOT
 from common.template import load_prompt
 from common.tokens import encode
+from llm import labelling
+from llm.client import parse_endpoint
 from pipeline import room
 from pipeline.config import MEASURED, RunConfig
 from pipeline.run import Question, Run, too_long
@@ -82,6 +86,34 @@ def check_lengths(run: Run, wanted: Sequence[str], files: Mapping[str, Sequence[
                 raise InputError("; ".join(part for part in (told, miniature(cfg)) if part))
 
 
+def check_listens(url: str) -> None:
+    """Raise ServiceError if the machine of a URL refuses connections to its port.
+
+    Later a client is patient, since servers are restarted; at the start nobody should wait for one that is not there.
+    What cannot be known at once, behind a proxy or a slow network, is left to the client.
+    """
+    at = urllib.parse.urlsplit(url)
+    try:
+        socket.create_connection((at.hostname, at.port or {"http": 80}.get(at.scheme, 443)), timeout=3).close()
+    except ConnectionRefusedError:
+        raise ServiceError(f"{url}: no server listens there; start it, then run the same command again") from None
+    except OSError:
+        pass
+
+
+def check_servers(cfg: RunConfig, wanted: Sequence[str]) -> None:
+    """Look for the servers of the stage that comes first or that is named, unless its results or replies are there."""
+    out = Path(cfg.out)
+    if cfg.backend == "openai" and (not wanted or {"sample", "eval"} & set(wanted)):
+        if "eval" in wanted or not (out / "samples.jsonl").exists():
+            check_listens(cfg.base_url)
+    if "annotate" in wanted and cfg.annotator == "committee" and not (out / "annotation/calls.jsonl").exists():
+        for endpoint in labelling.endpoints(cfg).values():
+            check_listens(endpoint.base_url)
+    if "judge" in wanted and cfg.judge not in ("", "stand-in") and not (out / "judge/calls.jsonl").exists():
+        check_listens(parse_endpoint(cfg.judge).base_url)
+
+
 def check(run: Run, known: Sequence[str], wanted: Sequence[str], redo: Sequence[str]) -> None:
     """Raise InputError at the first thing that would stop the run later. known: the names of all stages."""
 
@@ -92,6 +124,7 @@ def check(run: Run, known: Sequence[str], wanted: Sequence[str], redo: Sequence[
         raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
     if run.ranks.rank:
         return  # the first process speaks for all
+    check_servers(run.cfg, wanted)
     if due("train") or room.stages_that_hold(run.cfg, wanted):
         folder = run.source.folder
         if absent := hub.lacking(folder):

@@ -101,7 +101,7 @@ def check_latest(folder: Path, allowed: tuple[int, ...]) -> int:
     return manifest["step"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.long)])
 def test_whichever_disk_operation_fails_the_old_or_the_new_checkpoint_loads(tmp_path, number):
     """Every open, write, sync and rename of a save is made to fail in turn, until a save passes untouched."""
     outcomes, before = [], tmp_path / "before"

@@ -75,12 +75,12 @@ def test_torchs_out_of_memory_is_known_without_importing_torch() -> None:
 
 
 def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def run(error: BaseException | None, rank: str = "0", first: bool = True) -> int:
+    def run(error: BaseException | None, rank: str = "0") -> int:
         monkeypatch.setenv("RANK", rank)
 
         @endings.program
         def main() -> None:
-            with endings.status(tmp_path, lambda text: first):
+            with endings.status(tmp_path):
                 if error:
                     raise error
 
@@ -96,7 +96,6 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert run(Stopped(signal.SIGTERM), "1") == 75
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in said] == ["error", "error on rank 2", "error", "error"]
-    assert run(InputError("bad"), "0", first=False) == 3 and capsys.readouterr().err == ""  # another rank has said it
     (tmp_path / "status.json").unlink()
     assert run(None) == 0
     assert read_json(tmp_path / "status.json") == {"state": "done", "exit_code": 0, "rank": 0, "reason": ""}
@@ -114,16 +113,30 @@ def test_what_befalls_every_rank_is_said_by_rank_0(monkeypatch: pytest.MonkeyPat
     assert endings.settle(None, None) == 0 and slept == [endings.FIRST]
 
 
-def test_one_text_is_said_by_one_rank() -> None:
-    import torch
+def test_one_text_is_said_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Three ranks with the launcher's store: the same mistake is one line, a mistake of its own another one."""
+    import torch.distributed as dist
 
-    from common.ranks import Ranks
+    from common import ranks
 
-    store = torch.distributed.HashStore()
-    ranks = [Ranks(rank, 3, torch.device("cpu"), store=store) for rank in range(3)]
-    assert [r.first_to_say("the file is bad") for r in ranks] == [True, False, False]
-    assert [r.first_to_say(f"mine, {r.rank}") for r in ranks] == [True, True, True]
-    assert Ranks(0, 1, torch.device("cpu")).first_to_say("alone") is True
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, 0, 3)]))
+    monkeypatch.setattr(endings.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for rank, text in ((1, "all"), (0, "all"), (2, "all"), (2, "its own")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert endings.settle(InputError(text), None) == 3
+    assert capsys.readouterr().err == "error on rank 1: all\nerror on rank 2: its own\n"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # what befell the first attempt may befall the second
+    assert ranks.first_to_say("all") is True and ranks.first_to_say("all") is False
+
+    def gone(url: str, timeout: object) -> None:
+        raise dist.DistNetworkError("connection refused")
+
+    monkeypatch.setattr(dist, "rendezvous", gone)
+    assert ranks.first_to_say("all") is True
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert ranks.first_to_say("all") is True  # alone
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

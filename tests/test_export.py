@@ -283,9 +283,9 @@ def test_a_report_asks_the_server_for_what_one_gpu_cannot_compute(
     path, url, engine, handler = served
     handler.said = lambda ids: (truth if handler.seen[-1]["model"] == "mralign" else ignoring)(engine, ids)
     run = object.__new__(Run)
-    run.source, run.out, run.impl = hub.Source(path.parent / "base", "my/base"), tmp_path, "torch"
+    run.source, run.out = hub.Source(path.parent / "base", "my/base"), tmp_path
     run.ranks, run.methods = Ranks(0, 1, torch.device("cpu")), ["kto", "mralign"]
-    run.cfg = RunConfig(method="kto,mralign", dtype="float32", backend="openai", base_url=url)
+    run.cfg = RunConfig(method="kto,mralign", dtype="float32", backend="openai", base_url=url, kernel="torch")
     shutil.copytree(path, tmp_path / "mralign")
     row = {"prompt_ids": [5, 9, 31], "completion_ids": [7, 250, 12, 99, 3]}
     handler.seen.clear()

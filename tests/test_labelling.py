@@ -44,6 +44,7 @@ def candidates(n: int) -> list[dict]:
             spans.append([len(text), len(text) + len(segment)])
             text += segment
         row = {"id": f"q{k}", "question": f"Which river {k}?", "answers": ["Nile"], "chosen": k % 2 == 0}
+        row |= {"prompt_ids": [1, 2, 3], "completion_ids": list(range(len(text) // 4))}
         rows.append(row | {"completion": text + "</think>\n\n<answer>Nile</answer>", "spans": spans})
     return rows
 

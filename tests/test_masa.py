@@ -358,18 +358,19 @@ def loss_by_hand(made, groups, agg: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("agg", ["token", "seq"])
-@pytest.mark.parametrize("micro_tokens", [1, 150, 100_000])
-def test_the_gradient_is_the_objectives_whatever_the_packing(folder, group, agg, micro_tokens):
-    made = masa_worker.build(folder, group, agg=agg, micro_tokens=micro_tokens, max_grad_norm=1e9)
-    groups = made.next_batch()
-    made.roll_out(groups, 0, "x")
-    made.score(groups)
-    expected = torch.autograd.grad(loss_by_hand(made, groups, agg), list(made.names.values()))
-    made.optimizer = masa_worker.NoStep(made.names)
-    tally = Tally()
-    made.update([r for g in groups for r in g.solutions + g.metas], 1.0, tally)
-    for (name, got), want in zip(made.optimizer.grads[0].items(), expected, strict=True):
-        assert torch.allclose(got, want, rtol=1e-4, atol=1e-7), name
+def test_the_gradient_is_the_objectives_whatever_the_packing(folder, group, agg):
+    expected: list[torch.Tensor] = []
+    for micro_tokens in (1, 150, 100_000):
+        made = masa_worker.build(folder, group, agg=agg, micro_tokens=micro_tokens, max_grad_norm=1e9)
+        groups = made.next_batch()
+        made.roll_out(groups, 0, "x")
+        made.score(groups)
+        expected = expected or torch.autograd.grad(loss_by_hand(made, groups, agg), list(made.names.values()))
+        made.optimizer = masa_worker.NoStep(made.names)
+        tally = Tally()
+        made.update([r for g in groups for r in g.solutions + g.metas], 1.0, tally)
+        for (name, got), want in zip(made.optimizer.grads[0].items(), expected, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-7), (name, micro_tokens)
 
 
 def test_several_updates_clip_against_the_policy_that_sampled(folder, group):
@@ -691,11 +692,18 @@ def test_a_damaged_evaluation_is_made_again_or_refused(tmp_path, folder, group, 
         a_run(folder, tmp_path / "run", group, steps=2, eval_every=2).begin(True)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, folder, group):
-    whole = a_run(folder, tmp_path / "whole", group)
-    whole.begin(False)
-    whole.train()
-    whole.finish()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder, group) -> Path:
+    """A run of `a_run` that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    run = a_run(folder, out, group)
+    run.begin(False)
+    run.train()
+    run.finish()
+    return out
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, folder, group, whole):
     first = a_run(folder, tmp_path / "cut", group)
     steps, count = first.masa.step, [0]
 
@@ -717,10 +725,10 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, folder, group):
     again.train()
     again.finish()
     for name in ("adapter_model.safetensors", "evals.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    rows = [bare(read_jsonl(tmp_path / run / "metrics.jsonl")) for run in ("whole", "cut")]
+        assert (whole / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    rows = [bare(read_jsonl(run / "metrics.jsonl")) for run in (whole, tmp_path / "cut")]
     assert rows[0] == rows[1] and len(rows[0]) == 6
-    samples_kept = [read_jsonl(tmp_path / run / "samples/step-000001.jsonl") for run in ("whole", "cut")]
+    samples_kept = [read_jsonl(run / "samples/step-000001.jsonl") for run in (whole, tmp_path / "cut")]
     assert samples_kept[0] == samples_kept[1] and len(samples_kept[0]) == 2
     changed = a_run(folder, tmp_path / "cut", group, gate_std=0.2)
     with pytest.raises(InputError, match="gate_std was 0.1, is 0.2"):
@@ -989,17 +997,13 @@ def test_cloning_has_a_rate_of_its_own(folder, group):
 # ---------- runs that are extended, scored, looked at
 
 
-def test_a_finished_run_is_extended_to_what_a_longer_one_would_have_been(tmp_path, folder, group):
+def test_a_finished_run_is_extended_to_what_a_longer_one_would_have_been(tmp_path, folder, group, whole):
     for steps, every in ((4, 2), (6, 3)):
         training = a_run(folder, tmp_path / "extended", group, steps=steps, eval_every=every)
         training.begin(True)
         training.train()
         training.finish()
-    whole = a_run(folder, tmp_path / "whole", group)
-    whole.begin(False)
-    whole.train()
-    whole.finish()
-    files = [tmp_path / run / "adapter_model.safetensors" for run in ("extended", "whole")]
+    files = [run / "adapter_model.safetensors" for run in (tmp_path / "extended", whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted({row["step"] for row in read_jsonl(tmp_path / "extended/evals.jsonl")}) == [0, 2, 4, 6]
 

@@ -322,7 +322,7 @@ def test_costs_count_what_a_built_mixture_has_and_computes(monkeypatch: pytest.M
 @pytest.mark.parametrize("experts", [True, False])
 def test_what_a_layer_of_a_mixture_leaves_alive(experts: bool, dtype: torch.dtype, recompute: str) -> None:
     """As test_costs counts it for others: two more layers, with experts or without, leave so many bytes more."""
-    alive, tokens = [], 512
+    alive, tokens = [], 128
     size = torch.finfo(dtype).bits // 8
     for layers in (4, 6):
         without = () if experts else tuple(range(1, layers))

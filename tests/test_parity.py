@@ -22,8 +22,8 @@ from common.tokens import encode
 if importlib.util.find_spec("trl") is None:
     pytest.skip("trl is not installed; requirements-test.txt has it", allow_module_level=True)
 
-ROWS, BATCH, STEPS = 16, 4, 20
-RATE = 3e-3  # large, so that twenty steps move the rewards and z0 away from zero
+ROWS, BATCH, STEPS = 16, 4, 10
+RATE = 6e-3  # large, so that ten steps move the rewards and z0 away from zero
 WORDS = (
     "the capital of France is Paris. I recall that it is Lyon, so the answer is not a city. Wait, let me check".split()
 )
@@ -111,7 +111,7 @@ def trl_trainer(
         loss_type=loss,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=2,
+        warmup_steps=1,
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -184,7 +184,7 @@ def same_adapters(trainer: train.Trainer, trl, start: dict[str, torch.Tensor]) -
         assert (p - start[name]).abs().max() > 1e-3  # every matrix has moved by more than the tolerance
 
 
-def test_twenty_steps_of_kto_are_trls(base, train_file, tiny_tokenizer, group, tmp_path):
+def test_ten_steps_of_kto_are_trls(base, train_file, tiny_tokenizer, group, tmp_path):
     trl, seen = trl_trainer(base, train_file, tiny_tokenizer, tmp_path, BATCH)
     rows = plain_rows(train_file, tiny_tokenizer, trl)
     trainer = ours(base, rows, group, micro=3, roll=BATCH)  # any split of the four rows gives the same step

@@ -357,6 +357,7 @@ def test_no_settings_at_all():
         (["smaple"], ["unknown stage 'smaple'", "sample"]),
         (["--also", "dpo+ret"], ["--also 'dpo+ret'", "thinkon+ret"]),
         (["--also", "thinkon+ret"], ["thinkon+ret needs --search"]),
+        (["--search", "absent.jsonl"], ["--search absent.jsonl: no such file"]),
         (["--also", "refine+ret", "--search", "mini/snippets.jsonl"], ["put thinkon+ret before it"]),
         (["--eval-draws", 0], ["--eval-draws is 0"]),
         (["--judge", "gpt-4o"], ["MODEL@BASE_URL"]),

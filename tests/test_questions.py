@@ -12,7 +12,7 @@ import em
 from annotate import Step
 from common.errors import InputError
 from common.files import write_jsonl
-from tools import questions
+from tools import questions, sweep
 
 NAMES = ("framing", "retrieval", "evaluation", "backtracking")
 
@@ -219,3 +219,31 @@ def test_two_graders_by_hand(tmp_path):
     assert found["kappa"][0] == pytest.approx((0.75 - chance) / (1 - chance))
     assert found["confusion"] == {"R": {"R": 4, "W": 1}, "W": {"R": 1, "W": 2}}
     assert found["strict"][1] < 0.75 < found["strict"][2]
+
+
+def test_training_with_each_alternative_is_a_sweep_on_the_draws_and_labels_of_the_run(tmp_path, monkeypatch):
+    run, config = tmp_path / "run", tmp_path / "config.json"
+    config.write_text('{"model": "mini/model", "out": "runs/elsewhere", "annotator": "cues"}')
+    asked = []
+
+    def end_well(words):
+        file = sweep.load(words[0])
+        asked.append((file, [sweep.command(file, name, 1, 1, words[1:]) for name in file["runs"]]))
+        (tmp_path / "run" / "questions" / "sensitivity" / "sweep.json").write_text('{"runs": {}}')
+        return 0
+
+    monkeypatch.setattr(questions.sweep, "main", end_well)
+    runs = questions.alternatives("prior 1; 200 iterations, damping 1")
+    assert questions.train_each(run, config, "sensitivity", runs, "1,2", ["--lr", "3e-4"]) == {"runs": {}}
+    ((file, commands),) = asked
+    assert file["seeds"] == [1, 2] and list(file["runs"])[1:] == ["prior 1", "200 iterations, damping 1"]
+    assert sweep.settings_of(file, "prior 1", []).em_prior == 1.0
+    assert [c[c.index("--annotator") + 1] for c in commands] == [str(run / "annotations.jsonl")] * 3
+    assert all(c[-2:] == ["--lr", "3e-4"] for c in commands)
+    last = commands[2]
+    assert last[last.index("--em-iterations") + 1] == "200" and last[last.index("--em-damping") + 1] == "1.0"
+    assert sweep.lenders(file, "prior 1", 0)[0] == run  # its draws are those of seed 0
+    with pytest.raises(InputError, match="--only 'prior 2' is not one of: damping .2; "):
+        questions.alternatives("prior 2")
+    with pytest.raises(InputError, match="--seeds 'one' must be whole numbers"):
+        questions.train_each(run, config, "sensitivity", runs, "one", [])

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 import mralign
-from common.errors import InputError
+from common.errors import InputError, ServiceError
 from common.files import read_jsonl, write_jsonl
 from common.hub import locate
 from common.ranks import not_joined
@@ -81,11 +82,30 @@ def test_later_files_are_read_before_the_first_stage(tmp_path):
 
     shutil.copytree(ROOT / "mini/model", tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
-    served = {"backend": "openai", "base_url": "http://127.0.0.1:1/v1"}
-    run = a_run(tmp_path, model=str(tmp_path / "model"), **served)
-    with pytest.raises(InputError, match="model.safetensors: no such file"):
-        ready.check(run, STAGES, [], [])
-    ready.check(run, STAGES, ["sample"], [])  # the server has them
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        served = {"backend": "openai", "base_url": f"http://127.0.0.1:{server.getsockname()[1]}/v1"}
+        run = a_run(tmp_path, model=str(tmp_path / "model"), **served)
+        with pytest.raises(InputError, match="model.safetensors: no such file"):
+            ready.check(run, STAGES, [], [])
+        ready.check(run, STAGES, ["sample"], [])  # the server has them
+
+
+def test_a_server_that_is_not_there_is_looked_for_where_it_is_asked_first(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        ready.check_listens(url)  # and after this nobody listens there
+    committee = {"annotator": "committee", "annotator_a": f"m@{url}", "judge": f"m@{url}"}
+    own = RunConfig(out=str(tmp_path), **committee)
+    served = dataclasses.replace(own, backend="openai", base_url=url)
+    for cfg, wanted in ((served, []), (served, ["sample"]), (served, ["eval"]), (own, ["annotate"]), (own, ["judge"])):
+        with pytest.raises(ServiceError, match="no server listens there; start it"):
+            ready.check_servers(cfg, wanted)
+    ready.check_servers(own, [])  # annotators may be started while the draws are made
+    ready.check_servers(served, ["train"])
+    for file in ("samples.jsonl", "annotation/calls.jsonl", "judge/calls.jsonl"):
+        write_jsonl(tmp_path / file, [])
+    ready.check_servers(served, [])  # what was drawn or answered needs no server
+    ready.check_servers(own, ["annotate", "judge"])
 
 
 def test_unknown_stages_are_named_with_those_there_are(tmp_path):

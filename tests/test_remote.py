@@ -276,6 +276,7 @@ def test_a_servers_log_probabilities_weigh_its_samples(tmp_path, monkeypatch):
             s = masa_worker.settings(
                 folder,
                 metas=0,
+                batch=2,
                 max_new=9,
                 eval_max_new=9,
                 max_grad_norm=1e9,
@@ -289,7 +290,7 @@ def test_a_servers_log_probabilities_weigh_its_samples(tmp_path, monkeypatch):
             row = made.step(0)
             made.evaluate(0, "held", made.problems[:1])
         asked = ["logprobs" in body for body in seen if "prompt" in body]
-        assert asked == ([bool(s.is_cap)] * 16 + [False] * 4)  # not for an evaluation
+        assert asked == ([bool(s.is_cap)] * 8 + [False] * 4)  # not for an evaluation
         return row, torch.cat([g.flatten() for g in made.optimizer.grads[0].values()])
 
     with process_group() as ranks:

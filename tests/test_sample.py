@@ -219,15 +219,14 @@ def test_text_depends_on_the_seed_alone(tiny: qwen.Qwen3, settings: dict[str, fl
     """Whatever the batch size, the order of the prompts, the refills and the neighbours' ends: the same text."""
     n = 36
     prompts, rng = make_prompts(n), random.Random(2)
-    seeds, limits = [100 + i for i in range(n)], [rng.randint(1, 70) for _ in range(n)]
+    seeds, limits = [100 + i for i in range(n)], [rng.choice((1, 7, 30, 70)) for _ in range(n)]
     common = dict(stop_ids={5, 6}, **settings)
     expected = generate(tiny, prompts, seeds, max_new=limits, batch_size=n, **common)
     assert len({c.finish for c in expected}) == 2
-    for batch_size in (1, 3, 16, 25):
+    for batch_size in (1, 3, 16):
         order = list(range(n))
         rng.shuffle(order)
-        if batch_size == 1:
-            order = order[:6]
+        order = order[: {1: 4, 3: 18}.get(batch_size, n)]
         args = ([values[i] for i in order] for values in (prompts, seeds))
         out = generate(tiny, *args, max_new=[limits[i] for i in order], batch_size=batch_size, **common)
         assert out == [expected[i] for i in order]
@@ -248,8 +247,9 @@ def test_logits_of_a_row_do_not_move_by_one_bit(tiny: qwen.Qwen3, monkeypatch: p
     monkeypatch.setattr(sample, "pick", watched_pick)
     n = 25
     limits = [5 + 13 * i % 50 for i in range(n)]
-    for batch_size in (n, 1, 3, 17):
-        generate(tiny, make_prompts(n), list(range(n)), max_new=limits, stop_ids={5}, batch_size=batch_size)
+    for batch_size, rows in ((n, n), (1, 4), (3, 9), (17, n)):
+        prompts, seeds = make_prompts(n)[:rows], list(range(rows))
+        generate(tiny, prompts, seeds, max_new=limits[:rows], stop_ids={5}, batch_size=batch_size)
     assert len(seen) > 500
 
 
@@ -399,7 +399,9 @@ def test_admitted_takes_the_longest_prefix_that_fits() -> None:
         assert blocks == max([*active, *waiting[:n]], default=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"temperature": 1.0, "top_p": 1.0, "top_k": 0}, marks=pytest.mark.long)], ids=str
+)
 def test_little_memory_gives_the_same_text(
     tiny: qwen.Qwen3, settings: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,7 +493,7 @@ def test_ids_without_a_token_are_never_sampled(tiny: qwen.Qwen3) -> None:
         prompts, seeds = make_prompts(20), list(range(20))
         there = [[moved[i] for i in prompt] for prompt in prompts]
         for how in ({"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
-            run = dict(max_new=25, **how)
+            run = dict(max_new=10, **how)
             free = generate(wide, there, seeds, stop_ids={moved[7]}, **run)
             assert any(i in never for c in free for i in c.ids)
             narrow = generate(tiny, prompts, seeds, stop_ids={7}, **run)

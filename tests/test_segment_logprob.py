@@ -388,21 +388,6 @@ def test_fp64_is_for_torch(impl, device):
         assert op.segment_logprob(*inputs, impl)[0].dtype == torch.float64
 
 
-WITHOUT_TRITON = """
-import sys; sys.modules["triton"] = None  # import triton raises ImportError
-import torch
-from common.errors import InputError
-from kernels import segment_logprob as op
-h, y, w, cu = torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2), torch.tensor([0, 2])
-assert op.default_impl("cuda") == "torch"
-print(float(op.segment_logprob(h, torch.zeros(4, 3), y, w, cu, "torch")[1]))
-try:
-    op.segment_logprob(h, torch.zeros(4, 3), y, w, cu, "triton")
-except InputError as error:
-    print(error)
-"""
-
-
 def run(*command, **environment) -> str:
     """Standard output of a Python process; its standard error when it fails. A variable that is None is unset."""
     merged = {**os.environ, **environment}
@@ -414,10 +399,19 @@ def run(*command, **environment) -> str:
     return done.stdout
 
 
-def test_without_triton():
-    value, message = run("-c", WITHOUT_TRITON).splitlines()
-    assert float(value) == pytest.approx(2 * math.log(1 / 4))
-    assert message == "Triton is not installed; install it (pip install triton) or use impl 'torch'"
+def test_without_triton(monkeypatch):
+    """The file imported once more, where `import triton` fails."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("without_triton", op.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    h, weight, y, w, cu = torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]), torch.ones(2), torch.tensor([0, 2])
+    assert without.default_impl("cuda") == "torch"
+    assert float(without.segment_logprob(h, weight, y, w, cu, "torch")[1]) == pytest.approx(2 * math.log(1 / 4))
+    with pytest.raises(
+        InputError, match=r"^Triton is not installed; install it \(pip install triton\) or use impl 'torch'$"
+    ):
+        without.segment_logprob(h, weight, y, w, cu, "triton")
 
 
 # ---- the Triton text without a GPU

@@ -130,6 +130,20 @@ def test_draws_are_lent_within_a_seed_only(tmp_path, monkeypatch):
     assert len({sweep.folder(s, name, seed) for name in s["runs"] for seed in s["seeds"]}) == 4
 
 
+def test_what_would_stop_every_run_stops_the_sweep(tmp_path, monkeypatch, capsys):
+    """One line and no process: the ablations of the paper without its questions, the miniature's with a bad setting."""
+    monkeypatch.setattr(sweep, "run_all", None)
+    monkeypatch.chdir(tmp_path)
+    for file, flags, words in (
+        ("ablations.json", ["--questions", "absent.jsonl"], "absent.jsonl: no such file"),
+        ("mini-ablations.json", ["--lr", "0"], "--lr is 0.0, must be"),
+    ):
+        assert sweep.main([str(ROOT / "configs" / file), *flags]) == 3
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1
+    sweep.check_runs(sweep.load(ROOT / "configs" / "mini-ablations.json"), 2, ["--compile", "sample"])
+
+
 def test_the_miniatures_runs_share_draws_with_make_report_and_with_each_other_for_the_same_seed_only():
     """By the keys under which the pipeline reuses a stage: equal keys, the same draws."""
     parsed = sweep.load(ROOT / "configs" / "mini-ablations.json")
@@ -173,6 +187,7 @@ STAND_IN = """
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: dict, codes: dict, seeds: list[int]) -> Path:
     """A folder with the stand-in program and a sweep of the runs "a" and "b c"; returns the sweep's file."""
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "check_runs", lambda *_: None)  # the stand-in needs no model
     (tmp_path / "mralign.py").write_text(textwrap.dedent(STAND_IN))
     write_json(tmp_path / "samples.json", samples)
     write_json(tmp_path / "codes.json", codes)

@@ -10,6 +10,7 @@ import pytest
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from tools import torchrun
 
@@ -24,15 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
         ({1: 4, 0: -15}, 4, ""),
         ({1: -9, 0: 1}, 137, "error: rank 1 was killed by SIGKILL (out of memory?); the same command with --resume"),
         ({0: -11}, 139, "error: rank 0 was killed by SIGSEGV; the same command with --resume goes on\n"),
+        ("HOST:1 is not there", 4, "error: the launchers did not find each other (HOST:1 is not there); check --rdzv-"),
         (signal.SIGTERM, 75, ""),
         (signal.SIGINT, 130, ""),
         (signal.SIGHUP, 129, ""),
     ],
 )
 def test_the_code_is_that_of_the_first_failure(monkeypatch, capsys, ends, code, said):
-    """ends: rank -> how it ended, in the order in which torchrun saw it, or the signal torchrun got."""
+    """ends: rank -> how it ended, in the order in which torchrun saw it, or the signal torchrun got, or why not."""
 
     def fail(args) -> None:
+        if isinstance(ends, str):
+            raise RendezvousError(ends)
         if isinstance(ends, signal.Signals):
             raise SignalException("stopped", ends)
         if ends:

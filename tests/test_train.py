@@ -200,8 +200,9 @@ def rows_for(method: str) -> list[dict]:
     return [r for r in make_rows(14) if r["chosen"] or kto.LOSSES[method].rows == "all"]
 
 
+@functools.cache
 def plain_steps(base: Path, method: str) -> tuple[list[dict], qwen.Qwen3]:
-    """What the plain loop yields in float64, and the model with its adapters."""
+    """What the plain loop yields in float64, and the model with its adapters: made once, to be looked at only."""
     model = qwen.load(base, torch.float64).requires_grad_(False)
     return list(train.plain_loop(model, as_rows(rows_for(method)), method, train.TrainSettings(**STEPS))), model
 
@@ -240,7 +241,7 @@ def test_the_trainer_is_the_plain_loop(base, group, double, method, split):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("method", ["sft", "mralign", "apo_zero_unpaired"])
+@pytest.mark.parametrize("method", ["sft", "mralign", pytest.param("apo_zero_unpaired", marks=pytest.mark.long)])
 def test_two_ranks_are_the_plain_loop(tmp_path, base, launch, double, method):
     """Rows are grouped by tokens, so the ranks have different numbers of passes in some steps."""
     want, _ = plain_steps(base, method)
@@ -526,7 +527,7 @@ def read(out: Path) -> tuple[dict, list[dict]]:
 
 def test_worlds_of_one_two_and_four_give_the_same_training(tmp_path, base, launch):
     """Five rows a step: four ranks hold 2, 1, 1, 1 of them, so some hold one class only, and none in the last step."""
-    rows, s = make_rows(11), {"batch_size": 5, "micro_batch": 2, "epochs": 2, "warmup": 0.0}
+    rows, s = make_rows(11), {"batch_size": 5, "micro_batch": 2, "epochs": 1, "warmup": 0.0}
     adapters, logs = [], []
     for world in (1, 2, 4):
         out, done = launch(tmp_path, base, f"world{world}", rows, world, **s)
@@ -564,7 +565,7 @@ def test_a_killed_run_resumes_to_the_same_adapter_bit_for_bit(tmp_path, base, la
     assert read(torn)[1] == read(whole(1))[1]
 
 
-@pytest.mark.parametrize("lines", [3, 0, None])
+@pytest.mark.parametrize("lines", [3, None, pytest.param(0, marks=pytest.mark.long)])
 def test_a_checkpoint_brings_its_own_metrics(tmp_path, base, launch, whole, lines):
     """metrics.jsonl shorter than the checkpoint, empty or missing: the run goes on from the checkpoint's step."""
     shutil.copytree(whole(1), tmp_path / "run")
@@ -604,8 +605,15 @@ def test_resume_refuses_a_changed_run_and_names_the_change(whole):
         checkpoint.latest(whole(1), train.run_identity("mralign", settings, {"rows": "r", "model": "m"}))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name,code", [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    "world,name,code",
+    [
+        (1, "SIGTERM", 75),
+        (2, "SIGINT", 130),
+        pytest.param(2, "SIGTERM", 75, marks=pytest.mark.long),
+        pytest.param(1, "SIGINT", 130, marks=pytest.mark.long),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_bit_for_bit(
     tmp_path, base, launch, whole, world, name, code
 ):
@@ -635,20 +643,22 @@ def test_a_rank_that_dies_ends_the_others_and_torchrun_restarts_them_from_the_ch
     assert sha(run) == sha(whole(2)) and read(run)[1] == read(whole(2))[1]
 
 
-@pytest.mark.parametrize("recompute", costs.RECOMPUTE)
-def test_sharded_layers_give_what_whole_ones_do(tmp_path, base, launch, recompute):
-    s = {"batch_size": 5, "micro_batch": 2, "epochs": 1, "warmup": 0.0, "recompute": recompute}
+def test_sharded_layers_give_what_whole_ones_do(tmp_path, base, launch):
+    """Whatever is recomputed."""
+    s = {"batch_size": 5, "micro_batch": 2, "epochs": 1, "warmup": 0.0}
     runs = []
-    for name, sharded in (("whole", False), ("sharded", True)):
-        out, done = launch(tmp_path, base, name, make_rows(11), 2, shard=sharded, **s)
+    for name, shard, recompute in (("whole", False, "none"), *((r, True, r) for r in costs.RECOMPUTE)):
+        out, done = launch(tmp_path, base, name, make_rows(11), 2, shard=shard, recompute=recompute, **s)
         assert not any(done.codes), done.stderr
         runs.append(read(out))
-    (whole, whole_log), (sharded, sharded_log) = runs
-    for a, b in zip(whole_log, sharded_log, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["kl"] == pytest.approx(a["kl"], rel=1e-4, abs=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6)
+    whole, whole_log = runs[0]
+    for sharded, sharded_log in runs[1:]:
+        for a, b in zip(whole_log, sharded_log, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["kl"] == pytest.approx(a["kl"], rel=1e-4, abs=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.long

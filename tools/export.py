@@ -37,6 +37,7 @@ from common.tokens import encode, load_tokenizer
 from common.weights import DTYPES, read_tensors, weight_files
 from llm import client, remote
 from model import Qwen3, load
+from pipeline.ready import check_listens
 from report.card import serve_commands
 
 PROMPTS = (
@@ -312,6 +313,7 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         endpoint = client.parse_endpoint(args.endpoint)
+        check_listens(endpoint.base_url)
         got = serve_check(base, args.adapter, endpoint)
         print(f"{endpoint}: log-probabilities are off by {got['off']:.4f} nats a token (bound {MAX_OFF})")
         print(f"the server shows {got['applied']:.2f} (bounds {APPLIED}) of the effect of {got['effect']:.4f} nats")

@@ -1,4 +1,4 @@
-"""Questions that the paper leaves open, answered on a run's own files. No model, no GPU.
+"""Questions that the paper leaves open, answered on a run's own files. No model, no GPU, but for --train.
 
   python -m tools.questions compare RUN OTHER.jsonl         swap the annotator: do labels, P and w stay the same?
   python -m tools.questions sensitivity RUN                 do P and w hang on the damping, the prior, the iterations?
@@ -9,8 +9,15 @@
 
 RUN is a folder with candidates.jsonl and annotations.jsonl. OTHER.jsonl holds annotation records of the same candidates
 or of some of them: another run's annotations.jsonl, or what a person left (tools/by_hand.py). Every command prints
-tables; --json FILE keeps all numbers. What another annotation does to Acc is a training of its own:
-mralign.py --annotator OTHER.jsonl --reuse-from RUN --out NEW.
+tables; --json FILE keeps all numbers.
+
+What another annotation, or another setting of EM, does to Acc and Mis is a training of its own each:
+
+  python -m tools.questions compare RUN OTHER.jsonl --train CONFIG [--seeds 0,1,2] [any flag of mralign.py]
+  python -m tools.questions sensitivity RUN --train CONFIG [--only "damping 1; prior 1"]
+
+trains and evaluates with each, by tools/sweep.py, in RUN/questions/, on RUN's draws and labels; CONFIG holds RUN's
+settings, and OTHER.jsonl has its manifest beside it. The table compares all with RUN's labels and the paper's settings.
 """
 
 import argparse
@@ -27,10 +34,11 @@ import em
 from annotate import Step
 from common.endings import program
 from common.errors import InputError
-from common.files import read_jsonl, write_json
+from common.files import find, read_json, read_jsonl, write_json
 from common.table import markdown
 from llm import agreement
 from report.analysis import bootstrap_counts
+from tools import sweep
 
 Labels = list[tuple[str, ...]]  # of the steps of one trace
 Fit = Callable[[Iterable[em.Observation]], em.Transitions]
@@ -492,6 +500,49 @@ def label_text(found: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{markdown(rows)}\n\n{markdown(shares)}"
 
 
+# ---------- Acc and Mis after training with each alternative
+
+
+FLAGS = {"damping": "em_damping", "prior": "em_prior", "max_iter": "em_iterations"}  # of em.fit -> of mralign.py
+
+
+def alternatives(only: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings of mralign.py, for those of SETTINGS that `only` names ("": all); the paper's come first.
+
+    Raises InputError at a name that is not one of them.
+    """
+    known = {name: {FLAGS[key]: value for key, value in of.items()} for name, of in SETTINGS}
+    first, *others = known
+    wanted = [part.strip() for part in only.split(";") if part.strip()] or others
+    if unknown := [name for name in wanted if name not in others]:
+        raise InputError(f"--only {unknown[0]!r} is not one of: {'; '.join(others)}")
+    return {name: known[name] for name in (first, *(name for name in others if name in wanted))}
+
+
+def train_each(
+    run: Path, config: Path, name: str, runs: Mapping[str, Mapping[str, Any]], seeds: str, words: Sequence[str]
+) -> dict[str, Any]:
+    """Train and evaluate MR-ALIGN with each of `runs` (name -> settings); returns the sweep's result.
+
+    config: the settings of `run`, whose draws are taken over, and whose labels all use that name no annotator. words:
+    flags of tools/sweep.py and mralign.py. Raises InputError when a seed is no number or a run fails.
+    """
+    out = run.resolve() / "questions" / name
+    base = out / "config.json"
+    write_json(base, read_json(find(config)) | {"out": str(run.resolve())})
+    each = {title: {"settings": {"method": "mralign"} | dict(of), "paper": {}} for title, of in runs.items()}
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {seeds!r} must be whole numbers with commas, for example 0,1,2") from None
+    labelled = {"annotator": str(run.resolve() / "annotations.jsonl"), "label_eval": 0}
+    file = {"base": str(base), "out": str(out), "settings": labelled, "seeds": numbers, "runs": each}
+    write_json(out / "sweep-file.json", file)
+    if sweep.main([str(out / "sweep-file.json"), *words]):
+        raise InputError(f"{out}: not every run was finished; the same command goes on from there")
+    return read_json(out / "sweep.json")
+
+
 # ---------- two graders of answers
 
 
@@ -562,10 +613,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for file in files:
             one.add_argument(file, type=Path)
         one.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+        if name in ("compare", "sensitivity"):
+            one.add_argument("--train", type=Path, metavar="CONFIG", help="train with each too; CONFIG: RUN's settings")
+            one.add_argument("--seeds", default="0", help="of these trainings, with commas; RUN's first [0]")
+            one.set_defaults(only="")
+        if name == "sensitivity":
+            one.add_argument("--only", default="", metavar="NAMES", help="train only these rows, with semicolons")
         if name == "stationarity":
             one.add_argument("--by", choices=("halves", "length", "dataset"), default="halves", help="[halves]")
             one.add_argument("--divisions", type=int, default=300, help="random divisions of the test [300]")
-    given = parser.parse_args(argv)
+    given, words = parser.parse_known_args(argv)
+    if words and not getattr(given, "train", None):
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     found: Any
     if given.question == "compare":
         found = compare(given.run, given.other)
@@ -590,8 +649,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = stationarity(candidates, labels, given.by, given.divisions)
             text = stationarity_text(found)
     print(text)
+    answer = {"question": given.question, "answer": found}
+    if getattr(given, "train", None):
+        swapped = {"the run's labels": {}}
+        if given.question == "compare":
+            swapped["the other labels"] = {"annotator": str(given.other.resolve())}
+        runs = swapped if given.question == "compare" else alternatives(given.only)
+        answer["trained"] = train_each(given.run, given.train, given.question, runs, given.seeds, words)
     if given.json:
-        write_json(given.json, {"question": given.question, "answer": found})
+        write_json(given.json, answer)
 
 
 if __name__ == "__main__":

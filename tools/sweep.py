@@ -42,7 +42,7 @@ from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.ranks import Ranks
 from common.settings import cli, from_json
 from common.table import markdown
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, check, placed
 from pipeline.reuse import only_writer
 from report import analysis, charts, page
 from report.figures import number
@@ -109,6 +109,19 @@ def command(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str])
     settings |= {"reuse_from": ",".join(map(str, lenders(sweep, name, seed)))}
     changes = [word for setting in settings.items() for word in flag(*setting)]
     return [*launch, str(ROOT / "mralign.py"), "--config", str(ROOT / sweep["base"]), "--resume", *changes, *flags]
+
+
+def check_runs(sweep: Sweep, gpus: int, flags: Sequence[str]) -> None:
+    """Refuse what every run would be refused for, before the first one starts. Raises InputError."""
+
+    def stages(parser: Any) -> None:
+        parser.add_argument("stages", nargs="*")
+
+    for seed in sweep["seeds"]:
+        for name in sweep["runs"]:
+            words = command(sweep, name, seed, gpus, flags)
+            cfg, rest = cli(RunConfig, words[words.index("--config") :], "", stages)
+            check(placed(cfg), rest.stages)
 
 
 # ---------- the runs
@@ -430,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = load(given.sweep)
     if taken := [word for word in flags if re.fullmatch(f"--({'|'.join(OWN)}|method)(=.*)?", word)]:
         raise InputError(f"{taken[0]} is set by the sweep itself; change {given.sweep} instead")
+    check_runs(sweep, given.gpus, flags)
     children = plan(sweep, given.gpus, flags)
     ends = run_all(list(children.values()), given.jobs, ROOT / sweep["out"])
     if not any(code in STOPPED for code in ends.values()):

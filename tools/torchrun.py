@@ -14,6 +14,7 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = " (out of memory?)" if -failure.exitcode == signal.SIGKILL else ""
         print(f"error: {told}{hint}; the same command with --resume goes on", file=sys.stderr)
         return 128 - failure.exitcode
+    except RendezvousError as error:
+        reason = " ".join(str(error).split())
+        print(f"error: the launchers did not find each other ({reason}); check --rdzv-endpoint", file=sys.stderr)
+        return 4
     except SignalException as stop:
         return STOPPED.get(stop.sigval, 128 + stop.sigval)
     return 0
