@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,9 @@ def test_one_text_is_said_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys) -
     monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(store, 0, 3)]))
     monkeypatch.setattr(endings.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    launcher = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(launcher.getsockname()[1]))
     for rank, text in ((1, "all"), (0, "all"), (2, "all"), (2, "its own")):
         monkeypatch.setenv("RANK", str(rank))
         assert endings.settle(InputError(text), None) == 3
@@ -134,6 +138,9 @@ def test_one_text_is_said_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys) -
         raise dist.DistNetworkError("connection refused")
 
     monkeypatch.setattr(dist, "rendezvous", gone)
+    assert ranks.first_to_say("all") is True
+    launcher.close()  # killed: nothing listens there, so torch is not asked, which would try again for ten seconds
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: pytest.fail("torch was asked"))
     assert ranks.first_to_say("all") is True
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     assert ranks.first_to_say("all") is True  # alone
