@@ -114,12 +114,17 @@ def leave_status(out: Path, rank: int, code: int, reason: str) -> None:
 
 
 def say(error: BaseException, rank: int, reason: str) -> None:
-    """The line on stderr, unless another rank has said it. A stop is everybody's, any other ending that of a rank."""
-    ranks = sys.modules.get("common.ranks")  # a program that does not know it runs alone
-    if ranks and not ranks.first_to_say(reason):
+    """The line on stderr, once for all ranks: rank 0 says a stop, which is for all, the first it befalls an error.
+
+    Who is first stands in the launcher's store, which is not asked about a stop: the launcher may have been killed.
+    """
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        if rank == 0:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
         return
-    where = f" on rank {rank}" if rank and not isinstance(error, (Stopped, KeyboardInterrupt)) else ""
-    print(f"error{where}: {reason}", file=sys.stderr, flush=True)
+    ranks = sys.modules.get("common.ranks")  # a program that does not know it runs alone
+    if not ranks or ranks.first_to_say(reason):
+        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr, flush=True)
 
 
 def settle(error: BaseException | None, out: Path | None) -> int:
@@ -136,7 +141,7 @@ def settle(error: BaseException | None, out: Path | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again as it flushes
     told = getattr(error, "told", False)  # by `status`
     if error is not None and not told:
-        if rank:
+        if rank and not isinstance(error, (Stopped, KeyboardInterrupt)):
             time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
         say(error, rank, reason)
     if out is not None:

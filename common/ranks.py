@@ -10,7 +10,6 @@ import ctypes
 import datetime
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -81,11 +80,9 @@ def first_to_say(text: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
-        # Asked first because it says at once that the launcher has gone; torch tries again for ten seconds.
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5).close()
         store: dist.Store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=5)))[0]
         return dist.PrefixStore(f"attempt{_attempt()}", store).add(f"said {text}", 1) == 1
-    except (OSError, RuntimeError):  # the launcher, which holds the store, has gone
+    except RuntimeError:  # the launcher, which holds the store, has gone
         return True
 
 
