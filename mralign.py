@@ -117,14 +117,14 @@ def fit_transitions(run: Run) -> dict[str, Any]:
     flat = [x for of in w.values() for x in of]
     coverage = annotate.check_coverage(steps.values(), flat)
 
-    def row(c: dict[str, Any]) -> dict[str, Any]:
+    def weighted(c: dict[str, Any]) -> dict[str, Any]:
         spans = [[c["spans"][s.segments[0]][0], c["spans"][s.segments[-1]][1]] for s in steps[c["id"]]]
         row = {"id": c["id"], "prompt": c["prompt"], "completion": c["completion"], "label": c["chosen"]}
         row |= {"prompt_ids": c["prompt_ids"], "completion_ids": c["completion_ids"], "spans": spans}
         row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         return row | {"labels": [list(x) for x in labels[c["id"]]], "w": w[c["id"]]}
 
-    write_jsonl(run.out / "train.jsonl", map(row, each_row(path, ("prompt", "completion", "completion_ids"))))
+    write_jsonl(run.out / "train.jsonl", map(weighted, each_row(path, ("prompt", "completion", "completion_ids"))))
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}

@@ -101,12 +101,14 @@ def check_listens(url: str) -> None:
         pass
 
 
-def check_servers(cfg: RunConfig, wanted: Sequence[str]) -> None:
+def check_servers(run: Run, wanted: Sequence[str]) -> None:
     """Look for the servers of the stage that comes first or that is named, unless its results or replies are there."""
-    out = Path(cfg.out)
-    if cfg.backend == "openai" and (not wanted or {"sample", "eval"} & set(wanted)):
-        if "eval" in wanted or not (out / "samples.jsonl").exists():
-            check_listens(cfg.base_url)
+    cfg, out = run.cfg, Path(run.cfg.out)
+    drawn = {"sample": [out / "samples.jsonl"]}
+    drawn |= {"eval": [run.samples(name, variant) for name in run.eval_sets for variant in run.variants]}
+    first = [name for name in drawn if name in wanted] if wanted else ["sample"]
+    if cfg.backend == "openai" and not all(path.exists() for name in first for path in drawn[name]):
+        check_listens(cfg.base_url)
     if "annotate" in wanted and cfg.annotator == "committee" and not (out / "annotation/calls.jsonl").exists():
         for endpoint in labelling.endpoints(cfg).values():
             check_listens(endpoint.base_url)
@@ -124,7 +126,7 @@ def check(run: Run, known: Sequence[str], wanted: Sequence[str], redo: Sequence[
         raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(known)}")
     if run.ranks.rank:
         return  # the first process speaks for all
-    check_servers(run.cfg, wanted)
+    check_servers(run, wanted)
     if due("train") or room.stages_that_hold(run.cfg, wanted):
         folder = run.source.folder
         if absent := hub.lacking(folder):

@@ -95,17 +95,25 @@ def test_a_server_that_is_not_there_is_looked_for_where_it_is_asked_first(tmp_pa
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
         ready.check_listens(url)  # and after this nobody listens there
     committee = {"annotator": "committee", "annotator_a": f"m@{url}", "judge": f"m@{url}"}
-    own = RunConfig(out=str(tmp_path), **committee)
-    served = dataclasses.replace(own, backend="openai", base_url=url)
-    for cfg, wanted in ((served, []), (served, ["sample"]), (served, ["eval"]), (own, ["annotate"]), (own, ["judge"])):
+    own = a_run(tmp_path, **committee)
+    served = a_run(tmp_path, **committee, backend="openai", base_url=url)
+    for run, wanted in ((served, []), (served, ["sample"]), (served, ["eval"]), (own, ["annotate"]), (own, ["judge"])):
         with pytest.raises(ServiceError, match="no server listens there; start it"):
-            ready.check_servers(cfg, wanted)
+            ready.check_servers(run, wanted)
     ready.check_servers(own, [])  # annotators may be started while the draws are made
     ready.check_servers(served, ["train"])
     for file in ("samples.jsonl", "annotation/calls.jsonl", "judge/calls.jsonl"):
-        write_jsonl(tmp_path / file, [])
-    ready.check_servers(served, [])  # what was drawn or answered needs no server
+        write_jsonl(own.out / file, [])
+    for wanted in ([], ["sample"]):  # what was drawn or answered needs no server
+        ready.check_servers(served, wanted)
     ready.check_servers(own, ["annotate", "judge"])
+    places = [served.samples(name, variant) for name in served.eval_sets for variant in served.variants]
+    for path in places[1:]:
+        write_jsonl(path, [])
+    with pytest.raises(ServiceError):
+        ready.check_servers(served, ["eval"])
+    write_jsonl(places[0], [])
+    ready.check_servers(served, ["eval"])
 
 
 def test_unknown_stages_are_named_with_those_there_are(tmp_path):
