@@ -146,10 +146,10 @@ class Sums:
 
     weighted: Tensor  # (B,) sum of w_t * log pi(y_t)
     plain: Tensor  # (B,) sum of log pi(y_t)
-    ref_weighted: Tensor  # (B,) the same under the reference; zeros for a loss that has none
+    ref_weighted: Tensor  # (B,) the same under the reference, for a loss that has one
     ref_plain: Tensor  # (B,)
     chosen: Tensor  # (B,) bool
-    z0: Tensor  # () Eq. 2 of the whole step; 0 for a loss without it
+    z0: Tensor  # () Eq. 2 of the whole step, for a loss that has it
     n_rows: int  # of the whole step, all ranks
     n_tokens: Tensor  # () completion tokens of the whole step, all ranks
 
@@ -162,12 +162,16 @@ class Loss:
     of: Callable[[Sums, Strength], Tensor]
     weights: str  # of the steps: "own" (Eq. 10), "ones", "shuffled" among the steps of a class, or its "mean"
     rate: str  # the setting that is its peak learning rate
-    rows: str = "all"  # or "chosen"
+    rows: str = "all"  # "all", "chosen" or "rejected": those it trains on
     reference: bool = True  # it compares with the reference policy
     z0: bool = True  # it subtracts Eq. 2's baseline
     study: bool = True  # `make study` trains it
     # Its value before training, where policy and reference agree, from the shares (chosen, rejected) of the rows.
     first: Callable[[float, float, Strength], float] | None = None
+
+    def keeps(self, chosen: bool) -> bool:
+        """Whether it trains on a row of this class."""
+        return {"all": True, "chosen": chosen, "rejected": not chosen}[self.rows]
 
 
 def _kto(sums: Sums, s: Strength) -> Tensor:

@@ -42,7 +42,7 @@ from llm import labelling
 from pipeline import cards, evaluation, ready, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
-from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, names, placed
+from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_methods, names, placed
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
 
@@ -137,7 +137,7 @@ def train_method(run: Run, method: str) -> dict[str, Any]:
     """Stage train: the adapter of one method (3.2.3)."""
     cfg, path = run.cfg, run.out / "train.jsonl"
     loss = kto.LOSSES[method]
-    rows = [r for r in data.load_train(path) if r["label"] or loss.rows == "all"]
+    rows = [r for r in data.load_train(path) if loss.keeps(r["label"])]
     rows = data.reweighted(rows, loss.weights, cfg.seed)
     base = run.base_model(torch.device("cpu") if cfg.shard else None)
     origin = {"rows": checksum(path), "model": digest([checksum(p) for p in model_files(run.source.folder).values()])}
@@ -249,6 +249,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 
 def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
     """Print what a run would take; nothing is run, sent or written."""
+    check_methods(cfg)
     if cfg.annotator == "committee":
         labelling.check(cfg)
     print(run_plan.report_text(cfg, gpu, gpus))

@@ -486,8 +486,8 @@ def may_train(name: str | None) -> bool:
 
 
 def compared() -> dict[str, Source]:
-    """name -> source of the sets of Table 2, in its order."""
-    return {name: source for name, source in SOURCES.items() if source.task in COLUMNS}
+    """name -> source of the sets of which Table 2 has figures, in its order."""
+    return {name: source for name, source in SOURCES.items() if source.task in COLUMNS and source.paper}
 
 
 def paper_figures(name: str) -> dict[str, dict[str, list[float | None] | None]]:

@@ -163,7 +163,7 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
     policy = base
     if method != BASE:
         loss, path = kto.LOSSES[method], run.out / "train.jsonl"
-        rows = [r for r in data.load_train(path) if r["label"] or loss.rows == "all"]
+        rows = [r for r in data.load_train(path) if loss.keeps(r["label"])]
         rows = data.to_rows(data.reweighted(rows, loss.weights, cfg.seed), run.tokenizer)
         origin = {"rows": mralign.checksum(path)}
         settings = replace(cfg.training, micro_batch=cfg.batch_size)  # faster here, the same result

@@ -217,9 +217,7 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
     if (cfg.backend == "openai") != bool(cfg.base_url):
         raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
-    for method in cfg.methods:
-        if method not in kto.LOSSES:
-            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
+    check_methods(cfg)
     for part in _parts(cfg.eval_sets):
         if "=" not in part:
             raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
@@ -240,6 +238,13 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
                     f"{path}: no such file, which {stage} reads; run the stage {writer} first, or put it there"
                 )
     _check_keys(cfg, due)
+
+
+def check_methods(cfg: RunConfig) -> None:
+    """Raise InputError at a method that is none."""
+    for method in cfg.methods:
+        if method not in kto.LOSSES:
+            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
 
 
 def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:

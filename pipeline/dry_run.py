@@ -344,7 +344,7 @@ def training_needs(cfg: RunConfig, config: ModelConfig, lengths: plan.Lengths, g
     size = {"float32": 4, "bfloat16": 2}[cfg.dtype]
     level, _ = plan.level_and_tokens(config, s, size, gpu, gpus, lengths)
     for method in cfg.methods:
-        kept = [i for i, chosen in enumerate(lengths.chosen) if chosen or LOSSES[method].rows == "all"]
+        kept = [i for i, chosen in enumerate(lengths.chosen) if LOSSES[method].keeps(chosen)]
         own = plan.Lengths(*([of[i] for i in kept] for of in (lengths.prompt, lengths.completion, lengths.chosen)))
         seconds = s.epochs * plan.step_flops(config, s, len(kept), own, level) / (gpus * costs.GPUS[gpu].tflops * 1e12)
         tokens = round(s.epochs * sum(own.total))

@@ -15,7 +15,7 @@ import annotate
 import sample
 from annotate import Block, Step
 from common import hub
-from common.errors import AnnotationError
+from common.errors import AnnotationError, InputError
 from common.files import read_jsonl, sha256_file, write_json
 from common.template import fill
 from common.tokens import encode_guarded
@@ -110,7 +110,10 @@ def ask(
                 failed.append(k)
         todo = failed
     if long:
-        run.ranks.log(f"{role}: {len(long)} prompts leave no room for a reply in the model's {run.room:,} positions")
+        told = f"{role}: {len(long)} prompts leave no room for a reply in the model's {run.room:,} positions"
+        if len(long) == len(asked):
+            raise InputError(f"annotator {told}, all there are; take --annotator committee, or a model with more")
+        run.ranks.log(told)
     if todo or long:
         outcomes[f"{role}: not usable"] += len(todo) + len(long)
     return found

@@ -237,3 +237,8 @@ def test_every_backbones_config_holds_the_whole_of_table_2(name, tmp_path, monke
         check(cfg, ["search"])
     free = ["--judge", "", "--search", "", "--also", "refine", "--annotator", "self"]
     check(cli(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.json"), *free], "")[0])  # what the message says
+
+
+def test_a_method_that_is_none_is_refused(tmp_path, capsys):
+    assert mralign.main([*PAPER, "--dry-run", "--method", "ktoo", "--out", str(tmp_path)]) == 3
+    assert "--method 'ktoo' is not one of sft, kto" in capsys.readouterr().err

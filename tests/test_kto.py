@@ -304,3 +304,12 @@ def test_sft_is_cross_entropy_per_token():
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-15)
     parts = kto.sft_loss(plain[:1], torch.tensor(8)) + kto.sft_loss(plain[1:], torch.tensor(8))
     assert parts.item() == pytest.approx(expected.item(), abs=1e-14)
+
+
+def test_a_loss_keeps_the_rows_it_names():
+    """Each class, chosen and rejected; a name that is none is no quiet choice of all."""
+    for rows, kept in (("all", [True, True]), ("chosen", [True, False]), ("rejected", [False, True])):
+        loss = kto.Loss("x", kto._kto, weights="ones", rate="lr", rows=rows)
+        assert [loss.keeps(chosen) for chosen in (True, False)] == kept
+    with pytest.raises(KeyError):
+        kto.Loss("x", kto._kto, weights="ones", rate="lr", rows="rejectd").keeps(True)

@@ -149,6 +149,9 @@ def test_a_thought_too_long_for_the_model_is_not_asked_about_and_counted(tmp_pat
     assert "a: 1 prompts leave no room for a reply" in capsys.readouterr().err
     last = read_jsonl(tmp_path / "annotations.jsonl")[-1]
     assert last["id"] == "long" and [s["labels"] for s in last["steps"]] == [[], [], []]
+    run.room = lengths[0] + 3 * 55 - 1
+    with pytest.raises(InputError, match="5 prompts leave no room .* all there are; take --annotator committee"):
+        labels.label(run, [*ROWS, long], tmp_path / "none")
 
 
 def test_two_models_and_the_rules(tmp_path, group, monkeypatch):

@@ -37,7 +37,7 @@ def test_the_papers_numbers():
 
 
 def test_the_papers_tables_have_every_setting_of_ours():
-    assert tuple(benchmarks.compared()) == SETS
+    assert tuple(name for name in benchmarks.compared() if name in SETS) == SETS  # others may be added
     for name in SETS:
         assert set(benchmarks.paper_figures(name)["Qwen3-8B"]) <= set(tables.SETTINGS)
 
@@ -120,7 +120,7 @@ def test_ours_stands_beside_the_papers(results, capsys):
 def test_without_a_run_nothing_is_ours(capsys):
     assert tables.main(["--backbone", "Qwen3-4B"]) == 0
     out = capsys.readouterr().out
-    assert out.count("not run") == 5 * len(tables.SETTINGS) and "29.92 / 6.62" in out
+    assert out.count("not run") == len(benchmarks.compared()) * len(tables.SETTINGS) and "29.92 / 6.62" in out
     assert tables.main([]) == 3 and "Qwen3-8B" in capsys.readouterr().err
 
 

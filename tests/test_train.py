@@ -197,7 +197,7 @@ def double():
 
 
 def rows_for(method: str) -> list[dict]:
-    return [r for r in make_rows(14) if r["chosen"] or kto.LOSSES[method].rows == "all"]
+    return [r for r in make_rows(14) if r["chosen"] or method != "sft"]
 
 
 @functools.cache
