@@ -42,7 +42,7 @@ from llm import labelling
 from pipeline import cards, evaluation, ready, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
-from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_methods, names, placed
+from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_names, names, placed
 from pipeline.reuse import Stage, checksum, digest, only_writer, perform
 from pipeline.run import Run
 
@@ -249,7 +249,7 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 
 def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
     """Print what a run would take; nothing is run, sent or written."""
-    check_methods(cfg)
+    check_names(cfg)
     if cfg.annotator == "committee":
         labelling.check(cfg)
     print(run_plan.report_text(cfg, gpu, gpus))
@@ -272,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg, rest = cli(RunConfig, argv, __doc__, more)
     cfg = placed(cfg)
     if rest.dry_run:
+        if rest.gpus < 1:
+            raise InputError(f"--gpus is {rest.gpus}, must be at least 1")
         dry_run(cfg, rest.gpu, rest.gpus)
         return
     check(cfg, rest.stages)

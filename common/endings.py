@@ -10,6 +10,7 @@ way out: it saves what is finished. Only a second Ctrl-C, later than ECHO second
 code. Left out: the seconds in which Python imports the program, when a signal does what it does to any program.
 """
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -168,6 +169,13 @@ def status(out: Path) -> Iterator[None]:
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
 
 
+def _deaf() -> None:
+    """Python takes handlers away as it shuts down, which would leave a late signal its own way. Not before: a process
+    that this one starts would be deaf too."""
+    for n in SIGNALS:
+        signal.signal(n, signal.SIG_IGN)
+
+
 def program(main: Callable[..., int | None]) -> Callable[..., int]:
     """A decorator: the `main` of a command line that returns an exit code for every ending and raises bugs only.
 
@@ -185,8 +193,7 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
         with Stop(plain=True).listen():
             code = ended(*args, **kwargs)
         if before != [signal.getsignal(n) for n in SIGNALS]:  # one came
-            for n in SIGNALS:  # Python takes handlers away as it shuts down, which would leave a late one its own way
-                signal.signal(n, signal.SIG_IGN)
+            atexit.register(_deaf)
         return code
 
     def ended(*args: Any, **kwargs: Any) -> int:

@@ -6,6 +6,7 @@ configs/*.json and flags set them by name. Left out: settings that depend on oth
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,10 +218,7 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
     if (cfg.backend == "openai") != bool(cfg.base_url):
         raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
-    check_methods(cfg)
-    for part in _parts(cfg.eval_sets):
-        if "=" not in part:
-            raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
+    check_names(cfg)
     if due("annotate", "labels"):
         labelling.check(cfg)
     if due(*MEASURED):
@@ -240,11 +238,21 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     _check_keys(cfg, due)
 
 
-def check_methods(cfg: RunConfig) -> None:
-    """Raise InputError at a method that is none."""
+def check_names(cfg: RunConfig) -> None:
+    """Raise InputError at a method that is none, and at a set without a path or with a name that can be no folder's."""
     for method in cfg.methods:
         if method not in kto.LOSSES:
             raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
+    seen: set[str] = set()
+    for part in _parts(cfg.eval_sets):
+        name, given, _ = part.partition("=")
+        if not given:
+            raise InputError(f"--eval-sets {part!r} must look like name=path.jsonl")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"--eval-sets {part!r}: the name may hold letters, digits, and . _ - after the first")
+        if name in seen:
+            raise InputError(f"--eval-sets names {name!r} twice; give each set a name of its own")
+        seen.add(name)
 
 
 def _check_keys(cfg: RunConfig, due: Callable[..., bool]) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Large files first: they take longest, and one that starts last would keep a single worker busy at the end."""
     items.sort(key=lambda item: (-item.path.stat().st_size, item.path))  # stable: the order within a file stays
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A program that ran in this process and was stopped stays deaf to further signals: it is ending. Tests go on."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for n, handler in before.items():
+        signal.signal(n, handler)
 
 
 def shared_data() -> Path:

@@ -239,6 +239,19 @@ def test_every_backbones_config_holds_the_whole_of_table_2(name, tmp_path, monke
     check(cli(RunConfig, ["--config", str(ROOT / "configs" / f"{name}.json"), *free], "")[0])  # what the message says
 
 
-def test_a_method_that_is_none_is_refused(tmp_path, capsys):
-    assert mralign.main([*PAPER, "--dry-run", "--method", "ktoo", "--out", str(tmp_path)]) == 3
-    assert "--method 'ktoo' is not one of sft, kto" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method", "ktoo"], "--method 'ktoo' is not one of sft, kto"),
+        (["--eval-sets", "test"], "--eval-sets 'test' must look like name=path.jsonl"),
+        (["--eval-sets", "../esc=a.jsonl"], "'../esc=a.jsonl': the name may hold letters"),
+        (["--eval-sets", "=a.jsonl"], "the name may hold letters"),
+        (["--eval-sets", ".=a.jsonl"], "the name may hold letters"),
+        (["--eval-sets", "a=x.jsonl,a=y.jsonl"], "--eval-sets names 'a' twice"),
+        (["--gpus", "0"], "--gpus is 0, must be at least 1"),
+    ],
+)
+def test_what_names_nothing_is_refused(flags, words, tmp_path, capsys):
+    """As a run refuses it: a set's name is a folder's under --out."""
+    assert mralign.main([*PAPER, "--dry-run", "--out", str(tmp_path), *flags]) == 3
+    assert words in capsys.readouterr().err

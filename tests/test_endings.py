@@ -147,6 +147,23 @@ def test_one_text_is_said_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys) -
     assert ranks.first_to_say("all") is True  # alone
 
 
+def test_what_a_stopped_program_starts_later_hears_signals() -> None:
+    """Where a program runs inside another one: ignored signals would be inherited."""
+
+    @endings.program
+    def main() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endings.atexit, "register", lambda work: None)  # this process goes on
+        assert main() == 75
+    child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
+    with child:
+        assert child.stdout.readline() == b"1\n"
+        child.terminate()
+    assert child.returncode == -signal.SIGTERM
+
+
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     script = (
         "import sys; from common.endings import program\n"
