@@ -60,7 +60,7 @@ if case == "killed" and rank == "1":
 if case == "restart":
     sys.exit(9 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
 if case == "stopped":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("error: stopped", file=sys.stderr, flush=True) or 75))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.write(2, b"error: stopped\\n") and 75))  # one write: a line
     print("ready", flush=True)
 time.sleep(60)
 """
