@@ -37,7 +37,7 @@ from mini import build
 
 VOCABULARY = 400
 SHAPE = build.SHAPE | dict(hidden_size=96, intermediate_size=256)
-STEPS = 800
+STEPS = 1500
 METAS = 0.2  # share of the documents; the others are solutions
 INFORMED = 0.5  # share of the metas that foresee the pass rate of their kind of problem
 TRAIN, HELD_OUT = 40, 10  # problems of each kind
