@@ -22,7 +22,7 @@ import sample
 from common import hub, verifier
 from common.errors import InputError, MemoryFull, Stopped
 from common.files import read_jsonl, write_jsonl
-from common.ranks import Ranks, process_group
+from common.ranks import Ranks, only_writer, process_group
 from common.settings import cli
 from masa import own_reward, passk
 from masa.control import cut_at, hint_of, is_gated
@@ -856,10 +856,15 @@ def test_the_command_trains_evaluates_and_resumes(tmp_path, folder, launch):
     assert "Pass@1" in first and len(read_jsonl(tmp_path / "run/evals.jsonl")) == 24
     before, after = (qwen.load(path).state_dict() for path in (folder, tmp_path / "run/model"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    prompts = [Prompts(path, s) for path in (folder, tmp_path / "run/model")]  # the new model can be used as it is
+    assert prompts[0].solve("2 + 2?") == prompts[1].solve("2 + 2?") and prompts[0].stop_ids == prompts[1].stop_ids
     code, again, said = command("--resume")
     assert code == 0 and again == first and "after step 2 of 2" in said
     code, _, said = command()
     assert code == 3 and "give --resume, or another --out" in said
+    with only_writer(tmp_path / "run", ALONE):
+        code, _, said = command("--resume")
+    assert code == 3 and "another run writes there" in said
 
 
 def test_rewards_and_control_need_no_torch():
