@@ -1187,6 +1187,27 @@ def test_a_steps_spread_and_lengths(folder, group):
     assert 0 < row["entropy"] < 2 * math.log(500)
 
 
+def test_clipped_tokens_are_counted_high_and_low_apart_and_entropy_by_hand(folder, group):
+    """At a ratio of 1.5 every token of a good rollout is clipped and none of a bad one, at 0.5 it is the other way."""
+    for ratio, name, other in ((1.5, "clip_high", "clip_low"), (0.5, "clip_low", "clip_high")):
+        made = masa_worker.build(folder, group)
+        groups = made.next_batch()
+        made.roll_out(groups, 0, "x")
+        made.score(groups)
+        used, nats = [r for g in groups for r in g.solutions + g.metas if r.advantage], 0.0
+        for r in used:
+            ids = torch.tensor(r.prompt_ids + r.ids)
+            with torch.no_grad():
+                logits = made.model.logits(made.model(ids, torch.tensor([0, len(ids)])))[len(r.prompt_ids) - 1 : -1]
+            logp = logits.log_softmax(-1)[range(len(r.ids)), r.ids]
+            r.logp, nats = logp - math.log(ratio), nats - float(logp.sum())
+        made.optimizer, tally = masa_worker.NoStep(made.names), Tally()
+        made.update(used, 1.0, tally)
+        clipped = sum(len(r.ids) for r in used if (r.advantage > 0) == (ratio > 1))
+        assert tally[name] == tally["clipped"] == clipped > 0 and tally[other] == 0
+        assert tally["nats"] == pytest.approx(nats, rel=1e-5) and tally["trained"] == sum(len(r.ids) for r in used)
+
+
 # ---------- docs/masa.md
 
 
