@@ -40,7 +40,7 @@ PAGE = ROOT / "docs" / "masa.md"
 MARKS = ("<!-- masa:begin -->", "<!-- masa:end -->")
 RECORD = {"study.json": "docs/results/masa.json", "accuracy.png": "docs/masa_accuracy.png"}
 SEEDS = (0, 1, 2)
-# Every setting samples about as many tokens, and ends before all open problems are solved: there is no way to lead then.
+# Every setting samples about as many tokens. They end before all open problems are solved: nobody can lead then.
 FLAGS = {
     "grpo": "--preset grpo --steps 24 --eval-every 6",
     "efficient": "--preset v2-efficient --metas 4 --control-from 1 --refill-tries 1 --steps 44 --eval-every 11",
@@ -111,6 +111,7 @@ def cell(setting: str, seed: int) -> dict[str, Any]:
         "gated in training": statistics.fmean(row["share/gated"] for row in controlled) if controlled else None,
         "kinds": {name: statistics.fmean(part) for name, part in kinds.items()},
         "curve": curve,
+        "gates": [evals[str(step)]["gate"] for step in sorted(map(int, evals)) if step],
         "before": evals["0"],
         "after": evals[str(len(log))],
     }
@@ -146,12 +147,14 @@ def pair(one: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float | N
     """Two cells of a seed at equal tokens: those of the shorter one.
 
     gain: accuracy more than the base. saved: how many times more tokens the base took to its accuracy there.
-    knows: precision of the held-out gate minus the share of flat problems, which a gate at random would have.
+    knows: precision of the held-out gate minus the share of flat problems, which a gate at random would have; mean over
+    the evaluations after the first. knows at the end: the same of the last one, when nearly all problems are flat
+    because the open ones are solved, so that no gate can be far ahead of chance.
     """
     tokens = min(one["tokens"], base["tokens"])
     reached, goal = at(one["curve"], tokens), at(base["curve"], tokens)
     took, base_took = tokens_to(one["curve"], goal), tokens_to(base["curve"], goal)
-    gate = one["after"]["gate"]
+    ahead = [None if g["precision"] is None else g["precision"] - g["flat"] for g in one["gates"]]
     return {
         "seed": one["seed"],
         "tokens": tokens,
@@ -159,7 +162,8 @@ def pair(one: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float | N
         "base": goal,
         "gain": reached - goal,
         "saved": base_took / took if took and base_took else None,
-        "knows": None if gate["precision"] is None else gate["precision"] - gate["flat"],
+        "knows": statistics.fmean(known) if (known := [x for x in ahead if x is not None]) else None,
+        "knows at the end": ahead[-1],
     }
 
 
@@ -205,6 +209,7 @@ def markdown(study: Mapping[str, Any]) -> str:
     compared, settings = [], []
     for one, rows in study["pairs"].items():
         names = {"gain": "accuracy gained", "saved": "times fewer tokens", "knows": "gate precision - flat"}
+        names |= {"knows at the end": "gate precision - flat, last evaluation"}
         for key, name in names.items():
             values, how = [row[key] for row in rows], (1, 2) if key == "saved" else (100, 1)
             line = {"at equal tokens": f"{TITLES[one]} against {TITLES[PAIRS[one]]}: {name}"}
