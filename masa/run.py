@@ -23,7 +23,7 @@ from common import checkpoint, hub, verifier
 from common.endings import program, status
 from common.errors import InputError, Stopped
 from common.files import journal_rows, read_jsonl, sha256_file, write_json, write_jsonl, write_sealed
-from common.ranks import process_group
+from common.ranks import only_writer, process_group
 from common.settings import cli
 from common.template import load_prompt
 from common.training import Training
@@ -193,7 +193,7 @@ def step_line(m: Mapping[str, Any], total: int) -> str:
 
 def work(s: Settings, source: hub.Source, command: str = "train") -> None:
     """Join the other processes, train or score, and leave what comes of it in `s.out`."""
-    with process_group() as ranks, status(Path(s.out)), ranks.stop.listen():
+    with process_group() as ranks, only_writer(Path(s.out), ranks), status(Path(s.out)), ranks.stop.listen():
         prompts = Prompts(source.folder, s)
         paths = dict(part.split("=", 1) for part in s.eval_sets.split(",") if part)
         evals = {name: load_problems(path, bool(s.reward))[0] for name, path in paths.items()}

@@ -39,11 +39,10 @@ import eval as evaluation
 from common.endings import ignored, program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
-from common.ranks import Ranks
+from common.ranks import Ranks, only_writer
 from common.settings import cli, from_json
 from common.table import markdown
 from pipeline.config import RunConfig, check, placed
-from pipeline.reuse import only_writer
 from report import analysis, charts, page
 from report.figures import number
 
