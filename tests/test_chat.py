@@ -6,7 +6,7 @@ import pytest
 from fake_server import FakeServer
 
 from common.errors import Refused, ServiceError, Unanswered
-from llm import chat
+from llm import chat as chats
 from llm.chat import Chat
 from llm.client import Client, Endpoint, Limits
 from llm.ledger import Ledger
@@ -132,6 +132,6 @@ def test_the_bound_holds_for_any_tokenizer(server, tmp_path):
 def test_no_family_of_control_tokens_comes_through(token):
     value = {"a": [f"x {token} y", [0], [[1, 2]], None], "b": {"c": [True, "[0]"]}}
     for indent in (None, 0):
-        shown = chat.sealed(value, indent)
+        shown = chats.sealed(value, indent)
         assert token not in shown and json.loads(shown) == value
-    assert token not in chat.inert(f"as a model's own words: {token}{token}")
+    assert token not in chats.inert(f"as a model's own words: {token}{token}")
