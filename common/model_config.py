@@ -104,10 +104,10 @@ class MixtureConfig:
         if raw.get("num_local_experts", count) != count:
             both = f"num_experts is {count!r} but num_local_experts is {raw['num_local_experts']!r}"
             raise InputError(f"{path}: {both}; make them equal")
-        alone = raw.get("mlp_only_layers") or []
-        if not isinstance(alone, list):
-            raise InputError(f"{path}: mlp_only_layers is {alone!r}; supported: numbers of layers")
-        fields = {**raw, "num_experts": count, "mlp_only_layers": tuple(alone)}
+        only = raw.get("mlp_only_layers")
+        if only is not None and not isinstance(only, list):
+            raise InputError(f"{path}: mlp_only_layers is {only!r}; supported: a list of numbers of layers")
+        fields = {**raw, "num_experts": count, "mlp_only_layers": tuple(only or ())}
         fields.setdefault("decoder_sparse_step", 1)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if fields.get(name) is None]:

@@ -95,6 +95,9 @@ def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+ENDS = "ENDS_WITH_LAUNCHER"  # an environment variable for those started without torchrun (tools/sweep.py)
+
+
 def end_with_launcher() -> None:
     """On Linux, SIGTERM to this process when the one that started it dies: a launcher killed by -9 cannot send one."""
     if sys.platform == "linux":
@@ -108,7 +111,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     timeout_minutes: a sum that takes longer than this ends the run; `Ranks.wait` may take longer.
     """
     launched = "RANK" in os.environ
-    if launched:
+    if launched or ENDS in os.environ:
         end_with_launcher()
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     device = torch.device("cpu")

@@ -163,7 +163,8 @@ def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> No
     Rows with y < 0 hold anything: the caller clears them.
     """
     known = y.clamp(min=0)[:, None]
-    step = 4 if logits.device.type == "cpu" else 128  # few rows keep the temporary small and near the cache
+    # Few rows keep the temporary small and near the cache; of a small vocabulary more fit there. The bits are the same.
+    step = max(4, 2**17 // logits.shape[1]) if logits.device.type == "cpu" else 128
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
         x = logits[rows].log_softmax(1)

@@ -39,7 +39,7 @@ import eval as evaluation
 from common.endings import ignored, program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
-from common.ranks import Ranks, only_writer
+from common.ranks import ENDS, Ranks, only_writer
 from common.settings import cli, from_json
 from common.table import markdown
 from pipeline.config import RunConfig, check, placed
@@ -205,7 +205,7 @@ class Processes:
         """Run one to its end. Returns its exit code, STOPPED's where it was asked to stop, 128 + n if signal n did."""
         child.out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT)}
+        words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT), ENDS: "1"}
         with open(child.out / "log.txt", "a", encoding="utf-8") as log:
             with self.lock:
                 if self.stopped:
