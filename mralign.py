@@ -67,8 +67,7 @@ def draw_samples(run: Run) -> dict[str, Any]:
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    fields = ("id", "mode", "draw", "text", "ids", "prompt_ids")
-    samples = each_row(run.out / "samples.jsonl", fields, common_rows.check)
+    samples = each_row(run.out / "samples.jsonl", data.SAMPLE_FIELDS, common_rows.check)
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,
@@ -257,9 +256,7 @@ def dry_run(cfg: RunConfig, gpu: str, gpus: int, wanted: list[str]) -> None:
     check_settings(cfg, wanted)
     print(run_plan.report_text(cfg, gpu, gpus))
     if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
-        rows = read_jsonl(
-            Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"), common_rows.check
-        )
+        rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
 
