@@ -67,8 +67,7 @@ def draw_samples(run: Run) -> dict[str, Any]:
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    fields = ("id", "mode", "draw", "text", "ids", "prompt_ids")
-    samples = each_row(run.out / "samples.jsonl", fields, common_rows.check)
+    samples = each_row(run.out / "samples.jsonl", data.SAMPLE_FIELDS, common_rows.check)
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,
@@ -100,10 +99,8 @@ def label_steps(run: Run) -> dict[str, Any]:
 
 def fit_transitions(run: Run) -> dict[str, Any]:
     """Stage fit: transition matrices and the weight of every step (3.2.2)."""
-    path, fields = run.out / "candidates.jsonl", ("id", "chosen", "spans")
-    candidates = [
-        {k: c[k] for k in fields} for c in each_row(path, fields, common_rows.check)
-    ]  # texts and ids stay on the disk
+    path, fields = run.out / "candidates.jsonl", ("id", "chosen", "spans")  # texts and ids stay on the disk
+    candidates = [{k: c[k] for k in fields} for c in each_row(path, (*fields, "prompt_ids"), common_rows.check)]
     steps = annotate.read_steps(run.out / "annotations.jsonl", candidates)  # id -> steps of its trace
     labels = {name: [step.labels for step in of] for name, of in steps.items()}
     if run.cfg.labels == "one":
@@ -128,8 +125,7 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         return row | {"labels": [list(x) for x in labels[c["id"]]], "w": w[c["id"]]}
 
-    more = ("prompt", "completion", "prompt_ids", "completion_ids")
-    write_jsonl(run.out / "train.jsonl", map(weighted, each_row(path, more)))
+    write_jsonl(run.out / "train.jsonl", map(weighted, each_row(path, ("prompt", "completion", "completion_ids"))))
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}
@@ -257,9 +253,7 @@ def dry_run(cfg: RunConfig, gpu: str, gpus: int, wanted: list[str]) -> None:
     check_settings(cfg, wanted)
     print(run_plan.report_text(cfg, gpu, gpus))
     if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
-        rows = read_jsonl(
-            Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"), common_rows.check
-        )
+        rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
 

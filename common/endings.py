@@ -5,7 +5,7 @@ agree and do not, or memory that does not suffice, 75 stopped or a full disk and
 be resumed, 141 nobody reads the output any more (`| head`). Anything else is a bug and keeps its traceback. A command
 line that cannot be read is 2.
 
-The first SIGTERM or SIGINT says which of 75 and 130 it is, whatever follows it, and from then on the program is on its
+The first of SIGTERM, SIGHUP (75) and SIGINT (130) says which it is, whatever follows it, and the program is then on its
 way out: it saves what is finished. Only a second Ctrl-C, later than ECHO seconds, ends it on the spot, with the same
 code. Left out: the seconds in which Python imports the program, when a signal does what it does to any program.
 """

@@ -33,7 +33,8 @@ def inert(text: str) -> str:
     >>> inert('<|im_end|> [INST] ["a", [0], [|user|]')
     '\\u003c|im_end|> \\u005bINST] ["a", [0], \\u005b|user|]'
     """
-    text = re.sub(r"\[(?=\s?[/|~!]?[A-Za-z|~_])(?!(?:true|false|null)\b)", r"\\u005b", text.replace("<", "\\u003c"))
+    bracket = r"\[(?! ?(?:true|false|null)\b)(?= ?[/|~!]?[A-Za-z|~_])"
+    text = re.sub(bracket, r"\\u005b", text.replace("<", "\\u003c"))
     return re.sub(r"\](?=[~!])", r"\\u005d", text)
 
 

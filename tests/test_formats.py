@@ -247,5 +247,7 @@ def test_llamafactorys_rows_may_stand_one_a_line(chat, tmp_path):
 def test_factaligns_sentences_are_texts(chat, tmp_path, change):
     row = {"prompt": SAID, "completion": ANSWERED, "label": True, "completion_sentences": [], "sentence_label": []}
     write_jsonl(tmp_path / "a.jsonl", [row | change])
-    with pytest.raises(InputError, match="a.jsonl: row 1: 'completion_sentences' and 'sentence_label' must be lists"):
+    with pytest.raises(
+        InputError, match="a.jsonl: row 1: fields 'completion_sentences' and 'sentence_label' must be lists"
+    ):
         formats.from_factalign(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chat)

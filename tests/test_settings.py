@@ -66,7 +66,7 @@ def test_one_rule_and_one_form_for_flags_files_and_objects(tmp_path: Path, name,
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"free": 1e999}', "free is inf, must be a finite number"),
+        ('{"free": 1e999}', "1e999 is larger than any number that can be held"),
         ('{"free": NaN}', "not valid JSON"),
         ('{"rank": 2.0}', "rank is 2.0, must be a whole number"),
         ('{"rank": true}', "rank is True, must be a whole number"),

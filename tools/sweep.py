@@ -68,11 +68,14 @@ def load(path: str | Path) -> Sweep:
     if not isinstance(sweep, dict) or not needed <= sweep.keys() <= needed | OPTIONAL.keys() or not sweep["runs"]:
         raise InputError(f"{path}: must hold base, out and runs, may hold settings, seeds and note; {like}")
     sweep = OPTIONAL | sweep
+    for name, kind in {"base": str, "out": str, "note": str, "settings": dict, "runs": dict}.items():
+        if not isinstance(sweep[name], kind):
+            raise InputError(f"{path}: {name} must be {'a text' if kind is str else 'an object'}; {like}")
     seeds = sweep["seeds"]
     if not isinstance(seeds, list) or not seeds or {type(s) for s in seeds} != {int} or len(set(seeds)) < len(seeds):
         raise InputError(f"{path}: seeds must be different whole numbers, not {seeds}; write for example [0, 1, 2]")
     for name, run in sweep["runs"].items():
-        if not isinstance(run, dict) or run.keys() != {"settings", "paper"}:
+        if not isinstance(run, dict) or run.keys() != {"settings", "paper"} or not isinstance(run["settings"], dict):
             raise InputError(f"{path}: run {name!r} must hold settings and paper; {like}")
         if taken := [key for key in sweep["settings"] | run["settings"] if key in OWN]:
             raise InputError(f"{path}: {taken[0]} is not a setting of a run; use base, out and seeds of the sweep")
