@@ -42,10 +42,10 @@ RECORD = {"study.json": "docs/results/masa.json", "accuracy.png": "docs/masa_acc
 SEEDS = (0, 1, 2)
 # Every setting samples about as many tokens. They end before all open problems are solved: nobody can lead then.
 FLAGS = {
-    "grpo": "--preset grpo --steps 24 --eval-every 6",
-    "efficient": "--preset v2-efficient --metas 4 --control-from 1 --refill-tries 1 --steps 44 --eval-every 11",
-    "dapo": "--preset dapo --batch 4 --steps 16 --eval-every 4",
-    "dapo-gate": "--preset dapo-meta --batch 4 --metas 4 --control-from 1 --steps 24 --eval-every 6",
+    "grpo": "--preset grpo --steps 48 --eval-every 12",
+    "efficient": "--preset v2-efficient --metas 4 --control-from 1 --refill-tries 1 --steps 84 --eval-every 21",
+    "dapo": "--preset dapo --steps 16 --eval-every 4",
+    "dapo-gate": "--preset dapo-meta --metas 4 --control-from 1 --steps 24 --eval-every 6",
 }
 PAIRS = {"efficient": "grpo", "dapo-gate": "dapo"}
 TITLES = {"grpo": "GRPO", "efficient": "MASA-efficient", "dapo": "DAPO", "dapo-gate": "DAPO + gate"}
