@@ -47,11 +47,16 @@ class Lengths:
         return [p + c for p, c in zip(self.prompt, self.completion, strict=True)]
 
 
+def knows(model: str) -> Path | None:
+    """The file that has the shape of `model`: its folder's config.json, or one of configs/shapes; None for neither."""
+    files = (Path(model) / "config.json", SHAPES / f"{model.rsplit('/', 1)[-1]}.json")
+    return next((path for path in files if path.is_file()), None)
+
+
 def shape_of(model: str) -> tuple[ModelConfig, Path]:
     """The shape of `model`, a folder with a config.json or a model configs/shapes knows, and the file it is from."""
-    for path in (Path(model) / "config.json", SHAPES / f"{model.rsplit('/', 1)[-1]}.json"):
-        if path.is_file():
-            return ModelConfig.from_json(path), path
+    if path := knows(model):
+        return ModelConfig.from_json(path), path
     known = ", ".join(sorted(p.stem for p in SHAPES.glob("*.json")))
     raise InputError(f"--model {model!r}: no folder with a config.json, and none of {known}; put a config.json in one")
 

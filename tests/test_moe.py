@@ -252,6 +252,10 @@ def test_a_part_that_is_missing_extra_or_there_twice_is_named(tmp_path: Path) ->
             qwen.load(tmp_path)
         assert all(word in str(error.value) for word in words), error.value
     assert str(error.value).count("is missing") == 2  # not a line an expert
+    save_file({k: v for k, v in whole.items() if "experts" not in k or k.endswith("0.up_proj.weight")}, file)
+    with pytest.raises(InputError, match="; and 4 more; use the matching files") as error:
+        qwen.load(tmp_path)  # 22 matrices, and both stacked down_proj
+    assert str(error.value).count("is missing") == 20
 
 
 def config_with(path: Path, **changes: object) -> ModelConfig:
@@ -275,6 +279,8 @@ def test_config_of_either_transformers_and_what_is_refused(tmp_path: Path) -> No
         ({"moe_intermediate_size": 0}, ["moe_intermediate_size is 0"]),
         ({"norm_topk_prob": 1}, ["norm_topk_prob is 1"]),
         ({"mlp_only_layers": [3]}, ["mlp_only_layers", "[3]"]),
+        ({"mlp_only_layers": 1}, ["mlp_only_layers is 1"]),
+        ({"mlp_only_layers": False}, ["mlp_only_layers is False"]),
         ({"decoder_sparse_step": 4}, ["decoder_sparse_step", "no layer"]),
     ):
         with pytest.raises(InputError) as error:
@@ -382,6 +388,27 @@ def test_what_one_gpu_cannot_hold_is_refused_at_once_with_the_lines_to_type(monk
     again = f"python mralign.py --config {shlex.quote(config)} --max-new 200000 --backend openai"
     again += " --base-url http://127.0.0.1:8000/v1"
     assert f"`{again}`" in told and "--shard train" in told
+
+
+def test_the_config_alone_is_fetched_of_a_model_whose_shape_is_not_known_here(tmp_path: Path, monkeypatch) -> None:
+    """30.5 billion weights of two bytes, 56.9 GiB, are refused on a card of 40 GiB for the price of a small file."""
+    asked = []
+
+    def fetched(model: str, name: str, revision: str | None) -> str:
+        asked.append((model, name, revision))
+        return str(plan.SHAPES / "Qwen3-30B-A3B.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr(room, "gpu_bytes", lambda: 40 * 2**30)
+    cfg = RunConfig(model="Qwen/Qwen3-30B-A3B-Later", revision="v1", dtype="bfloat16", out=str(tmp_path))
+    with pytest.raises(InputError, match="A3B-Later and one row of .* need 57.*vllm serve Qwen/Qwen3-30B-A3B-Later"):
+        room.check(cfg, ["sample"], [])
+    assert asked == [("Qwen/Qwen3-30B-A3B-Later", "config.json", "v1")]
+    room.check(cfg, ["train"], [])  # which can shard
+    room.check(dataclasses.replace(cfg, model="mini/model", revision=""), [], [])  # a folder of this repository
+    assert len(asked) == 1
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    room.check(cfg, [], [])  # `locate` says what is wrong
 
 
 def test_what_holds_the_model_and_what_does_not(tmp_path: Path) -> None:

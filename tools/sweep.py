@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 import eval as evaluation
-from common.endings import program
+from common.endings import ignored, program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
 from common.ranks import ENDS, Ranks, only_writer
@@ -190,7 +190,8 @@ class Processes:
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Inside, signals come here, and after it too if one came: then the program is ending. Main thread only."""
-        before = {number: signal.signal(number, self) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or not ignored(number)]  # nohup
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         finally:
