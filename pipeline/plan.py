@@ -179,6 +179,14 @@ def memory_table(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> str
     return markdown([*rows, {what: f"of {memory} GB, {1 - costs.ROOM:.0%} left free"} | fits])
 
 
+def host_line(n: dict[str, int], size: int, gpus: int) -> str:
+    """What --shard takes of the host: a process reads all weights before it keeps its part of them on its GPU."""
+    whole = size * (n["layers"] + n["rest"]) / 1e9
+    return (
+        f"host       each of {gpus} processes first reads the whole model: {gpus} x {whole:.1f} = {gpus * whole:.0f} GB"
+    )
+
+
 def report_text(model: str, given: Rows, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
     """The training part of the dry run as text: rows, steps, memory, time."""
     config, path = shape_of(model)
@@ -202,6 +210,7 @@ def report_text(model: str, given: Rows, method: str, dtype: str, s: train.Train
         "",
         memory_table(memory(config, s, size, gpu, gpus, lengths), gpu, gpus),
         f"recomputed is: {level}",
+        *([host_line(n, size, gpus)] if s.shard else []),
         "",
         f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
         f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",

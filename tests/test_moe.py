@@ -42,7 +42,7 @@ from mini import build
 from mini.world import World, wrap
 from pipeline import dry_run, plan, room
 from pipeline.config import RunConfig
-from tools import export
+from tools import export, routes
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -491,6 +491,25 @@ class Alone:
     @staticmethod
     def sum(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+
+def test_the_table_of_routes_takes_rows_of_one_class_and_refuses_none(tmp_path: Path, capsys) -> None:
+    """Adapters of B = 0 move nothing: no token is sent elsewhere."""
+    peer("qwen3_moe").save_pretrained(tmp_path / "base")
+    m = qwen.load(tmp_path / "base")
+    lora.add(m, 2, 4.0)
+    lora.save(m, tmp_path / "adapter", "base")
+    ids = tokens(4, 9)
+    row = {"id": "q", "prompt": "", "completion": "abcdefghi", "label": True, "spans": [], "labels": [], "w": []}
+    row |= {"prompt_ids": ids[0].tolist(), "completion_ids": ids[1].tolist()}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    given = [str(tmp_path / name) for name in ("base", "adapter", "train.jsonl")]
+    assert routes.main(given) == 0
+    told = capsys.readouterr().out
+    (shown,) = [line for line in told.splitlines() if "chosen" in line]
+    assert [cell.strip() for cell in shown.split("|")[1:5]] == ["1 chosen", "9", "0", "0"] and "rejected" not in told
+    assert routes.main([*given, "--rows", "0"]) == 3
+    assert "--rows is 0" in capsys.readouterr().err
 
 
 @torch.no_grad()
