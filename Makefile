@@ -76,7 +76,7 @@ engine-check: .venv/ready  ## against a real vLLM on the CPU, in an environment 
 sweep: .venv/ready  ## the ablations of Tables 3 and 4 on GPUs (RANKS of them), into one table
 	$(PY) -m tools.sweep configs/ablations.json --gpus $(RANKS) $(ARGS)
 
-masa: .venv/ready  ## MASA on a miniature: MASA, GRPO and controls, three seeds, a table and a figure
+masa: .venv/ready  ## MASA on a miniature: GRPO and DAPO with and without metas, three seeds, a table and a figure
 	$(PY) -m mini.masa_study
 
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)

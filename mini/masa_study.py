@@ -5,7 +5,7 @@ time, and leaves table.md, study.json and accuracy.png in runs/masa. A cell that
 was stopped goes on. --record also puts the three where docs/ shows them.
 
   grpo        no metas
-  efficient   metas; from the second step on they gate and cut (v2-efficient; the batch shrinks)
+  efficient   metas; from the second step on they gate and cut (v2-efficient)
   dapo        no metas; batches are sampled until one is full of problems solved rightly and wrongly
   dapo-gate   metas as above; what the gate foresees as always right or always wrong is not sampled
 
@@ -42,10 +42,10 @@ RECORD = {"study.json": "docs/results/masa.json", "accuracy.png": "docs/masa_acc
 SEEDS = (0, 1, 2)
 # Every setting samples about as many tokens. They end before all open problems are solved: nobody can lead then.
 FLAGS = {
-    "grpo": "--preset grpo --steps 24 --eval-every 6",
-    "efficient": "--preset v2-efficient --metas 4 --control-from 1 --refill-tries 1 --steps 44 --eval-every 11",
-    "dapo": "--preset dapo --batch 4 --steps 16 --eval-every 4",
-    "dapo-gate": "--preset dapo-meta --batch 4 --metas 4 --control-from 1 --steps 24 --eval-every 6",
+    "grpo": "--preset grpo --steps 48 --eval-every 12",
+    "efficient": "--preset v2-efficient --metas 4 --control-from 1 --steps 48 --eval-every 12",
+    "dapo": "--preset dapo --steps 16 --eval-every 4",
+    "dapo-gate": "--preset dapo-meta --metas 4 --control-from 1 --steps 24 --eval-every 6",
 }
 PAIRS = {"efficient": "grpo", "dapo-gate": "dapo"}
 TITLES = {"grpo": "GRPO", "efficient": "MASA-efficient", "dapo": "DAPO", "dapo-gate": "DAPO + gate"}
