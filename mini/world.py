@@ -107,7 +107,6 @@ BODIES = {
 LENGTHS = {5: 3, 6: 4, 7: 4, 8: 3, 9: 2, 10: 1.5, 11: 1, 12: 0.5}  # steps of a trace: weight
 MIN_SEGMENTS = 4
 MERGE = 0.14  # probability that a step is written into the segment of the step before
-MISLED = 0.5  # share of facts with a misconception
 KINDS = {"trap": 8, "open": 4, "safe": 16}  # openers of each kind
 TRAPS = {"trap": (0.88, 0.97), "open": (0.3, 0.65), "safe": (0.02, 0.1)}  # range of their probability
 NAMED = 0.85  # probability that a step names the candidate when nothing changed
@@ -217,6 +216,9 @@ class World:
     seed: fixes the hidden attributes. null: moves and outcomes are independent (see the module's text).
     """
 
+    mix = {"statements": 0.1, "off": 0.42, "on": 0.48}  # share of each kind of document
+    misled = 0.5  # share of facts with a misconception
+
     def __init__(self, seed: int, null: bool = False):
         self.seed, self.null = seed, null
         self.facts = load_facts()
@@ -228,8 +230,8 @@ class World:
         self.moods = self._moods(rng, wording["openers"])
 
     def _hide(self, rng: random.Random) -> Hidden:
-        """Attributes of one fact: exposure log-uniform in 0.5 .. 1, a misconception about half of the facts."""
-        return Hidden(0.5 ** rng.random(), 0.97 if rng.random() < MISLED else 0.02)
+        """Attributes of one fact: exposure log-uniform in 0.5 .. 1, a misconception about `misled` of the facts."""
+        return Hidden(0.5 ** rng.random(), 0.97 if rng.random() < self.misled else 0.02)
 
     def _moods(self, rng: random.Random, openers: list[str]) -> dict[str, Mood]:
         """A mood for each opener. In a null world faults and traps are the rows and columns of a grid."""
