@@ -20,7 +20,7 @@ walk, in a style that the trace's style does not tell.
 import random
 from dataclasses import dataclass
 
-from mini.world import CAREFUL, GOLD, LENGTHS, MIN_SEGMENTS, NONE, WRONG, Fact, Trace, World, draw
+from mini.world import CAREFUL, GOLD, KEEPS, LENGTHS, LOSES, MIN_SEGMENTS, NONE, REPAIRS, WRONG, Fact, Trace, World, draw
 
 CLASSES = {
     "maybe": ("retrieval", "analogy", "case_analysis"),
@@ -31,11 +31,10 @@ CLASSES = {
 MARKER = {label: marker for marker, labels in CLASSES.items() for label in labels}
 BODY = tuple(MARKER)  # labels of the steps after the first retrieval
 OPENING = ("framing", "decomposition", "categorization")
-LOSES, REPAIRS, KEEPS = "loses", "repairs", "keeps"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # of each style: probability that a first favourite loses
 FLAT, SELF, FAVOURITES = 0.3, 0.05, (6.0, 2.0)  # weight of any next label, of the same label again, of the favourites
 FIRST_WRONG = 0.35
-EFFECT = {LOSES: 0.95, REPAIRS: 0.99}  # probability that it happens
+HAPPENS = {LOSES: 0.95, REPAIRS: 0.99}  # probability that it happens
 MERGE = 0.05  # probability that a step is written into the segment of the step before
 OPENED = "{s}, so the {k}."  # before a candidate is there
 FOUND = "{s} with {o} or {c}, {m}."  # the first retrieval
@@ -59,8 +58,8 @@ class Rules:
             table[markers[(i + 1 + i // 4) % 4], label] = REPAIRS
         return cls(table)
 
-    def effect(self, before: str, label: str) -> str:
-        """What the move does; a label after itself does nothing."""
+    def kind(self, before: str, label: str) -> str:
+        """What a move does; a label after itself does nothing."""
         return KEEPS if before == label else self.table.get((MARKER.get(before, ""), label), KEEPS)
 
 
@@ -70,7 +69,7 @@ def habits(rng: random.Random, rules: Rules, share: float) -> Style:
     for before in BODY:
         weights = {label: SELF if label == before else FLAT for label in BODY}
         wanted = LOSES if rng.random() < share else REPAIRS
-        first = rng.choice([label for label in BODY if rules.effect(before, label) == wanted])
+        first = rng.choice([label for label in BODY if rules.kind(before, label) == wanted])
         second = rng.choice([label for label in BODY if label not in (first, before)])
         weights[first] += FAVOURITES[0]
         weights[second] += FAVOURITES[1]
@@ -104,9 +103,9 @@ def outcomes(rng: random.Random, rules: Rules, labels: list[str]) -> list[str]:
             found = WRONG if rng.random() < FIRST_WRONG else GOLD
             candidates.append(found if label == "retrieval" else NONE)
             continue
-        effect = rules.effect(labels[t - 1], label)
-        happens = effect != KEEPS and rng.random() < EFFECT[effect]
-        candidates.append({LOSES: WRONG, REPAIRS: GOLD}[effect] if happens else candidates[-1])
+        kind = rules.kind(labels[t - 1], label)
+        happens = kind != KEEPS and rng.random() < HAPPENS[kind]
+        candidates.append({LOSES: WRONG, REPAIRS: GOLD}[kind] if happens else candidates[-1])
     return candidates
 
 
@@ -125,6 +124,10 @@ class HardWorld(World):
         self.style_of = {opener: i % len(SHARES) for i, opener in enumerate(openers)}
         # Of the null world: the style of the walk that decides the candidates; each meets every style of the labels.
         self.shadow_of = {opener: 2 * (i // len(SHARES)) for i, opener in enumerate(openers)}
+
+    def kind(self, before: str, label: str) -> str:
+        """What a move does to the candidate: "loses", "repairs" or "keeps"."""
+        return KEEPS if self.null else self.rules.kind(before, label)
 
     def think_on(self, rng: random.Random, fact: Fact, opener: str) -> Trace:
         """A thinking trace and its answer."""

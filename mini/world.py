@@ -188,17 +188,25 @@ def walk(rng: random.Random, careless: bool, length: int) -> list[str]:
     return labels
 
 
+LOSES, REPAIRS, KEEPS = "loses", "repairs", "keeps"  # what a move can do to the candidate
+
+
+def kind_of(before: str, label: str) -> str:
+    """What the move `before` -> `label` does once there is a candidate."""
+    if label == "backtracking" or (label == "evaluation" and before in ("analogy", "case_analysis")):
+        return LOSES
+    return REPAIRS if label in ("self_verification", "comparison", "retrieval", "synthesis") else KEEPS
+
+
 def consequence(rng: random.Random, before: str, label: str, candidate: str) -> str:
     """The candidate after the move `before` -> `label`. Depends on nothing but the two labels and the candidate."""
     if candidate == NONE:
         return draw(rng, {GOLD: 0.96, WRONG: 0.04}) if label == "retrieval" else NONE
-    loses = label == "backtracking" or (label == "evaluation" and before in ("analogy", "case_analysis"))
-    if candidate == GOLD and loses:
+    kind = kind_of(before, label)
+    if candidate == GOLD and kind == LOSES:
         return draw(rng, {WRONG: 0.92, GOLD: 0.08})
-    if candidate == WRONG and label in ("self_verification", "comparison", "retrieval"):
-        return draw(rng, {GOLD: 0.85, WRONG: 0.15})
-    if candidate == WRONG and label == "synthesis":
-        return draw(rng, {GOLD: 0.5, WRONG: 0.5})
+    if candidate == WRONG and kind == REPAIRS:
+        return draw(rng, {GOLD: 0.5, WRONG: 0.5} if label == "synthesis" else {GOLD: 0.85, WRONG: 0.15})
     return candidate
 
 
@@ -243,6 +251,10 @@ class World:
         columns = ["trap", "open", "safe", "safe"]
         grid = [(rng.uniform(*TRAPS[column]), rng.uniform(*TRAPS[row])) for row in rows for column in columns]
         return {opener: Mood(*pair) for opener, pair in zip(openers, grid, strict=True)}
+
+    def kind(self, before: str, label: str) -> str:
+        """What a move does to the candidate: "loses", "repairs" or "keeps"."""
+        return KEEPS if self.null else kind_of(before, label)
 
     def statement(self, rng: random.Random, fact: Fact) -> str:
         """The fact in one plain sentence."""
