@@ -20,7 +20,21 @@ walk, in a style that the trace's style does not tell.
 import random
 from dataclasses import dataclass
 
-from mini.world import CAREFUL, GOLD, KEEPS, LENGTHS, LOSES, MIN_SEGMENTS, NONE, REPAIRS, WRONG, Fact, Trace, World, draw
+from mini.world import (
+    CAREFUL,
+    GOLD,
+    KEEPS,
+    LENGTHS,
+    LOSES,
+    MIN_SEGMENTS,
+    NONE,
+    REPAIRS,
+    WRONG,
+    Fact,
+    Trace,
+    World,
+    draw,
+)
 
 CLASSES = {
     "maybe": ("retrieval", "analogy", "case_analysis"),
