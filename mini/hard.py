@@ -51,8 +51,9 @@ FIRST_WRONG = 0.35
 HAPPENS = {LOSES: 0.95, REPAIRS: 0.99}  # probability that it happens
 MERGE = 0.05  # probability that a step is written into the segment of the step before
 OPENED = "{s}, so the {k}."  # before a candidate is there
-FOUND = "{s} with {o} or {c}, {m}."  # the first retrieval
-STEP = "not {o} but {c}, {m}."  # afterwards
+FOUND = "{s}: one {a}, two {b}, {m} {p}."  # the first retrieval; in either order
+PLACES = ("one", "two")  # what the two answers are called after they were named
+STEP = "{m} {p}."  # afterwards
 
 Style = dict[str, dict[str, float]]  # label -> next label -> weight
 
@@ -126,7 +127,7 @@ def outcomes(rng: random.Random, rules: Rules, labels: list[str]) -> list[str]:
 class HardWorld(World):
     """One draw of the hidden attributes, the rules, the styles and which opener has which style."""
 
-    mix = {"statements": 0.1, "off": 0.2, "on": 0.7}
+    mix = {"statements": 0.1, "off": 0.15, "on": 0.75}
     misled = 0.6
 
     def __init__(self, seed: int, null: bool = False):
@@ -164,15 +165,18 @@ class HardWorld(World):
 
     def _write(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str]) -> tuple[list, list]:
         """Text and labels of each segment; some steps are merged into the segment before."""
-        pair = {GOLD: (fact.object, fact.distractor), WRONG: (fact.distractor, fact.object), NONE: ("", "")}
+        names = [fact.object, fact.distractor]
+        swapped = rng.random() < 0.5
+        a, b = reversed(names) if swapped else names
+        place = {GOLD: PLACES[swapped], WRONG: PLACES[not swapped], NONE: ""}
         spare = len(labels) - MIN_SEGMENTS
         segments: list[str] = []
         segment_labels: list[list[str]] = []
         for t, (label, candidate) in enumerate(zip(labels, candidates, strict=True)):
             first = candidate != NONE and (t == 0 or candidates[t - 1] == NONE)
             body = OPENED if candidate == NONE else FOUND if first else STEP
-            slots = {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "m": MARKER.get(label, "")}
-            slots["c"], slots["o"] = pair[candidate]
+            slots = {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "a": a, "b": b}
+            slots |= {"m": MARKER.get(label, ""), "p": place[candidate]}
             step = f"{rng.choice(self.cues[label])} {body.format(**slots)}"
             mergeable = spare > 0 and segments and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label]
             if mergeable and rng.random() < MERGE:

@@ -6,9 +6,9 @@
 
 A world knows of every move (label before, label) whether it loses the gold, repairs a wrong candidate or does nothing
 (`World.kind`). The table compares that with the two ratios the weights are made of (Eq. 10): P_pos / P, the weight of a
-move in a chosen trace, and P_neg / P, its weight in a rejected one. A losing move should weigh less than 1 in chosen and
-more than 1 in rejected traces, a repairing one the other way round; `wrong way` is the share of the moves where it is
-not so. The mean is over the moves of the traces, so a frequent pair counts often.
+move in a chosen trace, and P_neg / P, its weight in a rejected one. A losing move should weigh less than 1 in chosen
+and more than 1 in rejected traces, a repairing one the other way round; `wrong way` is the share of the moves where it
+is not so. The mean is over the moves of the traces, so a frequent pair counts often.
 
 `by opener` tells a confusion apart from credit. Take every trace as chosen to the degree to which the traces with the
 same opener are chosen, and fit again: what is left of the ratio is what the openers alone explain. Where it is nearly
@@ -105,7 +105,7 @@ def matrices(traces: Sequence[Labelled]) -> dict[str, np.ndarray]:
 
 
 def table(traces: Sequence[Labelled], world: World) -> list[dict[str, Any]]:
-    """One row a kind of move: how often it is, its mean log ratios in both classes, how often they point the wrong way."""
+    """One row a kind of move: how often it is, its mean log ratios in both classes, and where these are wrong."""
     P = matrices(traces)
     index = {label: i for i, label in enumerate(em.STATES)}
     counts = {side: Counter(m for t in traces if t.chosen is side for m in moves(t)) for side in (True, False)}
@@ -135,7 +135,7 @@ def wrong_pairs(traces: Sequence[Labelled], world: World, most: int = 8) -> list
     index = {label: i for i, label in enumerate(em.STATES)}
     counts = {side: Counter(m for t in traces if t.chosen is side for m in moves(t)) for side in (True, False)}
     found = []
-    for (before, label), n in (counts[True] + counts[False]).most_common():
+    for before, label in dict((counts[True] + counts[False]).most_common()):
         kind = world.kind(before, label)
         at = index[before], index[label]
         pos, neg = (float(np.log(P[x][at] / P["P"][at])) for x in ("P_pos", "P_neg"))

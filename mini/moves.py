@@ -24,7 +24,6 @@ Left out: what happens after the first step, and that a network's openers share 
 """
 
 import argparse
-import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +91,7 @@ def effects(kinds: np.ndarray, loses: float, repairs: float) -> np.ndarray:
 
 
 def mood(seed: int = 0) -> Moves:
-    """The world of world.py; hidden states: careful and gold, careful and wrong, careless and gold, careless and wrong."""
+    """The world of world.py; hidden states: gold and wrong of the careful mood, then of the careless one."""
     labels = em.LABELS
     kinds = np.array([[world.kind_of(a, b) for b in labels] for a in labels])
     tables = np.array([[[of[a].get(b, 0.0) for b in labels] for a in labels] for of in (CAREFUL, CARELESS)])
@@ -151,7 +150,7 @@ WORLDS: dict[str, Callable[[int], Moves]] = {
 
 
 def accuracy(of: Moves, walk: np.ndarray) -> tuple[float, np.ndarray]:
-    """Share of right answers under a walk (O, H, L, L), and how often (O, H, L) is left for a next move in a thought."""
+    """Share of right answers under a walk (O, H, L, L), and how often (O, H, L) a thought moves on from there."""
     n = len(walk)
     d = np.zeros((n, len(of.right), len(of.labels)))  # hidden state, last label
     d[:, :, of.labels.index("retrieval")] = of.start / n
