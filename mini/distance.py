@@ -157,8 +157,8 @@ def run_block(block: Block, most: int) -> None:
             )
 
 
-def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
-    """Train one method at the run's learning rate and measure it on the test questions. Leaves its files in `out`."""
+def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, Any]:
+    """Train one method at the run's learning rate and measure it on the questions of a split. Its files are in `out`."""
     cfg, base = run.cfg, run.base_model()
     policy = base
     if method != BASE:
@@ -171,9 +171,9 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
         policy = run.base_model()
         lora.load(policy, out)
         lora.merge(policy)
-    questions, _ = data.load_questions(ROOT / "mini" / "questions" / "test.jsonl")
+    questions, _ = data.load_questions(ROOT / "mini" / "questions" / f"{split}.jsonl")
     cut = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
-    drawn = draw(run, policy, questions, cut, out / "test.jsonl")
+    drawn = draw(run, policy, questions, cut, out / f"{split}.jsonl")
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
     plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / "plain.jsonl")
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
