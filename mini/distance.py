@@ -158,7 +158,7 @@ def run_block(block: Block, most: int) -> None:
 
 
 def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, Any]:
-    """Train one method at the run's learning rate and measure it on the questions of a split. Its files are in `out`."""
+    """Train one method at the run's learning rate and measure it on the questions of a split. Leaves files in `out`."""
     cfg, base = run.cfg, run.base_model()
     policy = base
     if method != BASE:

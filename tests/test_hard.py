@@ -1,4 +1,4 @@
-"""The world without a ceiling (mini/hard.py), what its moves do (mini/kinds.py), and worlds of moves (mini/moves.py)."""
+"""The world without a ceiling (mini/hard.py), what moves do (mini/kinds.py), and worlds of moves (mini/moves.py)."""
 
 import math
 import random
@@ -13,16 +13,14 @@ from annotate import CueAnnotator
 from common.files import read_json
 from mini import hard, kinds, moves
 from mini.hard import BODY, CLASSES, MARKER, HardWorld, Rules
-from mini.world import GOLD, HERE, KEEPS, LENGTHS, LOSES, NONE, REPAIRS, WRONG, World
+from mini.world import GOLD, HERE, KEEPS, LENGTHS, LOSES, NONE, REPAIRS, WRONG, World, draw
 
 
 def share_right(world: HardWorld, styles: list, n: int = 1500) -> float:
     """Share of walks that end with the gold."""
     rng = random.Random(3)
-    ends = [
-        hard.outcomes(rng, world.rules, hard.walk(rng, rng.choice(styles), rng.choices(*zip(*LENGTHS.items()))[0]))[-1]
-        for _ in range(n)
-    ]
+    walks = [hard.walk(rng, rng.choice(styles), draw(rng, LENGTHS)) for _ in range(n)]
+    ends = [hard.outcomes(rng, world.rules, labels)[-1] for labels in walks]
     return ends.count(GOLD) / n
 
 
@@ -112,7 +110,7 @@ def test_kinds_of_traces_counted_by_hand():
 
 
 def test_a_ratio_that_only_the_openers_make_is_seen_as_theirs():
-    """Opener a is always right and likes explanation, b always wrong and likes chaining; neither label does anything."""
+    """Opener a is always right and likes explanation, b always wrong and likes chaining; neither does anything."""
     a = [kinds.Labelled([("retrieval",), ("explanation",)], True, "a")] * 30
     b = [kinds.Labelled([("retrieval",), ("chaining",)], False, "b")] * 30
     row = kinds.table(a + b, World(0))[2]
