@@ -4,8 +4,9 @@
 
 A thought is a walk over labels; its opener and a hidden state decide the next label, its moves change the hidden state,
 and the state at the end is right or wrong. Every step also writes a few content tokens that mean nothing. The policy is
-a table: a logit for (opener, label before, next label), and one for (opener, label, content token). Training rows are
-drawn and chosen as the pipeline does: right in all draws and wrong without thinking, or the other way round.
+a table: a logit for (opener, label before, next label), and one for (opener, label, content token); `shared`: one table
+for all openers. A network lies in between. Training rows are drawn and chosen as the pipeline does: right in all draws
+and wrong without thinking, or the other way round.
 
 From adapters of zero, the gradient of KTO is the sum over rows of +1 (chosen) or -lambda_r (rejected) times the
 gradient of log p, and that of MR-ALIGN has w on every step (Eq. 9, 10; matrices by em.fit). `gain` of such a direction
@@ -20,7 +21,7 @@ What differs between the worlds:
   opener     like pairs, but in every second opener what loses elsewhere repairs, and the other way round
   symptom    like pairs, but after a wrong answer three labels that do nothing come four times as often
 
-Left out: what happens after the first step, and that a network's openers share weights.
+Left out: what happens after the first step.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from mini import hard, world
 from mini.world import CAREFUL, CARELESS, KEEPS, LOSES, REPAIRS
 
 LENGTHS = {4: 3, 5: 4, 6: 4, 7: 3, 8: 2, 9: 1.5, 10: 1}  # moves after the first retrieval: weight
-CONTENT, WORDS = 4, 20  # content tokens a step, and how many words each is drawn from
+WORDS = 20  # how many words a content token is drawn from
 MISLED = 0.6  # share of questions that are wrong without thinking
 LAMBDA_R = 1.5
 SMALL = 1e-4  # step at which slopes are taken
@@ -171,7 +172,7 @@ def slope(of: Moves, step: np.ndarray) -> float:
 
 
 def distance(of: Moves, step: np.ndarray, words: np.ndarray) -> tuple[float, float]:
-    """KL of a small change, over its size squared: of the moves, and of the content (CONTENT, O, L, WORDS)."""
+    """KL of a small change, over its size squared: of the moves, and of the content (content tokens, O, L, WORDS)."""
     visits = accuracy(of, of.walk)[1]
     mean = (of.walk * step[:, None]).sum(-1, keepdims=True)
     of_moves = (visits[..., None] * of.walk * (step[:, None] - mean) ** 2).sum() / 2
@@ -256,9 +257,9 @@ def weights(of: Moves, rows: Rows, method: str, rng: np.random.Generator) -> np.
 
 
 def direction(of: Moves, rows: Rows, w: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first update: of the logits of the moves (O, L, L), and of the content (CONTENT, O, L, WORDS).
+    """The first update: of the logits of the moves (O, L, L), and of the content (C, O, L, WORDS).
 
-    words (CONTENT, N, T): the content of every step.
+    words (C, N, T): the content of every step, C tokens.
     """
     there = rows.labels[:, 1:] >= 0
     before, label = rows.labels[:, :-1][there], rows.labels[:, 1:][there]
@@ -267,22 +268,24 @@ def direction(of: Moves, rows: Rows, w: np.ndarray, words: np.ndarray) -> tuple[
     step = np.zeros((len(of.walk), len(of.labels), len(of.labels)))
     np.add.at(step, (opener, before, label), v)
     np.add.at(step, (opener, before), -v[:, None] * of.walk[opener, rows.hidden[there], before])
-    content = np.zeros((CONTENT, len(of.walk), len(of.labels), WORDS))
+    content = np.zeros((len(words), len(of.walk), len(of.labels), WORDS))
     for one, written in zip(content, words[:, there], strict=True):
         np.add.at(one, (opener, label, written), v)
     return step, content
 
 
-def gains(of: Moves, questions: int, temperature: float, draws: int, seed: int) -> dict[str, Any]:
+def gains(of: Moves, questions: int, temperature: float, draws: int, seed: int, content: int = 4) -> dict[str, Any]:
     """Gain of every method on one set of rows, how many rows, and the ratios by kind of move."""
     rng = np.random.default_rng(seed)
     rows = candidates(of, rng, questions, temperature, draws)
     there = rows.labels[:, 1:] >= 0
-    words = rng.integers(WORDS, size=(CONTENT, *there.shape))
+    words = rng.integers(WORDS, size=(content, *there.shape))
     found: dict[str, Any] = {"chosen": int(rows.right.sum()), "rejected": int((~rows.right).sum())}
     for method in METHODS:
-        step, content = direction(of, rows, weights(of, rows, method, rng), words)
-        found[method] = slope(of, step) / sum(distance(of, step, content)) ** 0.5
+        step, written = direction(of, rows, weights(of, rows, method, rng), words)
+        found[method] = slope(of, step) / sum(distance(of, step, written)) ** 0.5
+        step, written = (np.broadcast_to(x.sum(axis, keepdims=True), x.shape) for x, axis in ((step, 0), (written, 1)))
+        found[f"{method}, shared"] = slope(of, step) / sum(distance(of, step, written)) ** 0.5
     ratio, sides = log_ratios(of, rows), np.broadcast_to(rows.right[:, None], there.shape)[there]
     moves = rows.labels[:, :-1][there], rows.labels[:, 1:][there]
     kind = of.kinds[moves]
@@ -297,19 +300,21 @@ def gains(of: Moves, questions: int, temperature: float, draws: int, seed: int) 
 DRAWS = {"once at T = 1": (1.0, 1), "3 of 3 at T = .2": (0.2, 3)}
 
 
-def measure(questions: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def measure(questions: Sequence[int], repeats: int, content: int) -> list[dict[str, Any]]:
     """Every world, way of drawing and number of questions; mean gains over `repeats` sets of rows."""
     out = []
     for name, make in WORLDS.items():
         of = make(0)
         for how, (temperature, draws) in DRAWS.items():
             for n in questions:
-                each = [gains(of, n, temperature, draws, seed) for seed in range(repeats)]
+                each = [gains(of, n, temperature, draws, seed, content) for seed in range(repeats)]
                 row: dict[str, Any] = {"world": name, "draws": how, "questions": n, "Acc": accuracy(of, of.walk)[0]}
                 row |= {key: float(np.mean([x[key] for x in each if key in x])) for key in each[0]}
                 for method in METHODS[1:]:
                     over = [x[method] / x["kto"] - 1 for x in each]
                     row[f"{method} over kto"] = {"mean": float(np.mean(over)), "sd": float(np.std(over, ddof=1))}
+                over = [x["mralign, shared"] / x["kto, shared"] - 1 for x in each]
+                row["mralign over kto, shared"] = {"mean": float(np.mean(over)), "sd": float(np.std(over, ddof=1))}
                 out.append(row)
     return out
 
@@ -323,9 +328,9 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
             "chosen : rejected": f"{row['chosen']:.0f} : {row['rejected']:.0f}",
             "gain of KTO": f"{row['kto']:.3f}",
         }
-        for method in METHODS[1:]:
-            of = row[f"{method} over kto"]
-            line[f"{method} over KTO"] = f"{100 * of['mean']:+.0f} ± {100 * of['sd']:.0f} %"
+        for method in (*(f"{m} over kto" for m in METHODS[1:]), "mralign over kto, shared"):
+            of = row[method]
+            line[method.replace("kto", "KTO")] = f"{100 * of['mean']:+.0f} ± {100 * of['sd']:.0f} %"
         for name in (LOSES, REPAIRS):
             parts = [row.get(f"wrong way, {name}, {side}") for side in ("pos", "neg")]
             line[f"wrong way, {name}"] = " / ".join("–" if x is None else f"{100 * x:.0f} %" for x in parts)
@@ -338,9 +343,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", default="500,2000,20000", help="questions drawn, comma-separated")
     parser.add_argument("--repeats", type=int, default=8, help="sets of rows each [8]")
+    parser.add_argument("--content", type=int, default=4, help="content tokens a step [4]")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args(argv)
-    rows = measure([int(x) for x in args.questions.split(",")], args.repeats)
+    rows = measure([int(x) for x in args.questions.split(",")], args.repeats, args.content)
     if args.json:
         write_json(args.json, {"command": f"python -m mini.moves {' '.join(argv or sys.argv[1:])}", "rows": rows})
     print(text(rows))
