@@ -23,6 +23,7 @@ from common.table import markdown
 from common.tokens import encode, load_tokenizer
 from mini import build
 from mini.hard import BODY, PLACES, HardWorld
+from mini.kinds import receipt
 from mini.world import GOLD, KEEPS, LOSES, REPAIRS, WRONG, Trace
 from model import Qwen3, load
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = forced(load(args.model), args.model, HardWorld(args.world), args.n)
     if args.json:
-        write_json(args.json, {"command": f"python -m mini.forced {' '.join(argv or sys.argv[1:])}", "rows": rows})
+        write_json(args.json, receipt("mini.forced", argv) | {"seed": 0, "rows": rows})
     print(markdown([{k: f"{100 * v:.1f} %" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
 
 

@@ -19,7 +19,10 @@ question at T = 1: what the ratios would be if traces were plenty.
 """
 
 import argparse
+import os
+import platform
 import random
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,7 +34,7 @@ import numpy as np
 
 import em
 from common.endings import program
-from common.files import read_jsonl, write_json
+from common.files import ROOT, read_jsonl, write_json
 from common.table import markdown
 from mini.hard import HardWorld
 from mini.world import GOLD, KEEPS, LOSES, REPAIRS, World
@@ -173,6 +176,14 @@ def measure(traces: Sequence[Labelled], world: World) -> dict[str, Any]:
     return found | {"wrong pairs": wrong_pairs(traces, world)}
 
 
+def receipt(module: str, argv: Sequence[str] | None) -> dict[str, str]:
+    """What ran where."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    facts = {"command": " ".join(["python -m", module, *(sys.argv[1:] if argv is None else argv)])}
+    return facts | {"commit": commit, "device": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
+
+
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.traces:
         found["simulated"] = measure(simulated(world, args.traces), world)
     if args.json:
-        write_json(args.json, {"command": f"python -m mini.kinds {' '.join(argv or sys.argv[1:])}", "found": found})
+        write_json(args.json, receipt("mini.kinds", argv) | {"seed": 0, "found": found})
     print(text(found))
 
 

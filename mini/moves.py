@@ -38,6 +38,7 @@ from common.endings import program
 from common.files import write_json
 from common.table import markdown
 from mini import hard, world
+from mini.kinds import receipt
 from mini.world import CAREFUL, CARELESS, KEEPS, LOSES, REPAIRS
 
 LENGTHS = {4: 3, 5: 4, 6: 4, 7: 3, 8: 2, 9: 1.5, 10: 1}  # moves after the first retrieval: weight
@@ -321,7 +322,7 @@ def measure(questions: Sequence[int], repeats: int, content: int) -> list[dict[s
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/results.md."""
-    shown = []
+    lines = []
     for row in rows:
         line = {key: row[key] for key in ("world", "draws", "questions")}
         line |= {
@@ -330,12 +331,13 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
         }
         for method in (*(f"{m} over kto" for m in METHODS[1:]), "mralign over kto, shared"):
             of = row[method]
-            line[method.replace("kto", "KTO")] = f"{100 * of['mean']:+.0f} ± {100 * of['sd']:.0f} %"
+            shown = f"{100 * of['mean']:+.0f} ± {100 * of['sd']:.0f} %"
+            line[method.replace("kto", "KTO")] = shown if of["sd"] < 1 else "–"  # KTO's gain is too near 0 to divide by
         for name in (LOSES, REPAIRS):
             parts = [row.get(f"wrong way, {name}, {side}") for side in ("pos", "neg")]
             line[f"wrong way, {name}"] = " / ".join("–" if x is None else f"{100 * x:.0f} %" for x in parts)
-        shown.append(line)
-    return markdown(shown)
+        lines.append(line)
+    return markdown(lines)
 
 
 @program
@@ -348,7 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = measure([int(x) for x in args.questions.split(",")], args.repeats, args.content)
     if args.json:
-        write_json(args.json, {"command": f"python -m mini.moves {' '.join(argv or sys.argv[1:])}", "rows": rows})
+        seeds = list(range(args.repeats))
+        write_json(args.json, receipt("mini.moves", argv) | {"seeds": seeds, "rows": rows})
     print(text(rows))
 
 
