@@ -2,15 +2,15 @@
 
 Facts, questions, cue phrases and answers without thinking are those of world.py. What differs is the thinking:
 
-  class    each of the 12 labels that follow the first retrieval belongs to one of four classes; a step ends with the
-           marker word of its class ("..., maybe.")
+  class    each of the 12 labels that follow the first retrieval belongs to one of four classes; a step says the
+           marker word of its class ("But wait, only Paris.")
   effect   of a label after a class: it loses the gold, it repairs (the gold comes back), or nothing. Every label
            loses after one class, repairs after another and does nothing after the two others; which, a world draws.
            12 rules lose and 12 repair, 36 pairs of labels each
   habit    each opener has one of seven styles. A style has two favourite next labels after every label; the first
            loses with the style's probability and repairs otherwise, the second is any
-  start    the first retrieval names both answers, and picks the wrong one with probability FIRST_WRONG; every later
-           step names both again, the current one last. So a model needs no recall to swap them
+  start    the first retrieval names both answers, the current one last, and that is the wrong one with probability
+           FIRST_WRONG; every later step names the current one
 
 A trace that only makes repairing moves ends with the gold; one that only makes moves without effect stays as bad as the
 first retrieval; leaving out any two labels helps little (tests/test_hard.py). In the null world effects follow another
@@ -51,9 +51,8 @@ FIRST_WRONG = 0.35
 HAPPENS = {LOSES: 0.95, REPAIRS: 0.99}  # probability that it happens
 MERGE = 0.05  # probability that a step is written into the segment of the step before
 OPENED = "{s}, so the {k}."  # before a candidate is there
-FOUND = "{s}: one {a}, two {b}, {m} {p}."  # the first retrieval; in either order
-PLACES = ("one", "two")  # what the two answers are called after they were named
-STEP = "{m} {p}."  # afterwards
+FOUND = "{s} with {o} or {c}, {m}."  # the first retrieval: both answers, the current one last
+STEP = "{m} {c}."  # afterwards
 
 Style = dict[str, dict[str, float]]  # label -> next label -> weight
 
@@ -165,18 +164,15 @@ class HardWorld(World):
 
     def _write(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str]) -> tuple[list, list]:
         """Text and labels of each segment; some steps are merged into the segment before."""
-        names = [fact.object, fact.distractor]
-        swapped = rng.random() < 0.5
-        a, b = reversed(names) if swapped else names
-        place = {GOLD: PLACES[swapped], WRONG: PLACES[not swapped], NONE: ""}
+        pair = {GOLD: (fact.object, fact.distractor), WRONG: (fact.distractor, fact.object), NONE: ("", "")}
         spare = len(labels) - MIN_SEGMENTS
         segments: list[str] = []
         segment_labels: list[list[str]] = []
         for t, (label, candidate) in enumerate(zip(labels, candidates, strict=True)):
             first = candidate != NONE and (t == 0 or candidates[t - 1] == NONE)
             body = OPENED if candidate == NONE else FOUND if first else STEP
-            slots = {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "a": a, "b": b}
-            slots |= {"m": MARKER.get(label, ""), "p": place[candidate]}
+            slots = {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "m": MARKER.get(label, "")}
+            slots["c"], slots["o"] = pair[candidate]
             step = f"{rng.choice(self.cues[label])} {body.format(**slots)}"
             mergeable = spare > 0 and segments and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label]
             if mergeable and rng.random() < MERGE:
