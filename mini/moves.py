@@ -45,6 +45,7 @@ LENGTHS = {4: 3, 5: 4, 6: 4, 7: 3, 8: 2, 9: 1.5, 10: 1}  # moves after the first
 WORDS = 20  # how many words a content token is drawn from
 MISLED = 0.6  # share of questions that are wrong without thinking
 LAMBDA_R = 1.5
+EVALUATED = 0.6  # temperature at which answers are counted; the distance is that at T = 1
 SMALL = 1e-4  # step at which slopes are taken
 METHODS = ("kto", "mralign", "shuffled", "mean")
 
@@ -165,10 +166,16 @@ def accuracy(of: Moves, walk: np.ndarray) -> tuple[float, np.ndarray]:
     return right, visits
 
 
-def slope(of: Moves, step: np.ndarray) -> float:
-    """d Acc / d size along a change (O, L, L) of the logits."""
-    sides = [of.walk * np.exp(sign * SMALL * step[:, None]) for sign in (1, -1)]
-    a, b = (accuracy(of, x / x.sum(-1, keepdims=True))[0] for x in sides)
+def sharpened(of: Moves, walk: np.ndarray, temperature: float) -> Moves:
+    """The world with a policy's walk, sampled at a temperature: what a model draws, answers included, gets sharper."""
+    parts = {"walk": walk, "start": of.start, "change": of.change}
+    return replace(of, **{name: sharpen(p, temperature) for name, p in parts.items()})
+
+
+def slope(of: Moves, step: np.ndarray, temperature: float = EVALUATED) -> float:
+    """d Acc / d size along a change (O, L, L) of the logits; Acc at the temperature of the evaluation."""
+    both = (sharpened(of, of.walk * np.exp(sign * SMALL * step[:, None]), temperature) for sign in (1, -1))
+    a, b = (accuracy(x, x.walk)[0] for x in both)
     return (a - b) / (2 * SMALL)
 
 
@@ -204,16 +211,16 @@ def draw(of: Moves, rng: np.random.Generator, openers: np.ndarray, temperature: 
     def pick(p: np.ndarray) -> np.ndarray:
         return (rng.random((len(p), 1)) > p.cumsum(-1)).sum(-1).clip(max=p.shape[-1] - 1)
 
-    n, walk, most = len(openers), sharpen(of.walk, temperature), max(LENGTHS)
-    h = pick(sharpen(of.start, temperature)[openers])
+    n, most, of = len(openers), max(LENGTHS), sharpened(of, of.walk, temperature)
+    h = pick(of.start[openers])
     weights = np.array(list(LENGTHS.values()))
     length = rng.choice(list(LENGTHS), n, p=weights / weights.sum())
     labels, hidden = np.full((n, most + 1), -1), np.zeros((n, most), int)
     labels[:, 0] = of.labels.index("retrieval")
     for t in range(most):
         hidden[:, t], before = h, labels[:, t].clip(0)
-        a, going = pick(walk[openers, h, before]), t < length
-        h = np.where(going, pick(sharpen(of.change, temperature)[openers, before, a, h]), h)
+        a, going = pick(of.walk[openers, h, before]), t < length
+        h = np.where(going, pick(of.change[openers, before, a, h]), h)
         labels[:, t + 1] = np.where(going, a, -1)
     return Rows(openers, hidden, labels, of.right[h])
 
@@ -301,21 +308,27 @@ def gains(of: Moves, questions: int, temperature: float, draws: int, seed: int, 
 DRAWS = {"once at T = 1": (1.0, 1), "3 of 3 at T = .2": (0.2, 3)}
 
 
+def over(each: Sequence[dict[str, Any]], a: str, b: str) -> dict[str, float]:
+    """{mean, sd}: the mean of a over the mean of b, less 1, and the spread of a - b in the same unit."""
+    values, base = np.array([[x[a], x[b]] for x in each]), np.mean([x[b] for x in each])
+    apart = (values[:, 0] - values[:, 1]) / base
+    return {"mean": float(apart.mean()), "sd": float(apart.std(ddof=1))}
+
+
 def measure(questions: Sequence[int], repeats: int, content: int) -> list[dict[str, Any]]:
-    """Every world, way of drawing and number of questions; mean gains over `repeats` sets of rows."""
+    """Every world, way of drawing and number of questions; mean gains over `repeats` draws of the world and its rows."""
     out = []
     for name, make in WORLDS.items():
-        of = make(0)
+        worlds = [make(seed) for seed in range(repeats)]
+        base = float(np.mean([accuracy(x, x.walk)[0] for x in (sharpened(of, of.walk, EVALUATED) for of in worlds)]))
         for how, (temperature, draws) in DRAWS.items():
             for n in questions:
-                each = [gains(of, n, temperature, draws, seed, content) for seed in range(repeats)]
-                row: dict[str, Any] = {"world": name, "draws": how, "questions": n, "Acc": accuracy(of, of.walk)[0]}
+                each = [gains(of, n, temperature, draws, seed, content) for seed, of in enumerate(worlds)]
+                row: dict[str, Any] = {"world": name, "draws": how, "questions": n, "Acc": base}
                 row |= {key: float(np.mean([x[key] for x in each if key in x])) for key in each[0]}
                 for method in METHODS[1:]:
-                    over = [x[method] / x["kto"] - 1 for x in each]
-                    row[f"{method} over kto"] = {"mean": float(np.mean(over)), "sd": float(np.std(over, ddof=1))}
-                over = [x["mralign, shared"] / x["kto, shared"] - 1 for x in each]
-                row["mralign over kto, shared"] = {"mean": float(np.mean(over)), "sd": float(np.std(over, ddof=1))}
+                    row[f"{method} over kto"] = over(each, method, "kto")
+                row["mralign over kto, shared"] = over(each, "mralign, shared", "kto, shared")
                 out.append(row)
     return out
 
@@ -343,8 +356,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
 @program
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", default="500,2000,20000", help="questions drawn, comma-separated")
-    parser.add_argument("--repeats", type=int, default=8, help="sets of rows each [8]")
+    parser.add_argument("--questions", default="500,1000,4000", help="questions drawn, comma-separated")
+    parser.add_argument("--repeats", type=int, default=6, help="worlds and sets of rows each [6]")
     parser.add_argument("--content", type=int, default=4, help="content tokens a step [4]")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args(argv)

@@ -125,12 +125,7 @@ def test_accuracy_of_a_table_is_that_of_its_walks():
     of = moves.pairs(0)
     rng = np.random.default_rng(0)
     for temperature in (1.0, 0.5):
-        sharp = moves.replace(
-            of,
-            walk=moves.sharpen(of.walk, temperature),
-            start=moves.sharpen(of.start, temperature),
-            change=moves.sharpen(of.change, temperature),
-        )
+        sharp = moves.sharpened(of, of.walk, temperature)
         n = 20000
         drawn = moves.draw(of, rng, rng.integers(len(of.walk), size=n), temperature)
         assert drawn.right.mean() == pytest.approx(moves.accuracy(sharp, sharp.walk)[0], abs=4 * 0.5 / n**0.5)
