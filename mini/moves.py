@@ -316,7 +316,7 @@ def over(each: Sequence[dict[str, Any]], a: str, b: str) -> dict[str, float]:
 
 
 def measure(questions: Sequence[int], repeats: int, content: int) -> list[dict[str, Any]]:
-    """Every world, way of drawing and number of questions; mean gains over `repeats` draws of the world and its rows."""
+    """Every world, way of drawing and number of questions: mean gains, each repeat with a world and rows of its own."""
     out = []
     for name, make in WORLDS.items():
         worlds = [make(seed) for seed in range(repeats)]
