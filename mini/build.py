@@ -54,7 +54,7 @@ MIXTURE = MixtureConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_s
 STEPS = 4000
 BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
-WARM_STEPS, WARM_TOKENS, WARM_RATE = 2200, 1024, 2e-3  # of a miniature that starts from another one
+WARM_STEPS = 1400  # of a miniature that starts from another one
 WARM_UP = 100  # steps
 STATEMENTS = 6  # sentences in one statement document
 
@@ -156,23 +156,19 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     )
 
 
-def batches(
-    world: World, tokenizer: Tokenizer, seed: int, tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(world: World, tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless packed batches of a world's documents, see `packed`."""
-    return packed(documents(world, random.Random(f"documents/{seed}")), tokenizer, tokens)
+    return packed(documents(world, random.Random(f"documents/{seed}")), tokenizer)
 
 
-def packed(
-    stream: Iterator[tuple[str, str]], tokenizer: Tokenizer, tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of at least `tokens` tokens from an endless stream of (prompt, completion).
+def packed(stream: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of about BATCH_TOKENS tokens from an endless stream of (prompt, completion).
 
     Yields ids (N,), cu_seqlens (B+1,), and learn (N,) bool: True where the NEXT token belongs to a completion.
     """
     while True:
         ids, bounds, learn = [], [0], []
-        while len(ids) < tokens:
+        while len(ids) < BATCH_TOKENS:
             texts = next(stream)
             head, tail = (e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False))
             ids += head + tail
@@ -181,27 +177,25 @@ def packed(
         yield torch.tensor(ids), torch.tensor(bounds), torch.tensor(learn)
 
 
-def learning_rate(step: int, steps: int, top: float = LEARNING_RATE) -> float:
-    """Linear warm-up to `top`, then a cosine to 5 % of it."""
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 5 %."""
     if step < WARM_UP:
-        return top * (step + 1) / WARM_UP
+        return LEARNING_RATE * (step + 1) / WARM_UP
     done = (step - WARM_UP) / (steps - WARM_UP)
-    return top * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    return LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(
-    net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int, top: float = LEARNING_RATE
-) -> None:
+def train(net: qwen3.Qwen3, stream: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
     """AdamW on next-token loss over completion tokens. A line of progress every 100 steps goes to stderr."""
     decayed = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=top, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     start, seen, total = time.monotonic(), 0, 0.0
     for step in range(steps):
         ids, cu_seqlens, learn = next(stream)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, top)
+            group["lr"] = learning_rate(step, steps)
         at = learn.nonzero()[:, 0]
         loss = F.cross_entropy(net.logits(net(ids, cu_seqlens)[at]), ids[at + 1])
         loss.backward()
@@ -254,8 +248,7 @@ def build(
     net = qwen3.load(warm, torch.float32) if warm else qwen3.Qwen3(config)
     size = sum(p.numel() for p in net.parameters())
     print(f"{size:,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
-    tokens, rate = (WARM_TOKENS, WARM_RATE) if warm else (BATCH_TOKENS, LEARNING_RATE)
-    train(net, batches(world, tokenizer, world.seed, tokens), steps, rate)
+    train(net, batches(world, tokenizer, world.seed), steps)
     qwen3.save(net, out, torch.float16)
     net = qwen3.load(out)  # what is measured is what was written, rounded to 16 bits
     return accuracy(net, tokenizer, read_jsonl(HERE / "questions" / "dev.jsonl"))
