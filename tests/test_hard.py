@@ -158,3 +158,15 @@ def test_weights_help_where_effects_are_the_same_everywhere_and_not_where_opener
     assert found["opener"]["mralign"] < 1.1 * found["opener"]["kto"]
     for of in found.values():
         assert of["mean"] == pytest.approx(of["kto"], rel=0.1)
+
+
+@pytest.mark.long
+def test_the_shipped_model_knows_the_rules():
+    """The world repairs in 99, loses in 95 and keeps in 100 % of the cases; 60 steps a case, so some room."""
+    from mini.forced import forced
+    from model import load
+
+    folder = HERE / "model-hard"
+    found = {(row["kind"], row["before"]): row for row in forced(load(folder), folder, HardWorld(0), 60)}
+    assert found[REPAIRS, WRONG]["right"] > 0.85 and found[LOSES, GOLD]["wrong"] > 0.75
+    assert found[KEEPS, GOLD]["right"] > 0.9 and found[KEEPS, WRONG]["wrong"] > 0.9
