@@ -242,8 +242,8 @@ def save(model: nn.Module, path: str | Path, base_name: str, revision: str = "")
 def load(model: nn.Module, path: str | Path) -> list[nn.Parameter]:
     """Put the adapter of folder `path`, ours or PEFT's, on a model without adapters. Returns its parameters.
 
-    Raises InputError when the config asks for what is left out here, and one that names every missing, extra and
-    misshapen tensor; the model is then of no further use.
+    Raises InputError when the config asks for what is left out here, and one that names the missing, extra and
+    misshapen tensors; the model is then of no further use.
     """
     path = Path(path)
     config = read_config(path / CONFIG)

@@ -462,8 +462,8 @@ class Qwen3(nn.Module):
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen3:
     """Read a Hugging Face folder: config.json and model.safetensors, or the shards of model.safetensors.index.json.
 
-    Raises InputError when a file is missing, torn or outside the folder, and one that names every missing, extra and
-    misshapen tensor before any weight is read.
+    Raises InputError when a file is missing, torn or outside the folder, and one that names the missing, extra and
+    misshapen tensors before any weight is read.
     """
     path = Path(path)
     config = ModelConfig.from_json(member(path, "config.json"))

@@ -10,9 +10,9 @@ N k pairs of a token and an expert are sorted by expert, so that each expert mul
 one grouped product: torch's `grouped_mm`, one kernel on a GPU. `product_by_loop` is the same as one product an expert.
 
 A token's result does not depend on the other tokens of its batch. Its own sum over the k experts goes in the order of
-its probabilities, not in that of the sorted rows, and is taken in fp32. On a CPU it is the same bit for bit: a group of
-fewer than ROWS rows is filled up with rows that count nothing, since for a few rows the CPU's matrix library picks
-other kernels, which round differently (sample.ROWS does the same for the other layers).
+its probabilities, not in that of the sorted rows, and is taken in fp32. On a CPU it is the same bit for bit in passes
+of ROWS tokens or more: a group of fewer rows is filled up with rows that count nothing, since for a few rows the CPU's
+matrix library picks other kernels, which round differently (sample.ROWS does the same for router and other layers).
 
 The tensors have the names and shapes of transformers 5, where the experts of a layer are stacked. Checkpoints mostly
 have one tensor an expert and matrix; `parts` says which slice of a stacked tensor each of them is, and `apart` writes

@@ -36,14 +36,14 @@ from common import benchmarks, costs, hub
 from common.endings import program, status
 from common.errors import InputError
 from common.files import each_row, read_jsonl, write_json, write_jsonl
-from common.ranks import Progress, not_joined, process_group
+from common.ranks import Progress, not_joined, only_writer, process_group
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, ready, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
 from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_names, names, placed
-from pipeline.reuse import Stage, checksum, digest, only_writer, perform
+from pipeline.reuse import Stage, checksum, digest, perform
 from pipeline.run import Run
 
 # ---------- the method

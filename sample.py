@@ -20,7 +20,6 @@ Left out on purpose: beam search, repetition penalties, log-probabilities of the
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import zlib
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe
+from common import costs
 from common.errors import InputError, NumericsError
 from common.model_config import ModelConfig
 from model import BLOCK, KVCache, Qwen3
@@ -170,14 +170,9 @@ def memory(config: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> i
     they may become all at once, and fewer at a time do as well: what must fit is `memory(config, dtype, 1, longest)`.
     Left out: the adapter, and what the driver takes for itself (some hundred MB).
     """
-    weights = _parameters(config) * dtype.itemsize
+    n = costs.parameters(config, r=1)
+    weights = (n["layers"] + n["rest"]) * dtype.itemsize
     return weights + math.ceil(rows * KVCache.bytes(config, length, dtype, "cuda") / CACHE_SHARE)
-
-
-@functools.cache
-def _parameters(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Qwen3(config).parameters())
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, length: int, total: int, flags: str) -> None:

@@ -29,15 +29,21 @@ from common.files import write_json
 ENDINGS = (Exception, Stopped, KeyboardInterrupt)  # what `settle` takes; it raises bugs again
 CODES = {UsageError: 2, InputError: 3, ServiceError: 4}
 CODES |= {NumericsError: 5, MemoryFull: 5, Disagreement: 5, MemoryError: 5}
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # from Slurm, Kubernetes and torchrun; from a person
+# From Slurm, Kubernetes and torchrun; from a person; from a terminal that closes.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ECHO = 2.0  # seconds in which torchrun repeats to its ranks what a terminal has sent them already
 FIRST = 5.0  # seconds that the other ranks leave to rank 0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
+def ignored(number: int) -> bool:
+    """Whether whoever started the program told it to ignore a signal, as nohup does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
 class Stop:
-    """What SIGTERM and SIGINT do: raise Stopped at once, or leave a note where work is saved first (`hold`).
+    """What SIGNALS do: raise Stopped at once, or leave a note where work is saved first (`hold`).
 
     plain: raise KeyboardInterrupt for SIGINT, as Python does by itself.
     """
@@ -63,12 +69,17 @@ class Stop:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Inside, the two signals come here, and after it too if one came: then the program is ending. Main thread."""
-        before = [signal.signal(n, self) for n in SIGNALS]
+        """Inside, SIGNALS come here, and after it too if one came: then the program is ending. Main thread.
+
+        What nohup has told the program to ignore, it ignores.
+        """
+        heard = {n: signal.getsignal(n) for n in SIGNALS if n != signal.SIGHUP or not ignored(n)}
+        for n in heard:
+            signal.signal(n, self)
         try:
             yield
         finally:
-            for n, handler in zip(SIGNALS, before, strict=True):
+            for n, handler in heard.items():
                 if not self.number and signal.getsignal(n) is self:  # nothing came, here or to a listener within
                     signal.signal(n, handler)
 
@@ -120,12 +131,13 @@ def say(error: BaseException, rank: int, reason: str) -> None:
     Who is first stands in the launcher's store, which is not asked about a stop: the launcher may have been killed.
     """
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        if rank == 0:
-            print(f"error: {reason}", file=sys.stderr, flush=True)
-        return
-    ranks = sys.modules.get("common.ranks")  # a program that does not know it runs alone
-    if not ranks or ranks.first_to_say(reason):
-        print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr, flush=True)
+        first = rank == 0
+    else:
+        ranks = sys.modules.get("common.ranks")  # a program that does not know it runs alone
+        first = not ranks or ranks.first_to_say(reason)
+    with contextlib.suppress(OSError):  # the terminal has closed, or the disk with the log is full
+        if first:
+            print(f"error{f' on rank {rank}' if rank else ''}: {reason}", file=sys.stderr, flush=True)
 
 
 def settle(error: BaseException | None, out: Path | None) -> int:
@@ -145,9 +157,15 @@ def settle(error: BaseException | None, out: Path | None) -> int:
         if rank and not isinstance(error, (Stopped, KeyboardInterrupt)):
             time.sleep(FIRST)  # torchrun ends all when one has ended: what befell every rank is for rank 0 to say
         say(error, rank, reason)
+    if code in (75, 130) and DONE and rank == 0:  # a signal between the last stage and the end: the two must agree
+        (DONE[-1] / "status.json").unlink(missing_ok=True)
+        leave_status(DONE[-1], rank, code, reason)
     if out is not None:
         leave_status(out, rank, code, reason)
     return code
+
+
+DONE: list[Path] = []  # the folder, if any, of which this process has last said that its run is done
 
 
 @contextlib.contextmanager
@@ -167,6 +185,7 @@ def status(out: Path) -> Iterator[None]:
             error.told = True  # type: ignore[union-attr]
         raise
     leave_status(out, int(os.environ.get("RANK", 0)), 0, "")
+    DONE[:] = [out]
 
 
 def _deaf() -> None:
@@ -174,6 +193,18 @@ def _deaf() -> None:
     that this one starts would be deaf too."""
     for n in SIGNALS:
         signal.signal(n, signal.SIG_IGN)
+
+
+def _open_standard() -> None:
+    """Give a program that was started with a closed stdin, stdout or stderr an empty one.
+
+    Else the next file that is opened, an adapter say, would be number 2, where libraries write their warnings.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
 
 
 def program(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -187,6 +218,7 @@ def program(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def whole(*args: Any, **kwargs: Any) -> int:
+        _open_standard()
         if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
             return ended(*args, **kwargs)
         before = [signal.getsignal(n) for n in SIGNALS]

@@ -14,9 +14,11 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 import zlib
@@ -76,6 +78,8 @@ def sync_folder(folder: str | Path) -> None:
 def _reading(path: str | Path) -> Iterator[IO[bytes]]:
     """A file open for reading. Raises InputError naming it when it is missing or cannot be read."""
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise InputError(f"{path}: a pipe, which can be read once only; save it to a file and give that")
         with open(path, "rb") as f:
             yield f
     except FileNotFoundError:
@@ -176,6 +180,14 @@ def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _finite(text: str) -> float:
+    """A number with a point or an exponent. Raises ValueError at one like 1e999, which would be read as infinity."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is larger than any number that can be held")
+    return number
+
+
 class _Twice(ValueError):
     """A key stands twice in one object. JSON readers take either value, so neither is what was meant for sure."""
 
@@ -207,6 +219,9 @@ def _twice(text: str) -> tuple[str, int]:
     raise AssertionError(text)
 
 
+LONGEST = 4000  # digits of a whole number; Python itself reads 4,300
+
+
 class _Numbers(dict[str, int]):
     """The numbers of up to six digits that were read so far: a token id is one object, however often it stands there.
 
@@ -214,6 +229,8 @@ class _Numbers(dict[str, int]):
     """
 
     def __missing__(self, digits: str) -> int:
+        if len(digits) > LONGEST:
+            raise ValueError(f"a number of {len(digits):,} digits, more than {LONGEST:,}")
         number = int(digits)
         if len(digits) < 7:
             self[digits] = number
@@ -221,7 +238,7 @@ class _Numbers(dict[str, int]):
 
 
 DECODER = json.JSONDecoder(  # json.loads would make one per row
-    parse_constant=_not_json, parse_int=_Numbers().__getitem__, object_pairs_hook=_unique
+    parse_constant=_not_json, parse_int=_Numbers().__getitem__, parse_float=_finite, object_pairs_hook=_unique
 )
 
 
@@ -291,8 +308,8 @@ def each_row(
             if first and line.lstrip().startswith(b"["):
                 raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B") from None
             raise InputError(f"{path}:{number}: not a JSON row ({error}); repair or delete this line") from None
-        if isinstance(row, list) and number == 1:
-            raise InputError(f"{path}:1: a JSON array; write one object a line: jq -c .[] A > B")
+        if isinstance(row, list) and first:
+            raise InputError(f"{path}:{number}: a JSON array; write one object a line: jq -c .[] A > B")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}; repair it")
         missing = [name for name in required if name not in row]
@@ -419,12 +436,20 @@ def _whole(f: IO[bytes]) -> int:
     return 0
 
 
+def _is_key(line: bytes) -> bool:
+    """Whether a journal's first line is whole, so that the journal is known to be of another key."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return "key" in _opened(line.removesuffix(b"\n"), old=False)
+    return False
+
+
 class Journal:
     """An append-only JSONL file of finished pieces of work: what was added before a kill is there after it.
 
     Every row carries a checksum. `rows` are the sound ones of an earlier journal of the same key, see `journal_rows`;
-    another key starts the file anew, no key takes every file. sync: a row is on the disk when `add` returns; otherwise
-    it is with the operating system, and only a crash of the machine can lose it. `add` is safe from many threads.
+    another key starts the file anew, no key takes every file. Where the row with the key is damaged, the file is kept
+    as damaged-NAME first. sync: a row is on the disk when `add` returns; otherwise it is with the operating system, and
+    only a crash of the machine can lose it. `add` is safe from many threads.
     use, keep: see `journal_rows`; `use` is not told the key.
     Raises InputError while another program has the file.
     """
@@ -450,7 +475,11 @@ class Journal:
             f.seek(0)
             first = f.readline() if whole else b""
         if key and first != _sealed({"key": key}):
-            journal_rows([first], path)  # says so if it is damaged
+            if first and not _is_key(first):
+                kept = Path(path).with_name(f"damaged-{Path(path).name}")
+                shutil.copyfile(path, kept)
+                told = f"{path}: the row that says whose work it holds is damaged; kept as {kept}, begun anew"
+                print(told, file=sys.stderr)
             whole = 0
         self.file.truncate(whole)
         used = use and (lambda row: None if key and row == {"key": key} else use(row))

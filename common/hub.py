@@ -45,6 +45,18 @@ def locate(model: str, revision: str = "") -> Source:
     return Source(folder, model, folder.name)  # the cache names a snapshot after its commit
 
 
+def config_of(model: str, revision: str = "") -> Path | None:
+    """config.json of a Hub id, fetched without the weights; None where it cannot be had: `locate` says why."""
+    if (ROOT / model).is_dir() or not HUB_ID.fullmatch(model) or ".." in model:
+        return None
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision or None))
+    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError):
+        return None
+
+
 def _download(model: str, revision: str) -> Path:
     """The snapshot of a Hub id in the cache, complete."""
     # Imported here: it reads its environment when imported, and a folder needs none of it.

@@ -104,7 +104,10 @@ class MixtureConfig:
         if raw.get("num_local_experts", count) != count:
             both = f"num_experts is {count!r} but num_local_experts is {raw['num_local_experts']!r}"
             raise InputError(f"{path}: {both}; make them equal")
-        fields = {**raw, "num_experts": count, "mlp_only_layers": tuple(raw.get("mlp_only_layers") or ())}
+        only = raw.get("mlp_only_layers")
+        if only is not None and not isinstance(only, list):
+            raise InputError(f"{path}: mlp_only_layers is {only!r}; supported: a list of numbers of layers")
+        fields = {**raw, "num_experts": count, "mlp_only_layers": tuple(only or ())}
         fields.setdefault("decoder_sparse_step", 1)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if fields.get(name) is None]:
@@ -168,7 +171,8 @@ class ModelConfig:
         for field, value in ONLY.items():
             if raw.get(field, value) != value:
                 raise InputError(f"{path}: {field} is {raw[field]!r}; supported: {value!r}")
-        if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        kinds = raw.get("layer_types") or ["full_attention"]
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             raise InputError(
                 f"{path}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' in each layer"
             )

@@ -8,12 +8,15 @@ those elsewhere fail in their next sum. Results go to stdout, everything here to
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.endings import SIGNALS, Stop
+from common.errors import InputError
 
 PATIENCE = datetime.timedelta(days=7)  # how long ranks wait while one of them works alone
 # Every group joined so far. Freeing a gloo group waits for its thread while holding Python's lock, and that thread may
@@ -91,6 +95,9 @@ def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+ENDS = "ENDS_WITH_LAUNCHER"  # an environment variable for those started without torchrun (tools/sweep.py)
+
+
 def end_with_launcher() -> None:
     """On Linux, SIGTERM to this process when the one that started it dies: a launcher killed by -9 cannot send one."""
     if sys.platform == "linux":
@@ -104,7 +111,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     timeout_minutes: a sum that takes longer than this ends the run; `Ranks.wait` may take longer.
     """
     launched = "RANK" in os.environ
-    if launched:
+    if launched or ENDS in os.environ:
         end_with_launcher()
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     device = torch.device("cpu")
@@ -128,6 +135,27 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         yield Ranks(rank, world, device, patient=patient, restarted=restarts > 0)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other run may write to `out`. Raises InputError that names who does; rank 0 speaks for all."""
+    if ranks.rank:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise InputError(
+                f"{out}: another run writes there ({f.read().strip()}); wait for it, stop it, or give another --out"
+            ) from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        f.flush()
+        yield
 
 
 class Progress:

@@ -176,10 +176,27 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF_CHAR = _byte_alphabet()
 
 
-@lru_cache(maxsize=1 << 18)
-def _token_bytes(token: str) -> bytes:
-    """The bytes a byte-level BPE token stands for. Raises KeyError at a character outside the alphabet."""
-    return bytes([BYTE_OF_CHAR[c] for c in token])
+class _Pieces(dict[int, bytes]):
+    """The bytes that an id of a byte-level tokenizer stands for, looked up once an id."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        _check_byte_level(tokenizer)
+        self.tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        super().__init__({i: token.content.encode("utf-8") for i, token in added.items()})
+
+    def __missing__(self, i: int) -> bytes:
+        if i < 0:
+            raise InputError(f"token id {i} is none; use the tokenizer the text was sampled with")
+        token = self.tokenizer.id_to_token(i)
+        self[i] = b"" if token is None else bytes([BYTE_OF_CHAR[c] for c in token])
+        return self[i]
+
+
+@lru_cache(maxsize=4)
+def _pieces(tokenizer: Tokenizer, size: int) -> _Pieces:
+    """The table of a tokenizer of this size: tokens can be added to it later."""
+    return _Pieces(tokenizer)
 
 
 def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Span]]:
@@ -191,14 +208,8 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[S
     an embedding have and a model can sample, is no text, as in transformers: an empty range where it stands.
     Raises InputError at a negative id, or when the tokenizer is not byte-level.
     """
-    _check_byte_level(tokenizer)
-    added = {i: token.content.encode("utf-8") for i, token in tokenizer.get_added_tokens_decoder().items()}
-    pieces = []
-    for i in ids:
-        if i < 0:
-            raise InputError(f"token id {i} is none; use the tokenizer the text was sampled with")
-        token = tokenizer.id_to_token(i)
-        pieces.append(added[i] if i in added else b"" if token is None else _token_bytes(token))
+    table = _pieces(tokenizer, tokenizer.get_vocab_size())
+    pieces = [table[i] for i in ids]
     text, char_of_byte = _decode(b"".join(pieces))
     lengths = np.array([len(p) for p in pieces], dtype=np.int64)
     ends = lengths.cumsum()

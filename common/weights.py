@@ -19,6 +19,7 @@ from common.files import read_json
 from common.hub import member
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHOWN = 20  # tensors that an error names: a mixture of experts has thousands
 Part = tuple[str, tuple[int | slice, ...]]  # name of a whole tensor, and which slice of it
 
 
@@ -59,7 +60,7 @@ def read_tensors(
     The files are mapped, not read: a tensor is copied from the mapping to where it will live, and a file's mapping is
     given up before the next. parts: name in a file -> (name in `shapes`, the slice of it that it is); such a tensor is
     in the files whole, or as all its parts. Raises InputError when a file cannot be read, and, before the first copy,
-    one InputError that names every tensor that does not fit.
+    one InputError that names the tensors that do not fit, SHOWN of them.
     """
     expected = shapes | optional | {name: _sliced(shapes[whole], at) for name, (whole, at) in parts.items()}
     where, problems = {}, {}
@@ -83,7 +84,8 @@ def read_tensors(
     needed = [n for n in shapes if n not in split] + [n for n, (whole, _) in parts.items() if whole in split]
     problems |= {name: "missing" for name in needed if name not in where and name not in problems}
     if problems:
-        listed = "; ".join(f"{name} is {problem}" for name, problem in problems.items())
+        listed = "; ".join(f"{name} is {problem}" for name, problem in list(problems.items())[:SHOWN])
+        listed += f"; and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
         raise InputError(f"{files[0].parent}: weights do not fit the configuration: {listed}; use the matching files")
     tensors: dict[str, Tensor] = {}
     for file in files:

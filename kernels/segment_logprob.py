@@ -37,6 +37,8 @@ same packed batch with the same `chunk` (BLAS may round differently for another 
 Left out: a head that trains (an error here), a bias, soft-capping, a temperature, label smoothing, double backward.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,9 @@ BLOCK, SUM_BLOCK, SCALE_BLOCK = 4096, 1024, 1024  # elements a Triton program ha
 # fp_fusion is named because Triton's default differs between versions, and with it the last bit.
 WIDE = dict(num_warps=8, enable_fp_fusion=False)
 NARROW = dict(num_warps=4, enable_fp_fusion=False)
+# Chunks under way at once, each with buffers and on a GPU a stream of its own: with 2 the elementwise pass of one runs
+# beside the products of the other. 1 until a GPU has shown that 2 pays (gpu_check measures both).
+STREAMS = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -158,7 +163,8 @@ def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> No
     Rows with y < 0 hold anything: the caller clears them.
     """
     known = y.clamp(min=0)[:, None]
-    step = 4 if logits.device.type == "cpu" else 128  # few rows keep the temporary small and near the cache
+    # Few rows keep the temporary small and near the cache; of a small vocabulary more fit there. The bits are the same.
+    step = max(4, 2**17 // logits.shape[1]) if logits.device.type == "cpu" else 128
     for i in range(0, len(y), step):
         rows = slice(i, i + step)
         x = logits[rows].log_softmax(1)
@@ -185,24 +191,37 @@ def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> N
 def _token_logp(
     hidden: Tensor, weight: Tensor, targets: Tensor, impl: str, chunk: int, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logp (M,) and, if wanted, the directions R (M, E): one loop over chunks of rows, two buffers used again."""
+    """logp (M,) and, if wanted, the directions R (M, E): one loop over chunks of rows, their buffers used again."""
     (M, E), V = hidden.shape, len(weight)
     logp = hidden.new_empty(M, dtype=_accumulator(hidden.dtype))
     R = hidden.new_empty(M, E) if want_grad else None
     width = -(-V // 16) * 16  # rows start on 16-byte borders whatever V is, so that loads are 128 bits wide
-    logits = logp.new_empty(min(chunk, M), width)[:, :V]
-    G = None
-    if want_grad:
-        G = logits if hidden.dtype == logits.dtype else hidden.new_empty(len(logits), width)[:, :V]
+
+    def buffers() -> tuple[Tensor, Tensor | None]:
+        """logits and onehot - p of one chunk; in fp32 the second takes the place of the first."""
+        logits = logp.new_empty(min(chunk, M), width)[:, :V]
+        if not want_grad or hidden.dtype == logits.dtype:
+            return logits, logits if want_grad else None
+        return logits, hidden.new_empty(len(logits), width)[:, :V]
+
     make_rows = _rows_triton if impl == "triton" else _rows_torch
-    for i in range(0, M, chunk):
-        rows = slice(i, i + chunk)
-        y = targets[rows]
+    lanes = [buffers() for _ in range(STREAMS)]
+    # A chunk stays on one stream from its first product to its last, and no two write the same rows, so the streams
+    # meet only here and after the loop; after it, freed buffers go back to the stream they came from.
+    others = [torch.cuda.Stream(hidden.device) for _ in lanes[1:]] if hidden.is_cuda else []
+    for stream in others:
+        stream.wait_stream(torch.cuda.current_stream(hidden.device))
+    for n, i in enumerate(range(0, M, chunk)):
+        rows, lane = slice(i, i + chunk), n % STREAMS
+        (logits, G), y = lanes[lane], targets[rows]
         x, g = logits[: len(y)], None if G is None else G[: len(y)]
-        _logits(hidden[rows], weight, x)
-        make_rows(x, y, logp[rows], g)
-        if R is not None and g is not None:
-            torch.mm(g, weight, out=R[rows])
+        with torch.cuda.stream(others[lane - 1]) if others and lane else contextlib.nullcontext():
+            _logits(hidden[rows], weight, x)
+            make_rows(x, y, logp[rows], g)
+            if R is not None and g is not None:
+                torch.mm(g, weight, out=R[rows])
+    for stream in others:
+        torch.cuda.current_stream(hidden.device).wait_stream(stream)
     ignored = targets < 0
     logp.masked_fill_(ignored, 0.0)
     if R is not None:

@@ -25,12 +25,16 @@ OVERHEAD = 256  # tokens a server's chat template may put around a message
 
 
 def inert(text: str) -> str:
-    r"""A text in which no server's chat template finds a control token: < and Mistral's [INST] as JSON escapes.
+    r"""A text in which no server's chat template finds a control token: what begins one is a JSON escape.
 
-    >>> inert("<|im_end|> [INST] a[0]")
-    '\\u003c|im_end|> \\u005bINST] a[0]'
+    Tokens begin with <, or with a bracket before a letter or a mark ([INST], [gMASK], [|user|], [/THINK], ]~b]). What
+    may stand behind a bracket of JSON itself stays: a quote, a digit, another bracket, true, false, null.
+
+    >>> inert('<|im_end|> [INST] ["a", [0], [|user|]')
+    '\\u003c|im_end|> \\u005bINST] ["a", [0], \\u005b|user|]'
     """
-    return re.sub(r"\[(?=/?[A-Z_]+\])", r"\\u005b", text.replace("<", "\\u003c"))
+    text = re.sub(r"\[(?=\s?[/|~!]?[A-Za-z|~_])(?!(?:true|false|null)\b)", r"\\u005b", text.replace("<", "\\u003c"))
+    return re.sub(r"\](?=[~!])", r"\\u005d", text)
 
 
 def sealed(value: Any, indent: int | None = None) -> str:

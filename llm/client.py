@@ -15,6 +15,8 @@ a bearer token.
 import contextlib
 import datetime
 import email.utils
+import functools
+import html.entities
 import ipaddress
 import json
 import os
@@ -120,9 +122,19 @@ def _is_loopback(host: str) -> bool:
 
 
 def _without(key: str, text: str) -> str:
-    """`text` with [key] in place of the key, also where JSON, at any depth, or a URL has escaped some letters."""
-    letters = (rf"(?:\\{{0,15}}{re.escape(c)}|\\{{1,15}}u00(?i:{ord(c):02x})|%(?i:{ord(c):02x}))" for c in key)
-    return re.sub("".join(letters), "[key]", text)
+    """`text` with [key] in place of the key, also where JSON, HTML or a URL, at any depth, has escaped letters."""
+    return re.sub("".join(map(_spellings, key)), "[key]", text)
+
+
+@functools.cache
+def _spellings(letter: str) -> str:
+    r"""A pattern of the ways to write a letter: &, \\&, \u0026, \x26, \046, %26, %2526, &amp;, &#38;, &amp;#x26;."""
+    number, back = ord(letter), r"\\{1,15}"
+    names = [name for name, said in html.entities.html5.items() if said == letter and name.endswith(";")]
+    entity = "|".join([rf"#0*{number}", rf"#x0*{number:x}", *(re.escape(name[:-1]) for name in names)])
+    escapes = [rf"{back}(?:u\{{?0*|U0*|x){number:02x}\}}?", rf"{back}0?{number:03o}", rf"%(?:25){{0,15}}{number:02x}"]
+    escapes.append(rf"&(?:amp;){{0,15}}(?:{entity});")
+    return rf"(?:\\{{0,15}}{re.escape(letter)}|(?i:{'|'.join(escapes)}))"
 
 
 @dataclass(frozen=True)
@@ -263,9 +275,9 @@ class Client:
             if account:
                 account.reserve()
             reply = self._attempt(path, body, account)
-            if words and reply.status == 200:
-                return {}
             value = _json_object(reply.text) if reply.status == 200 else None
+            if words and reply.status == 200 and not (value or {}).get("error"):
+                return {}
             if value is not None and (not value.get("error") or "choices" in value):
                 return value
             if account:
@@ -326,8 +338,8 @@ class Client:
         def work() -> None:
             try:
                 box.put(self._exchange(path, body, abandoned))
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-                box.put(_broken(error))
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+                box.put(_broken(error))  # UnicodeError: a redirect to bytes that are no text
             except BaseException as error:
                 box.put(error)
 
@@ -357,7 +369,7 @@ class Client:
                 if len(raw) > self.limits.body:
                     return _Reply(text=f"a reply of more than {self.limits.body:,} bytes")
             headers = {name.lower(): value for name, value in reply.headers.items()}
-            return _Reply(reply.status_code, headers, raw.decode("utf-8", "replace"))
+            return _Reply(reply.status_code, headers, raw.decode("utf-8-sig", "replace"))
 
     def _problem(self, reply: _Reply) -> str:
         """What went wrong, in one line of at most 300 characters or so."""
@@ -435,7 +447,7 @@ def _retry_after(headers: dict[str, str]) -> float:
     value = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(value))  # 0.0 for nan
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         until = email.utils.parsedate_to_datetime(value)
         return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
     return 0.0

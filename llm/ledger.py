@@ -53,9 +53,16 @@ def load_prices(path: str | Path) -> tuple[str, dict[str, Price]]:
 
 
 def search_price(path: str | Path) -> float | None:
-    """US dollars for one search at serper.dev, as a price file has it for a thousand; None where it does not."""
-    value = read_json(find(path)).get("searches", {}).get("serper")
-    return None if value is None else float(value) / 1000
+    """US dollars for one search at serper.dev, as a price file has it for a thousand; None where it does not.
+
+    Raises InputError at one that is no price.
+    """
+    whole = read_json(find(path))
+    searches = whole.get("searches", {}) if isinstance(whole, dict) else None
+    value = searches.get("serper", 0) if isinstance(searches, dict) else None
+    if type(value) not in (int, float) or not 0 <= value < 1e6:
+        raise InputError(f'{path}: "searches" must look like {{"serper": US dollars for a thousand searches}}')
+    return float(value) / 1000 if "serper" in searches else None
 
 
 def sha256_json(value: Any) -> str:

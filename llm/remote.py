@@ -8,6 +8,7 @@ Left out: starting a server. A finished adapter is asked for by the name under w
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from llm.client import Client, Endpoint, Limits, in_threads, only_choice
 from sample import Completion, Sampling
 
 PATH = "/completions"
+MORE = 16  # tokens of a text that is encoded again, beyond twice the limit, until it is too long
 ADAPTER = "policy"  # what a server is told to call adapters under training, with a version behind it
 # A server that samples is silent until a completion is finished.
 PATIENCE = Limits(read=3600.0, exchange=3600.0, total=7200.0)
@@ -31,18 +33,20 @@ def logprobs(client: Client, prompt: list[int], completion: list[int]) -> list[f
     """
     ids = prompt + completion
     body = {"model": client.endpoint.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True}
-    reply = client.post(PATH, body | {"logprobs": 1})
-    try:
-        choice = only_choice(reply, str(client.endpoint))
-        values = choice["logprobs"]["token_logprobs"][len(prompt) : len(ids)]
-        if len(values) == len(completion):
-            return [float(value) for value in values]
-    except (LookupError, TypeError):
-        pass
+    given = only_choice(client.post(PATH, body | {"logprobs": 1}), str(client.endpoint)).get("logprobs")
+    found = given.get("token_logprobs") if isinstance(given, dict) else None
+    values = found[len(prompt) : len(ids)] if isinstance(found, list) else []
+    if len(values) == len(completion) and all(map(_is_logprob, values)):
+        return [float(value) for value in values]
     raise ServiceError(
         f"{client.endpoint}: the reply holds no log-probability for every token of the prompt; use a server that "
         "answers /completions with echo and logprobs, as vLLM and SGLang do"
     )
+
+
+def _is_logprob(value: Any) -> bool:
+    """Whether a value is the log-probability of a token that was sampled: finite, and 0 but for rounding at most."""
+    return type(value) in (float, int) and -math.inf < value < 1e-3
 
 
 def generate(
@@ -78,8 +82,10 @@ def generate(
         body = request(client.endpoint.model, prompt, seed, limit, stop_ids, sampling, logprobs)
         reply = client.post(PATH, body, tokens=len(prompt) + limit)
         done, again = completion(reply, encode, stop_ids, end_id, str(client.endpoint), logprobs)
-        if not again:  # the end token may come on top of them
-            check_ids(done.ids, known, limit + (done.finish == "stop"), str(client.endpoint))
+        # The end token may come on top of them, and text that is encoded again may take a few tokens more.
+        most = limit + (done.finish == "stop") + (limit + MORE) * again
+        check_ids(done.ids, known, most, stop_ids if not again else (), str(client.endpoint))
+        if not again:
             check_text(done.ids, reply["choices"][0].get("text"), spell, str(client.endpoint))
         return done, again
 
@@ -141,13 +147,20 @@ def completion(
     given = _logprobs(choice, ids, again, where) if logprobs else None
     if finish == "stop" and (not ids or ids[-1] not in stop_ids):
         reason = choice.get("stop_reason")  # vLLM: the id that stopped it, null for its own end token
-        ids = [*ids, reason if reason in stop_ids else end_id]
+        ids = [*ids, reason if type(reason) is int and reason in stop_ids else end_id]
         given = given if given is None else [*given, None]
     return Completion(ids, finish, given), again
 
 
-def check_ids(ids: Sequence[int], known: Container[int], most: int, where: str) -> None:
-    """Raise ServiceError at ids that this model cannot have drawn: one without a token, or more than `most`."""
+def check_ids(ids: Sequence[int], known: Container[int], most: int, ends: Container[int], where: str) -> None:
+    """Raise ServiceError at ids that this model cannot have drawn: one without a token, or more than `most`.
+
+    ends: tokens that end a completion, so that nothing can stand behind them.
+    """
+    if after := [i for i in ids[:-1] if i in ends]:
+        raise ServiceError(
+            f"{where}: a completion goes on after its end token {after[0]}; is it this model? look there"
+        )
     if bad := [i for i in ids if i not in known]:
         raise ServiceError(
             f"{where}: a completion has the token {bad[0]}, which the tokenizer has not; is it this model?"
@@ -168,7 +181,7 @@ def check_text(ids: Sequence[int], text: Any, spell: Callable[[Sequence[int], st
 def _logprobs(choice: dict[str, Any], ids: list[int], again: bool, where: str) -> list[float | None]:
     """The log-probabilities of the ids that a server has sent."""
     found = choice["logprobs"].get("token_logprobs") if isinstance(choice.get("logprobs"), dict) else None
-    numbers = isinstance(found, list) and all(type(x) in (float, int) for x in found)
+    numbers = isinstance(found, list) and all(map(_is_logprob, found))
     if again or not numbers or len(found) != len(ids):
         raise ServiceError(
             f"{where}: a completion without token_ids and one log-probability for each of them; use a server that "

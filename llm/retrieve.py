@@ -22,7 +22,7 @@ from pathlib import Path
 
 import data
 from common.errors import InputError, ServiceError
-from common.files import Journal, journal_rows, read_bytes, read_jsonl
+from common.files import Journal, journal_rows, read_bytes, read_jsonl, utf8
 from llm.client import Client, Endpoint, Limits, in_threads
 
 SERPER = "https://google.serper.dev"
@@ -38,7 +38,8 @@ class Cache:
         self.known: dict[tuple[str, str, int], list[Result]] = {}
         self.journal: Journal | None = None  # opened for the first new row: with all queries known none is written
         if path.exists():
-            journal_rows(io.BytesIO(read_bytes(path)), path, self._take)
+            raw = utf8(read_bytes(path), path).replace(b"\r\n", b"\n")  # others' caches come through editors and git
+            journal_rows(io.BytesIO(raw), path, self._take)
 
     def _take(self, row: dict) -> None:
         _check(row)
@@ -100,14 +101,15 @@ def organic(reply: dict, num: int) -> list[Result]:
     rows = reply.get("organic", [])
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise ServiceError("serper: a reply without a list of organic results; look at its documentation")
-    return [{name: str(r.get(name, "")) for name in FIELDS} for r in rows if r.get("snippet")][:num]
+    texts = [{name: r.get(name) if isinstance(r.get(name), str) else "" for name in FIELDS} for r in rows]
+    return [r for r in texts if r["snippet"]][:num]
 
 
 class Documents:
     """A stand-in for a search engine: documents ranked by the rarity of the words they share with the query."""
 
     def __init__(self, path: Path) -> None:
-        self.rows = read_jsonl(path, FIELDS)
+        self.rows = read_jsonl(path, FIELDS, _check_document)
         if not self.rows:
             raise InputError(f"{path}: holds no document; put one {{title, snippet, link}} a line in it")
         self.words = [_words(f"{r['title']} {r['snippet']}") for r in self.rows]
@@ -122,11 +124,17 @@ class Documents:
         rarity = {w: math.log(1 + len(self.rows) / self.spread[w]) for w in _words(query) if w in self.spread}
         scores = [sum(rarity.get(w, 0.0) for w in words) / math.sqrt(len(words) or 1) for words in self.words]
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:num]
-        return [{name: str(self.rows[i][name]) for name in FIELDS} for i in best if scores[i] > 0]
+        return [{name: self.rows[i][name] for name in FIELDS} for i in best if scores[i] > 0]
 
 
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", data.normalise(text)))
+
+
+def _check_document(row: dict) -> None:
+    """Raises InputError at a field that is no text: "None" would be shown to the model."""
+    if odd := [name for name in FIELDS if not isinstance(row[name], str)]:
+        raise InputError(f"field {odd[0]!r} must be a text, not {row[odd[0]]!r}; repair this row")
 
 
 Search = Callable[[Sequence[str], int], dict[str, list[Result]]]

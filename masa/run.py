@@ -22,8 +22,8 @@ import model as qwen
 from common import checkpoint, hub, verifier
 from common.endings import program, status
 from common.errors import InputError, Stopped
-from common.files import journal_rows, read_jsonl, sha256_file, write_json, write_jsonl, write_sealed
-from common.ranks import process_group
+from common.files import journal_rows, link_or_copy, read_jsonl, sha256_file, write_json, write_jsonl, write_sealed
+from common.ranks import only_writer, process_group
 from common.settings import cli
 from common.template import load_prompt
 from common.training import Training
@@ -35,6 +35,7 @@ from masa.settings import PRESETS, Settings, check
 from masa.step import Masa
 
 EVALUATIONS, RESULTS = "evals.jsonl", "results.json"
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def identity_of(s: Settings, source: hub.Source, evals: Mapping[str, str]) -> dict[str, Any]:
@@ -159,6 +160,9 @@ class Run:
         if self.ranks.rank == 0:
             if self.s.full:
                 qwen.save(self.masa.model, self.out / "model")
+                for file in (hub.member(self.source.folder, name) for name in BESIDE):
+                    if file.exists():
+                        link_or_copy(file.resolve(), self.out / "model" / file.name)
             else:
                 lora.save(self.masa.model, self.out, self.source.name, self.source.commit)
         self.report(self.total)
@@ -193,7 +197,8 @@ def step_line(m: Mapping[str, Any], total: int) -> str:
 
 def work(s: Settings, source: hub.Source, command: str = "train") -> None:
     """Join the other processes, train or score, and leave what comes of it in `s.out`."""
-    with process_group() as ranks, status(Path(s.out)), ranks.stop.listen():
+    out = Path(s.out)
+    with process_group() as ranks, only_writer(out, ranks), status(out), ranks.stop.listen():
         prompts = Prompts(source.folder, s)
         paths = dict(part.split("=", 1) for part in s.eval_sets.split(",") if part)
         evals = {name: load_problems(path, bool(s.reward))[0] for name, path in paths.items()}

@@ -47,11 +47,16 @@ class Lengths:
         return [p + c for p, c in zip(self.prompt, self.completion, strict=True)]
 
 
+def knows(model: str) -> Path | None:
+    """The file that has the shape of `model`: its folder's config.json, or one of configs/shapes; None for neither."""
+    files = (Path(model) / "config.json", SHAPES / f"{model.rsplit('/', 1)[-1]}.json")
+    return next((path for path in files if path.is_file()), None)
+
+
 def shape_of(model: str) -> tuple[ModelConfig, Path]:
     """The shape of `model`, a folder with a config.json or a model configs/shapes knows, and the file it is from."""
-    for path in (Path(model) / "config.json", SHAPES / f"{model.rsplit('/', 1)[-1]}.json"):
-        if path.is_file():
-            return ModelConfig.from_json(path), path
+    if path := knows(model):
+        return ModelConfig.from_json(path), path
     known = ", ".join(sorted(p.stem for p in SHAPES.glob("*.json")))
     raise InputError(f"--model {model!r}: no folder with a config.json, and none of {known}; put a config.json in one")
 
@@ -174,6 +179,14 @@ def memory_table(table: dict[str, dict[str, float]], gpu: str, gpus: int) -> str
     return markdown([*rows, {what: f"of {memory} GB, {1 - costs.ROOM:.0%} left free"} | fits])
 
 
+def host_line(n: dict[str, int], size: int, gpus: int) -> str:
+    """What --shard takes of the host: a process reads all weights before it keeps its part of them on its GPU."""
+    whole = size * (n["layers"] + n["rest"]) / 1e9
+    return (
+        f"host       each of {gpus} processes first reads the whole model: {gpus} x {whole:.1f} = {gpus * whole:.0f} GB"
+    )
+
+
 def report_text(model: str, given: Rows, method: str, dtype: str, s: train.TrainSettings, gpu: str, gpus: int) -> str:
     """The training part of the dry run as text: rows, steps, memory, time."""
     config, path = shape_of(model)
@@ -197,6 +210,7 @@ def report_text(model: str, given: Rows, method: str, dtype: str, s: train.Train
         "",
         memory_table(memory(config, s, size, gpu, gpus, lengths), gpu, gpus),
         f"recomputed is: {level}",
+        *([host_line(n, size, gpus)] if s.shard else []),
         "",
         f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
         f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",

@@ -17,25 +17,20 @@ it does not declare is not noticed.
 """
 
 import ast
-import contextlib
-import fcntl
 import functools
 import hashlib
 import inspect
 import json
-import os
-import socket
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
 from common.files import ROOT, link_or_copy, read_json, sha256_file, write_json
-from common.ranks import Ranks
 from pipeline.run import Run
 
 
@@ -361,24 +356,3 @@ def _receipt(path: Path) -> dict[str, Any] | None:
     if "check" in found and found.pop("check") != digest(found):  # those of older runs have none
         raise InputError(f"{path}: not as it was written (checksum); remove it, and the stage is done again")
     return found
-
-
-@contextlib.contextmanager
-def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Inside, no other run may write to `out`. Raises InputError that names who does; rank 0 speaks for all."""
-    if ranks.rank:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise InputError(
-                f"{out}: another run writes there ({f.read().strip()}); wait for it, stop it, or give another --out"
-            ) from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        f.flush()
-        yield

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import sample
+from common import hub
 from common.errors import InputError
-from common.hub import Source
 from common.model_config import ModelConfig
 from pipeline import plan
 from pipeline.config import RunConfig
@@ -70,20 +70,21 @@ def server_lines(cfg: RunConfig, argv: Sequence[str], n: int) -> list[list[str]]
     return [serve if trained else serve[:5], again]
 
 
-def check(cfg: RunConfig, wanted: Sequence[str], argv: Sequence[str], source: Source | None = None) -> None:
+def check(cfg: RunConfig, wanted: Sequence[str], argv: Sequence[str], source: hub.Source | None = None) -> None:
     """Raise InputError where a wanted stage cannot hold the model on this process's GPU, with the lines to type.
 
-    Without a source, before one is fetched, only a model whose shape is known here is looked at.
+    Without a source, before the weights are fetched, config.json alone is, where the shape is not known here.
     """
     total, holding = gpu_bytes(), stages_that_hold(cfg, wanted)
     if total is None or not holding:
         return
-    try:
-        config, _ = plan.shape_of(str(source.folder) if source else cfg.model)
-    except InputError:
-        if source is None:
+    if source is None and not plan.knows(cfg.model):
+        path = hub.config_of(cfg.model, cfg.revision)
+        if path is None:
             return
-        raise
+        config = ModelConfig.from_json(path)
+    else:
+        config, _ = plan.shape_of(str(source.folder) if source else cfg.model)
     if (wants := need(cfg, config)) <= total:
         return
     serve, again = (shlex.join(line) for line in server_lines(cfg, argv, cards(wants, total)))

@@ -55,6 +55,8 @@ def test_carries_and_borrows_are_named_where_they_are_and_nowhere_in_wrong_work(
     for kind, problem in drawn(60, "trivial", "open"):
         a, op, b = arithmetic.parts(problem)
         text = arithmetic.solution(problem, kind, rng)
+        if kind.tier == "trivial":
+            assert "borrow" not in text and "carry" not in text
         if not verifier.grade(text, str(value(problem.replace(" ", "")))).correct:
             assert kind.tier == "open" and "borrow" not in text and "carry" not in text
         elif op == "-":
@@ -144,19 +146,24 @@ def test_the_committed_study_is_made_of_its_own_cells(recorded):
         assert [masa_study.pair(*one) for one in both] == recorded["pairs"][name]
 
 
-def a_cell(seed: int, curve: list[tuple[float, float]], precision: float | None = None) -> dict:
-    after = {"gate": {"precision": precision, "flat": 0.6}}
-    return {"seed": seed, "tokens": curve[-1][0], "curve": curve, "after": after}
+def a_cell(seed: int, curve: list[tuple[float, float]], *precisions: float | None) -> dict:
+    gates = [{"precision": precision, "flat": 0.6} for precision in precisions or (None,)]
+    return {"seed": seed, "tokens": curve[-1][0], "curve": curve, "gates": gates}
 
 
 def test_pairs_are_compared_at_equal_tokens_by_hand():
     """The base ends after 400 tokens at .6, at 300 it has .55. The other ends at 300 with .7, and had .55 at 150."""
     base = a_cell(0, [(0, 0.4), (200, 0.5), (400, 0.6)])
-    found = masa_study.pair(a_cell(0, [(0, 0.4), (100, 0.5), (200, 0.6), (300, 0.7)], 0.9), base)
-    assert found["tokens"] == 300 and found["gain"] == pytest.approx(0.15) and found["knows"] == pytest.approx(0.3)
+    found = masa_study.pair(a_cell(0, [(0, 0.4), (100, 0.5), (200, 0.6), (300, 0.7)], 0.7, None, 0.9), base)
+    assert found["tokens"] == 300 and found["gain"] == pytest.approx(0.15)
+    assert found["knows"] == pytest.approx(0.2) and found["knows at the end"] == pytest.approx(0.3)
     assert found["base"] == pytest.approx(0.55) and found["saved"] == pytest.approx(300 / 150)
     lost = masa_study.pair(a_cell(0, [(0, 0.4), (400, 0.5)]), base)
-    assert lost["saved"] is None and lost["gain"] == pytest.approx(-0.1) and lost["knows"] is None
+    assert (
+        lost["saved"] is None
+        and lost["gain"] == pytest.approx(-0.1)
+        and lost["knows"] is None is lost["knows at the end"]
+    )
     assert masa_study.each([0.5, None]) == "50.0, never"
 
 

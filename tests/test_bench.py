@@ -203,7 +203,7 @@ def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     parts = result["parts"]
     assert list(parts) == list(gpu_check.PARTS)
     assert all(part["ok"] and part["error"] is None and not part["cut"] for part in parts.values())
-    assert len(parts["correct"]["rows"]) == 2 * 2 * 3  # sizes, vocabularies, dtypes
+    assert len(parts["correct"]["rows"]) == 2 * 2 * 3 * 2  # sizes, vocabularies, dtypes, streams
     ways = [(row["rows a pass"], row["recomputed"]) for row in parts["train"]["rows"]]
     assert ways == [(micro or "auto", level) for micro, level in gpu_check.TINY.ways]
     assert all(row["first loss"] == pytest.approx(0.625, abs=1e-6) for row in parts["train"]["rows"])

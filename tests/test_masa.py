@@ -22,7 +22,7 @@ import sample
 from common import hub, verifier
 from common.errors import InputError, MemoryFull, Stopped
 from common.files import read_jsonl, write_jsonl
-from common.ranks import Ranks, process_group
+from common.ranks import Ranks, only_writer, process_group
 from common.settings import cli
 from masa import own_reward, passk
 from masa.control import cut_at, hint_of, is_gated
@@ -856,10 +856,15 @@ def test_the_command_trains_evaluates_and_resumes(tmp_path, folder, launch):
     assert "Pass@1" in first and len(read_jsonl(tmp_path / "run/evals.jsonl")) == 24
     before, after = (qwen.load(path).state_dict() for path in (folder, tmp_path / "run/model"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    prompts = [Prompts(path, s) for path in (folder, tmp_path / "run/model")]  # the new model can be used as it is
+    assert prompts[0].solve("2 + 2?") == prompts[1].solve("2 + 2?") and prompts[0].stop_ids == prompts[1].stop_ids
     code, again, said = command("--resume")
     assert code == 0 and again == first and "after step 2 of 2" in said
     code, _, said = command()
     assert code == 3 and "give --resume, or another --out" in said
+    with only_writer(tmp_path / "run", ALONE):
+        code, _, said = command("--resume")
+    assert code == 3 and "another run writes there" in said
 
 
 def test_rewards_and_control_need_no_torch():
@@ -1180,6 +1185,27 @@ def test_a_steps_spread_and_lengths(folder, group):
     )  # later draws are longer
     assert row["share/clip_low"] == row["share/clip_high"] == 0.0 and row["kl"] is None
     assert 0 < row["entropy"] < 2 * math.log(500)
+
+
+def test_clipped_tokens_are_counted_high_and_low_apart_and_entropy_by_hand(folder, group):
+    """At a ratio of 1.5 every token of a good rollout is clipped and none of a bad one, at 0.5 it is the other way."""
+    for ratio, name, other in ((1.5, "clip_high", "clip_low"), (0.5, "clip_low", "clip_high")):
+        made = masa_worker.build(folder, group)
+        groups = made.next_batch()
+        made.roll_out(groups, 0, "x")
+        made.score(groups)
+        used, nats = [r for g in groups for r in g.solutions + g.metas if r.advantage], 0.0
+        for r in used:
+            ids = torch.tensor(r.prompt_ids + r.ids)
+            with torch.no_grad():
+                logits = made.model.logits(made.model(ids, torch.tensor([0, len(ids)])))[len(r.prompt_ids) - 1 : -1]
+            logp = logits.log_softmax(-1)[range(len(r.ids)), r.ids]
+            r.logp, nats = logp - math.log(ratio), nats - float(logp.sum())
+        made.optimizer, tally = masa_worker.NoStep(made.names), Tally()
+        made.update(used, 1.0, tally)
+        clipped = sum(len(r.ids) for r in used if (r.advantage > 0) == (ratio > 1))
+        assert tally[name] == tally["clipped"] == clipped > 0 and tally[other] == 0
+        assert tally["nats"] == pytest.approx(nats, rel=1e-5) and tally["trained"] == sum(len(r.ids) for r in used)
 
 
 # ---------- docs/masa.md

@@ -332,6 +332,7 @@ def edit(folder: Path, **changes: object) -> Path:
         ({"rope_theta": 1e6}, ["rope_theta", "1000000.0", "equal"]),
         ({"use_sliding_window": True}, ["use_sliding_window", "True"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"layer_types": [["full_attention"]]}, ["layer_types", "[['full_attention']]"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
         ({"auto_map": {"AutoModel": "modeling_own.py"}}, ["auto_map", "modeling_own.py"]),
         ({"mlp_bias": True}, ["mlp_bias", "True"]),

@@ -42,7 +42,7 @@ from mini import build
 from mini.world import World, wrap
 from pipeline import dry_run, plan, room
 from pipeline.config import RunConfig
-from tools import export
+from tools import export, routes
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
@@ -252,6 +252,10 @@ def test_a_part_that_is_missing_extra_or_there_twice_is_named(tmp_path: Path) ->
             qwen.load(tmp_path)
         assert all(word in str(error.value) for word in words), error.value
     assert str(error.value).count("is missing") == 2  # not a line an expert
+    save_file({k: v for k, v in whole.items() if "experts" not in k or k.endswith("0.up_proj.weight")}, file)
+    with pytest.raises(InputError, match="; and 4 more; use the matching files") as error:
+        qwen.load(tmp_path)  # 22 matrices, and both stacked down_proj
+    assert str(error.value).count("is missing") == 20
 
 
 def config_with(path: Path, **changes: object) -> ModelConfig:
@@ -275,6 +279,8 @@ def test_config_of_either_transformers_and_what_is_refused(tmp_path: Path) -> No
         ({"moe_intermediate_size": 0}, ["moe_intermediate_size is 0"]),
         ({"norm_topk_prob": 1}, ["norm_topk_prob is 1"]),
         ({"mlp_only_layers": [3]}, ["mlp_only_layers", "[3]"]),
+        ({"mlp_only_layers": 1}, ["mlp_only_layers is 1"]),
+        ({"mlp_only_layers": False}, ["mlp_only_layers is False"]),
         ({"decoder_sparse_step": 4}, ["decoder_sparse_step", "no layer"]),
     ):
         with pytest.raises(InputError) as error:
@@ -384,6 +390,27 @@ def test_what_one_gpu_cannot_hold_is_refused_at_once_with_the_lines_to_type(monk
     assert f"`{again}`" in told and "--shard train" in told
 
 
+def test_the_config_alone_is_fetched_of_a_model_whose_shape_is_not_known_here(tmp_path: Path, monkeypatch) -> None:
+    """30.5 billion weights of two bytes, 56.9 GiB, are refused on a card of 40 GiB for the price of a small file."""
+    asked = []
+
+    def fetched(model: str, name: str, revision: str | None) -> str:
+        asked.append((model, name, revision))
+        return str(plan.SHAPES / "Qwen3-30B-A3B.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr(room, "gpu_bytes", lambda: 40 * 2**30)
+    cfg = RunConfig(model="Qwen/Qwen3-30B-A3B-Later", revision="v1", dtype="bfloat16", out=str(tmp_path))
+    with pytest.raises(InputError, match="A3B-Later and one row of .* need 57.*vllm serve Qwen/Qwen3-30B-A3B-Later"):
+        room.check(cfg, ["sample"], [])
+    assert asked == [("Qwen/Qwen3-30B-A3B-Later", "config.json", "v1")]
+    room.check(cfg, ["train"], [])  # which can shard
+    room.check(dataclasses.replace(cfg, model="mini/model", revision=""), [], [])  # a folder of this repository
+    assert len(asked) == 1
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    room.check(cfg, [], [])  # `locate` says what is wrong
+
+
 def test_what_holds_the_model_and_what_does_not(tmp_path: Path) -> None:
     cfg = RunConfig(model="Qwen/Qwen3-30B-A3B", dtype="bfloat16", method="sft,kto", out=str(tmp_path), label_eval=5)
     assert room.stages_that_hold(cfg, []) == ["sample", "eval", "report"]
@@ -464,6 +491,25 @@ class Alone:
     @staticmethod
     def sum(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+
+def test_the_table_of_routes_takes_rows_of_one_class_and_refuses_none(tmp_path: Path, capsys) -> None:
+    """Adapters of B = 0 move nothing: no token is sent elsewhere."""
+    peer("qwen3_moe").save_pretrained(tmp_path / "base")
+    m = qwen.load(tmp_path / "base")
+    lora.add(m, 2, 4.0)
+    lora.save(m, tmp_path / "adapter", "base")
+    ids = tokens(4, 9)
+    row = {"id": "q", "prompt": "", "completion": "abcdefghi", "label": True, "spans": [], "labels": [], "w": []}
+    row |= {"prompt_ids": ids[0].tolist(), "completion_ids": ids[1].tolist()}
+    write_jsonl(tmp_path / "train.jsonl", [row])
+    given = [str(tmp_path / name) for name in ("base", "adapter", "train.jsonl")]
+    assert routes.main(given) == 0
+    told = capsys.readouterr().out
+    (shown,) = [line for line in told.splitlines() if "chosen" in line]
+    assert [cell.strip() for cell in shown.split("|")[1:5]] == ["1 chosen", "9", "0", "0"] and "rejected" not in told
+    assert routes.main([*given, "--rows", "0"]) == 3
+    assert "--rows is 0" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -22,11 +22,10 @@ import em
 import mralign
 from common.errors import InputError
 from common.files import read_json, read_jsonl, write_json, write_jsonl
-from common.ranks import Ranks
+from common.ranks import Ranks, only_writer
 from common.settings import cli
 from common.tokens import load_stop_ids, load_tokenizer
 from pipeline.config import RunConfig, check
-from pipeline.reuse import only_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["sample", "candidates", "annotate", "fit", "train kto", "train mralign"]

@@ -157,6 +157,18 @@ def test_a_run_with_rows_shows_labels_weights_and_one_row_token_by_token(tmp_pat
     assert joined == completion  # every token once, in order
 
 
+def test_what_a_sharded_model_takes_of_the_host_is_said() -> None:
+    """30,532,122,624 weights of two bytes are 61.06 GB, read by each of four processes: 244.3 GB. Else nothing."""
+    given = plan.Rows(plan.assumed_lengths(2, 2), "made up", [])
+    for sharded, lines in (
+        (True, ["host       each of 4 processes first reads the whole model: 4 x 61.1 = 244 GB"]),
+        (False, []),
+    ):
+        s = train.TrainSettings(shard=sharded)
+        text = plan.report_text("Qwen3-30B-A3B", given, "mralign", "bfloat16", s, "h200", 4)
+        assert [line for line in text.splitlines() if line.startswith("host")] == lines
+
+
 def eval_free(literal: str) -> str:
     """The text of a Python string literal."""
     import ast

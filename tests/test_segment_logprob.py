@@ -266,6 +266,16 @@ def test_chunk_size_does_not_matter(impl, device):
 
 
 @every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_streams_give_the_bits_of_one(impl, device, dtype, monkeypatch):
+    *inputs, g = *make(20, 31, 517, dtype, device), torch.tensor([1.0, -1.0])
+    one = fast_answer(*inputs, g, g, impl, 3)
+    monkeypatch.setattr(op, "STREAMS", 2)
+    for _ in range(3):
+        assert all(map(torch.equal, fast_answer(*inputs, g, g, impl, 3), one))
+
+
+@every_path
 def test_strided_inputs(impl, device):
     hidden, weight, targets, w, cu = make(12, 8, 300, torch.float32, device)
     wide = torch.stack([hidden.detach(), hidden.detach()], 2)[:, :, 0].requires_grad_()

@@ -390,6 +390,20 @@ DEAF = """
     while True:
         signal.pause()
 """
+JOINED = """
+    import os, signal, sys
+    from pathlib import Path
+    from common.ranks import process_group
+    out = Path(sys.argv[1])
+    def end(number, frame):
+        (out / "ended").write_text(str(number))
+        sys.exit(75)
+    with process_group():
+        signal.signal(signal.SIGTERM, end)
+        (out / "pid").write_text(str(os.getpid()))
+        while True:
+            signal.pause()
+"""
 
 
 def until(there: Callable[[], bool]) -> None:
@@ -437,6 +451,17 @@ def test_a_second_signal_kills_the_runs_and_what_is_below_them(tmp_path):
     runner.send_signal(signal.SIGINT)
     assert runner.communicate()[0].strip() == str([(n, 130) for n in "abc"])
     until(lambda: all(gone(tmp_path / n / word) for n in "ab" for word in ("pid", "below")))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a process that its parent has died")
+def test_runs_end_when_the_runner_is_killed(tmp_path):
+    """Else they would go on beside those of the next runner, in the same folders."""
+    runner = started(tmp_path, JOINED)
+    runner.kill()
+    runner.communicate()
+    until(lambda: all(gone(tmp_path / n / "pid") for n in "ab"))
+    assert [(tmp_path / n / "ended").read_text() for n in "ab"] == [str(int(signal.SIGTERM))] * 2
 
 
 @pytest.mark.long

@@ -123,20 +123,26 @@ def embed(names: list[str], client: Client, ledger: Ledger, price: Price | None)
             bound = sum(len(name.encode()) + 8 for name in body["input"])
             call = Call(ledger, facts, price, bound, 0)
             reply = client.post("/embeddings", body, tokens=bound // 4, account=call)
-            usage = {"prompt_tokens": (reply.get("usage") or {}).get("prompt_tokens"), "completion_tokens": 0}
+            told = reply.get("usage")
+            prompt_tokens = told.get("prompt_tokens") if isinstance(told, dict) else None
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
             call.settle(usage, content=json.dumps(_vectors(reply, len(body["input"]), client.endpoint)), finish="stop")
         rows += json.loads(ledger.replies[key]["content"])
     return np.array(rows)
 
 
 def _vectors(reply: dict[str, Any], count: int, endpoint: Endpoint) -> list[list[float]]:
+    """The vectors of a reply, by their index: finite numbers, as many in each. Raises InputError at anything else."""
     try:
         by_index = {item["index"]: [float(x) for x in item["embedding"]] for item in reply["data"]}
-        return [by_index[i] for i in range(count)]
-    except (KeyError, TypeError, ValueError) as error:
+        vectors = [by_index[i] for i in range(count)]
+        if len({len(vector) for vector in vectors}) > 1 or not np.isfinite(vectors).all() or not vectors[0]:
+            raise ValueError("not as many finite numbers in each")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{endpoint}: /embeddings did not return {count} vectors ({error!r}); check the model"
         ) from None
+    return vectors
 
 
 def cluster(points: np.ndarray, min_samples: int) -> tuple[np.ndarray, float | None]:

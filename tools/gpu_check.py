@@ -29,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ class Sizes:
     M: int = 8192  # tokens of the speed measurements
     B: int = 32  # sequences they belong to
     chunks: tuple[int, ...] = (512, 1024, 2048, 4096)
+    two_streams: tuple[int, ...] = (256, 512)  # rows a chunk of the op by two streams
     blocks: tuple[tuple[int, int], ...] = ((4096, 8), (8192, 8), (16384, 16), (32768, 32))  # elements, warps
     config: ModelConfig = ModelConfig(**QWEN3_8B, **REST)
     row_tokens: tuple[int, int] = (800, 1000)  # the shortest and the longest of 8 rows
@@ -94,7 +96,9 @@ class Sizes:
     kernel_tests: str = "cuda"  # which of tests/ of kernels/ run: pytest -k
 
 
-FOR_OP = dict(N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), blocks=((256, 4),), rounds=1)
+FOR_OP = dict(
+    N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), two_streams=(16,), blocks=((256, 4),), rounds=1
+)
 FOR_MODEL = dict(kernel_tests="hand_worked", row_tokens=(20, 40), lora_r=4, batches=(2, 4), prompt=5, new=6)
 TINY = Sizes(**FOR_OP, **FOR_MODEL, config=ModelConfig(**SMALL, **REST))
 
@@ -102,6 +106,19 @@ TINY = Sizes(**FOR_OP, **FOR_MODEL, config=ModelConfig(**SMALL, **REST))
 def implementations(device: torch.device) -> list[str]:
     """The implementations of the op that can run there."""
     return ["torch", "triton"] if op.default_impl(device) == "triton" else ["torch"]
+
+
+@contextmanager
+def op_settings(**values: Any) -> Iterator[None]:
+    """The op with other values of the constants at its head, for example STREAMS=2."""
+    before = {name: getattr(op, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(op, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(op, name, value)
 
 
 # ---------- correct
@@ -114,7 +131,9 @@ def correct(device: torch.device, sizes: Sizes) -> Rows:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 exact = Exact(sizes.N, D, V, dtype, device)
                 for impl in implementations(device):
-                    yield exact.check(impl)
+                    for streams in (1, 2):
+                        with op_settings(STREAMS=streams):
+                            yield {"streams": streams} | exact.check(impl)
 
 
 class Exact:
@@ -226,22 +245,23 @@ def model_paths(device: torch.device, sizes: Sizes) -> Rows:
 
 
 def sweep(device: torch.device, sizes: Sizes) -> Rows:
-    """Milliseconds of the op over its tunable sizes; block and warps only where Triton runs."""
-    impl, before = op.default_impl(device), (op.BLOCK, op.WIDE)
+    """Milliseconds of the op over its tunable sizes; block and warps where Triton runs, two streams with the first."""
+    impl = op.default_impl(device)
     for D in sizes.D:
         x = bench.op_inputs(sizes.M, D, sizes.V[-1], "bfloat16", device, sizes.B)
-        for block, warps in sizes.blocks if impl == "triton" else (("-", "-"),):
-            try:
-                if impl == "triton":
-                    op.BLOCK, op.WIDE = block, op.WIDE | {"num_warps": warps}
+        ways: list[dict[str, Any]] = [{"STREAMS": 1}, {"STREAMS": 2}]
+        if impl == "triton":
+            several = [{"BLOCK": block, "WIDE": op.WIDE | {"num_warps": warps}} for block, warps in sizes.blocks]
+            ways = [{"STREAMS": 1} | one for one in several] + [{"STREAMS": 2} | several[0]]
+        for way in ways:
+            with op_settings(**way):
                 for chunk in sizes.chunks:
                     candidate = partial(bench.ours, impl=impl, chunk=chunk)
                     times = {grad: clock(partial(bench.op_call, candidate, x, grad), device) for grad in (False, True)}
                     forward, both = (spread(s)["median"] * 1e3 for s in alternate(times, sizes.rounds).values())
-                    setting = {"D": D, "chunk": chunk, "block": block, "warps": warps}
+                    setting = {"D": D, "chunk": chunk, "streams": way["STREAMS"]}
+                    setting |= {"block": way.get("BLOCK", "-"), "warps": way.get("WIDE", {}).get("num_warps", "-")}
                     yield setting | {"forward ms": forward, "forward + backward ms": both}
-            finally:
-                op.BLOCK, op.WIDE = before
 
 
 def op_speed(device: torch.device, sizes: Sizes) -> Rows:
@@ -261,6 +281,10 @@ def op_speed(device: torch.device, sizes: Sizes) -> Rows:
                 raise
             yield {"candidate": name, "note": _brief(error)}
         _release(device)
+    for rows in sizes.two_streams:
+        two = partial(bench.ours, impl=op.default_impl(device), chunk=rows)
+        with op_settings(STREAMS=2):
+            yield {"candidate": f"ours, 2 streams of {rows} rows"} | _op_row(two, x, device, sizes.rounds)
 
 
 def products_ms(x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, float]:

@@ -108,6 +108,8 @@ def trained_table(model: Path, adapter: Path, train: Path, rows: int) -> Table:
     lora.load(net, adapter)
     for label in (True, False):
         picked = [r for r in data.load_train(train) if r["label"] is label][:rows]
+        if not picked:  # rows of one class
+            continue
         packed = [(r["prompt_ids"], r["completion_ids"], torch.ones(len(r["completion_ids"]))) for r in picked]
         kind = "chosen" if label else "rejected"
         found.append({"rows": f"{len(picked)} {kind}"} | measured(net, data.pack(packed)))
@@ -124,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.random == bool(given.paths) or len(given.paths) not in (0, 3):
         raise InputError("give MODEL ADAPTER TRAIN.jsonl, or --random")
+    if given.rows < 1:
+        raise InputError(f"--rows is {given.rows}, must be at least 1")
     print(markdown(random_table() if given.random else trained_table(*given.paths, given.rows)))
 
 

@@ -36,14 +36,13 @@ from typing import Any
 import torch
 
 import eval as evaluation
-from common.endings import program
+from common.endings import ignored, program
 from common.errors import InputError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_json
-from common.ranks import Ranks
+from common.ranks import ENDS, Ranks, only_writer
 from common.settings import cli, from_json
 from common.table import markdown
 from pipeline.config import RunConfig, check, placed
-from pipeline.reuse import only_writer
 from report import analysis, charts, page
 from report.figures import number
 
@@ -191,7 +190,8 @@ class Processes:
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Inside, signals come here, and after it too if one came: then the program is ending. Main thread only."""
-        before = {number: signal.signal(number, self) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or not ignored(number)]  # nohup
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         finally:
@@ -202,7 +202,7 @@ class Processes:
         """Run one to its end. Returns its exit code, STOPPED's where it was asked to stop, 128 + n if signal n did."""
         child.out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT)}
+        words, env = [sys.executable, *child.arguments()], os.environ | {"PYTHONPATH": str(ROOT), ENDS: "1"}
         with open(child.out / "log.txt", "a", encoding="utf-8") as log:
             with self.lock:
                 if self.stopped:

@@ -8,6 +8,7 @@ that failed first (common/endings.py), 128 + n if signal n killed it, 75 or 130 
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -16,11 +17,15 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130}
+from common.endings import ignored
+
+STOPPED = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
+    if ignored(signal.SIGHUP):  # by nohup; torch's launcher would end at it all the same
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     args = run.parse_args(argv)
     if int(args.max_restarts) == 0:  # else the log says what each restart was for
         logging.disable(logging.ERROR)
