@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write [mini/model]")
     parser.add_argument("--steps", type=int, help=f"training steps [{STEPS}, warm {WARM_STEPS}]")
     parser.add_argument("--mixture", action="store_true", help="a mixture of experts, to try one (not shipped)")
-    parser.add_argument("--hard", action="store_true", help="the world without a ceiling (hard.py)")
+    parser.add_argument("--hard", action="store_true", help="the world of pairs (hard.py)")
     parser.add_argument("--warm", type=Path, help="folder of a miniature to start from [from nothing]")
     args = parser.parse_args()
     start = time.monotonic()

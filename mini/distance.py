@@ -15,7 +15,7 @@ Beside kto, mralign and shuffled there is `mean`: KTO in which every step has th
 "more weight on rejected rows" from "weight on the right transitions". sft runs at its own best rate. The null world has
 two rates. The choices here were made on development questions or before any result: nothing was tuned on the test ones.
 
-With --hard the same for the world without a ceiling (hard.py), drawn once a question at T = 1, at rates of its own.
+With --hard the same for the world of pairs (hard.py), drawn once a question at T = 1, at rates of its own.
 
 `python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Three rates come
 first in all blocks, seed by seed, then the last one, so that a run that is cut short leaves a smaller design: a block
@@ -64,7 +64,7 @@ RESULTS = ROOT / "docs" / "results"
 METHODS = ("kto", "mralign", "shuffled", "mean")
 RATES = (6e-4, 3e-4, 4.2e-4, 1.5e-4)  # the first is what development prefers; in the order of their worth
 NULL_RATES = (6e-4, 3e-4)
-HARD = ("hard world 0",)  # worlds without a ceiling (hard.py); drawn once a question at T = 1, see docs/results.md
+HARD = ("hard world 0",)  # worlds of pairs (hard.py); drawn once a question at T = 1, see docs/results.md
 HARD_MODELS = {"hard world 0": "mini/model-hard"}
 HARD_RATES = (1.2e-3, 2.4e-3, 6e-4, 4.8e-3)
 BASE = "thinkon"
@@ -83,10 +83,11 @@ Cells = dict[tuple[str, float], dict[str, Any]]  # (method, rate) -> its record
 
 @dataclass(frozen=True)
 class Block:
-    """A world and a seed."""
+    """A world, a seed, and the questions its cells are measured on."""
 
     world: str
     seed: int
+    split: str = "test"
 
     @property
     def out(self) -> Path:
@@ -105,7 +106,8 @@ class Block:
 
     def file(self, method: str, rate: float) -> Path:
         """The record of a cell."""
-        return self.out / "cells" / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
+        cells = "cells" if self.split == "test" else f"cells-{self.split}"
+        return self.out / cells / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
 
     def left(self, most: int) -> list[tuple[str, float]]:
         """The cells of the first `most` rates that are not there yet; sft comes with all rates."""
@@ -123,7 +125,7 @@ class Block:
 
 
 def blocks(hard: bool = False) -> list[Block]:
-    """All blocks, in the order in which they are worth having. hard: those of the worlds without a ceiling instead."""
+    """All blocks, in the order in which they are worth having. hard: those of the worlds of pairs instead."""
     if hard:
         return [Block(world, seed) for seed in study.SEEDS for world in HARD]
     first = [Block(world, seed) for seed in study.SEEDS[:2] for world in study.WORLDS]
@@ -152,7 +154,7 @@ def run_block(block: Block, most: int) -> None:
             path = block.file(method, rate)
             started = time.perf_counter()
             of = replace(cfg, lr=rate) if rate else cfg
-            record = measure(Run(of, source, ranks), method, path.with_suffix(""))
+            record = measure(Run(of, source, ranks), method, path.with_suffix(""), block.split)
             record |= {"world": block.world, "seed": block.seed, "method": method, "lr": rate}
             made = reporting.provenance(Run(of, source, ranks))
             record |= {name: made[name] for name in ("commit", "device", "versions")}
@@ -494,12 +496,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
     parser.add_argument("--block", metavar="WORLD/SEED", help="run one block only, in this process")
     parser.add_argument("--most", type=int, default=len(RATES), help="of this block: only so many rates [4]")
+    parser.add_argument("--split", default="test", choices=("test", "dev"), help="of this block: the questions [test]")
     parser.add_argument("--report", action="store_true", help="only write table and figure of the cells that are there")
-    parser.add_argument("--hard", action="store_true", help="the worlds without a ceiling instead")
+    parser.add_argument("--hard", action="store_true", help="the worlds of pairs instead")
     given = parser.parse_args(argv)
     if given.block:
         world, _, seed = given.block.partition("/")
-        run_block(Block(world, int(seed)), given.most)
+        run_block(Block(world, int(seed), given.split), given.most)
         return 0
     if not given.report and (code := run(given.jobs, given.hard)):
         return code

@@ -1,4 +1,4 @@
-"""Has a model learnt the rules of the world without a ceiling? Its step after a forced cue, against the world's own.
+"""Has a model learnt the rules of the world of pairs? Its step after a forced cue, against the world's own.
 
     python -m mini.forced mini/model-hard --world 0
 

@@ -1,4 +1,4 @@
-"""A world without a ceiling: what a move does hangs on the pair of labels, so no label can simply be dropped.
+"""A world in which no label can be dropped: what a move does hangs on the pair of labels.
 
 Facts, questions, cue phrases and answers without thinking are those of world.py. What differs is the thinking:
 

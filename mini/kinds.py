@@ -1,7 +1,7 @@
 """Do the weights see which moves matter? A run of the miniature held against what its world's moves really do.
 
     python -m mini.kinds runs/mini --world 0          a run in today's world 0
-    python -m mini.kinds RUN --hard --world 0         in the world without a ceiling (hard.py)
+    python -m mini.kinds RUN --hard --world 0         in the world of pairs (hard.py)
     python -m mini.kinds --hard --world 0             no run: simulated traces alone
 
 A world knows of every move (label before, label) whether it loses the gold, repairs a wrong candidate or does nothing
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run, with train.jsonl; none: simulated traces")
     parser.add_argument("--world", type=int, default=0, help="seed of the run's world [0]")
     parser.add_argument("--null", action="store_true", help="the run's world is the null world")
-    parser.add_argument("--hard", action="store_true", help="the run's world is the one without a ceiling")
+    parser.add_argument("--hard", action="store_true", help="the run's world is the one of pairs (hard.py)")
     parser.add_argument("--traces", type=int, default=20000, help="simulated traces [20000]; 0: none")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args(argv)

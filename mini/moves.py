@@ -16,7 +16,7 @@ curves of Acc over distance at their start. A method's gain over KTO's does not 
 What differs between the worlds:
 
   mood       today's world (world.py): a hidden mood of the whole thought chooses careful or careless moves
-  pairs      the world without a ceiling (hard.py): what a label does hangs on the class of the label before
+  pairs      the world of pairs (hard.py): what a label does hangs on the class of the label before
   state      a label swaps the answer: it harms a right one, repairs a wrong one; labels do not tell which
   opener     like pairs, but in every second opener what loses elsewhere repairs, and the other way round
   symptom    like pairs, but after a wrong answer three labels that do nothing come four times as often

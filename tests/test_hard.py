@@ -1,4 +1,4 @@
-"""The world without a ceiling (mini/hard.py), what moves do (mini/kinds.py), and worlds of moves (mini/moves.py)."""
+"""The world of pairs (mini/hard.py), what moves do (mini/kinds.py), and worlds of moves (mini/moves.py)."""
 
 import math
 import random
