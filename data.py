@@ -6,7 +6,6 @@ token takes the weight of the segment that holds its first character. Left out: 
 are not byte-level BPE.
 """
 
-import math
 import random
 import re
 import string
@@ -25,6 +24,7 @@ from torch import Tensor
 from common import verifier
 from common.errors import InputError
 from common.files import each_row, read_jsonl
+from common.rows import are_ids, are_labels, are_weights
 from common.template import TAGS, opens_thought
 from common.tokens import Span, token_offsets
 
@@ -53,6 +53,8 @@ def load_questions(path: str | Path, drop_repeated: bool = False) -> tuple[list[
             raise InputError(f"field 'task' is {task!r}; it must be one of {', '.join(TASKS)}, the same in all rows")
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise InputError("field 'question' must be a text that is not empty; fill it in or delete this line")
+        if task == "truthful" and not (isinstance(row.get("best_answer"), str) and row["best_answer"].strip()):
+            raise InputError("field 'best_answer' must be a text, with which a judge compares; fill it in")
         answers = row["answers"]
         if answers == [] and task == "long":
             return  # judged claim by claim
@@ -514,15 +516,17 @@ def _train_problem(row: dict[str, Any]) -> str:
         if not isinstance(row[name], str):
             return f"field {name!r} must be a text"
     for name in ("prompt_ids", "completion_ids"):
-        if not isinstance(row[name], list) or not row[name] or not all(type(i) is int and i >= 0 for i in row[name]):
+        if not row[name] or not are_ids(row[name]):
             return f"field {name!r} must be a list of one or more token ids"
     spans, w, labels = row["spans"], row["w"], row["labels"]
     if not (isinstance(spans, list) and isinstance(w, list) and isinstance(labels, list)):
         return "fields 'spans', 'labels' and 'w' must be lists"
     if not len(spans) == len(w) == len(labels):
         return f"{len(spans)} spans, {len(labels)} label sets and {len(w)} weights, there must be one of each a step"
-    if not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in w):
+    if not are_weights(w):
         return "field 'w' must hold positive numbers"
+    if not are_labels(labels):
+        return "field 'labels' must hold a list of labels a step"
     if not all(isinstance(s, list) and len(s) == 2 and all(type(c) is int for c in s) and s[0] < s[1] for s in spans):
         return "field 'spans' must hold pairs [first, last + 1] of character positions"
     edges = [0, *(c for span in spans for c in span), len(row["completion"])]

@@ -153,6 +153,9 @@ def add(
     for target in targets:
         if not any(_matches(name, target) for name in linears):
             raise InputError(f"target_modules: {target!r} names no linear layer of this model; known: {_ends(linears)}")
+    largest = max(max(m.in_features, m.out_features) for m in linears.values())
+    if r > largest:  # and would take more memory than the model itself
+        raise InputError(f"r is {r:,} and the largest layer has {largest:,} rows or columns; give a smaller --lora-r")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears.items():

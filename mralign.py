@@ -33,6 +33,7 @@ import lora
 import sample
 import train
 from common import benchmarks, costs, hub
+from common import rows as common_rows
 from common.endings import program, status
 from common.errors import InputError
 from common.files import each_row, read_jsonl, write_json, write_jsonl
@@ -42,7 +43,7 @@ from llm import labelling
 from pipeline import cards, evaluation, ready, room
 from pipeline import dry_run as run_plan
 from pipeline import labels as own_labels
-from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_names, names, placed
+from pipeline.config import CandidateSettings, RunConfig, TransitionSettings, check, check_settings, names, placed
 from pipeline.reuse import Stage, checksum, digest, perform
 from pipeline.run import Run
 
@@ -66,7 +67,8 @@ def draw_samples(run: Run) -> dict[str, Any]:
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    samples = each_row(run.out / "samples.jsonl", ("id", "mode", "draw", "text", "ids", "prompt_ids"))
+    fields = ("id", "mode", "draw", "text", "ids", "prompt_ids")
+    samples = each_row(run.out / "samples.jsonl", fields, common_rows.check)
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,
@@ -84,7 +86,7 @@ def select_candidates(run: Run) -> dict[str, Any]:
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     fields = ("id", "question", "answers", "completion", "spans")
-    rows = [{k: c[k] for k in fields} for c in each_row(run.out / "candidates.jsonl", fields)]
+    rows = [{k: c[k] for k in fields} for c in each_row(run.out / "candidates.jsonl", fields, common_rows.check)]
     if run.cfg.annotator == "self":
         return own_labels.label(run, rows, run.out)
     for other in run.cfg.lenders:
@@ -99,7 +101,9 @@ def label_steps(run: Run) -> dict[str, Any]:
 def fit_transitions(run: Run) -> dict[str, Any]:
     """Stage fit: transition matrices and the weight of every step (3.2.2)."""
     path, fields = run.out / "candidates.jsonl", ("id", "chosen", "spans")
-    candidates = [{k: c[k] for k in fields} for c in each_row(path, fields)]  # texts and ids stay on the disk
+    candidates = [
+        {k: c[k] for k in fields} for c in each_row(path, fields, common_rows.check)
+    ]  # texts and ids stay on the disk
     steps = annotate.read_steps(run.out / "annotations.jsonl", candidates)  # id -> steps of its trace
     labels = {name: [step.labels for step in of] for name, of in steps.items()}
     if run.cfg.labels == "one":
@@ -124,7 +128,8 @@ def fit_transitions(run: Run) -> dict[str, Any]:
         row |= {"dataset": c["dataset"]} if "dataset" in c else {}
         return row | {"labels": [list(x) for x in labels[c["id"]]], "w": w[c["id"]]}
 
-    write_jsonl(run.out / "train.jsonl", map(weighted, each_row(path, ("prompt", "completion", "completion_ids"))))
+    more = ("prompt", "completion", "prompt_ids", "completion_ids")
+    write_jsonl(run.out / "train.jsonl", map(weighted, each_row(path, more)))
     named = {"": everything, "_pos": pos, "_neg": neg}
     result = {"states": list(em.STATES), "n_pos": len(positive), "n_neg": len(negative)}
     result |= {f"P{k}": t.P.tolist() for k, t in named.items()} | {f"C{k}": t.C.tolist() for k, t in named.items()}
@@ -247,14 +252,14 @@ def run_stages(cfg: RunConfig, source: hub.Source, wanted: list[str]) -> None:
 # ---------- the command line
 
 
-def dry_run(cfg: RunConfig, gpu: str, gpus: int) -> None:
+def dry_run(cfg: RunConfig, gpu: str, gpus: int, wanted: list[str]) -> None:
     """Print what a run would take; nothing is run, sent or written."""
-    check_names(cfg)
-    if cfg.annotator == "committee":
-        labelling.check(cfg)
+    check_settings(cfg, wanted)
     print(run_plan.report_text(cfg, gpu, gpus))
     if cfg.annotator == "committee" and (Path(cfg.out) / "candidates.jsonl").exists():
-        rows = read_jsonl(Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"))
+        rows = read_jsonl(
+            Path(cfg.out) / "candidates.jsonl", ("id", "question", "answers", "completion", "spans"), common_rows.check
+        )
         print("\n" + labelling.price_table(rows, cfg, Path(cfg.out), cfg.seed))
 
 
@@ -274,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     if rest.dry_run:
         if rest.gpus < 1:
             raise InputError(f"--gpus is {rest.gpus}, must be at least 1")
-        dry_run(cfg, rest.gpu, rest.gpus)
+        dry_run(cfg, rest.gpu, rest.gpus, rest.stages)
         return
     check(cfg, rest.stages)
     typed = sys.argv[1:] if argv is None else argv

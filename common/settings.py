@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+LARGEST = {int: 2**63 - 1, float: 3e38}  # what torch can hold: int64, float32
 
 
 def opt(
@@ -42,12 +43,16 @@ def opt(
 def refusal(field: Any, value: Any) -> str:
     """What `value` must be to be one of a field made by `opt`, "" when it is. `field`: of dataclasses.fields."""
     kind, allowed = type(field.default), field.metadata
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST[float]:
         value = float(value)
     if type(value) is not kind:
         return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
     if value == field.default:
         return ""
+    if kind is str and "\0" in value:  # no name of a file
+        return "a text without NUL characters"
+    if kind in LARGEST and math.isfinite(value) and abs(value) > LARGEST[kind]:
+        return f"a number within {LARGEST[kind]:g}"
     if allowed["choices"] is not None:
         return "" if value in allowed["choices"] else f"one of {', '.join(map(str, allowed['choices']))}"
     low, high, above = allowed["low"], allowed["high"], allowed["above"]

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from common.errors import InputError
 from common.files import read_json, read_text
 from common.hub import member
+from common.rows import LARGEST_ID
 
 Span = tuple[int, int]  # characters [c0, c1) of a completion
 
@@ -60,7 +61,12 @@ def _check_config(path: Path, tokenizer: Tokenizer) -> None:
         raise InputError(f"{path}: must hold one JSON object; restore the file")
     if config.get("split_special_tokens"):
         raise InputError(f"{path}: split_special_tokens is true, which makes text of special tokens; set it false")
+    for name, kinds in (("added_tokens_decoder", dict), ("additional_special_tokens", list)):
+        if not isinstance(config.get(name) or kinds(), kinds):
+            raise InputError(f"{path}: {name} must be a {kinds.__name__}; take the file from the checkpoint again")
     more = config.get("extra_special_tokens") or []
+    if not isinstance(more, list | dict):
+        raise InputError(f"{path}: extra_special_tokens must be a list or a dict; take the file again")
     named = [*(config.get("additional_special_tokens") or []), *(more.values() if isinstance(more, dict) else more)]
     added = config.get("added_tokens_decoder") or {}
     for key, token in [*((None, token) for token in named), *added.items()]:
@@ -104,10 +110,13 @@ def load_stop_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
     Raises InputError when there is none, or one the tokenizer does not have.
     """
     paths = [member(folder, name) for name in ("generation_config.json", "config.json")]
-    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
+    read = [(path, read_json(path)) for path in paths if path.exists()]
+    if odd := [path for path, config in read if not isinstance(config, dict)]:
+        raise InputError(f"{odd[0]}: must hold one JSON object; restore the file")
+    found = [(path, config.get("eos_token_id")) for path, config in read]
     path, ids = next(((path, ids) for path, ids in found if ids is not None), (paths[-1], []))
     ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and i >= 0 and tokenizer.id_to_token(i) is not None for i in ids):
+    if not ids or not all(type(i) is int and 0 <= i < LARGEST_ID and tokenizer.id_to_token(i) for i in ids):
         raise InputError(f"{path}: eos_token_id is {ids}; it must name tokens of tokenizer.json, restore both files")
     return set(ids)
 

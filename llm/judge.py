@@ -37,19 +37,28 @@ STAND_IN = "stand-in (rules, no model)"
 IN_A_ROW = 3  # calls that fail one after the other before the run ends
 NO_CLAIM = "no verifiable claim"
 # The agreed words and what models write in their place, the whole of a line, with marks of emphasis or quotes around.
-_CLAIMS = r"(?:(?:verifiable|checkable|factual|atomic)\s+)*(?:claims?|facts?|statements?)"
-_HERE = r"(?:\s+(?:in (?:this|the) sentence|here))?"
+_KINDS = "verifiable|checkable|factual|atomic|objective|independent|extractable|specific|clear|explicit"
+_KINDS += "|such|further|other|more|additional|new"
+_CLAIMS = rf"(?:(?:{_KINDS})\s+)*(?:claims?|facts?|statements?)"
+_DONE = r"(?:found|extracted|identified|made|present|to (?:be )?(?:verify|extract|verified|extracted))"
+_TAIL = rf"(?:\s+(?:(?:is|are|was|were|can be|could be|exists?)(?:\s+{_DONE})?|{_DONE}))?"
+_HERE = r"(?:\s+(?:(?:in|from) (?:this|the) (?:sentence|text|answer)|here))?"
+_WHY = r"(?:\s*(?:\(|[:;–—]|,?\s(?:as|since|because)\s).*)?"
 NONE = re.compile(
-    r"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:contains|has)|i (?:found|see))\s+)?"
-    rf"no(?:ne)?\s+{_CLAIMS}(?:\s+(?:(?:was|were|can be)\s+)?(?:found|extracted))?{_HERE}"
-    rf"|there (?:aren't|are not|isn't|is not) any\s+{_CLAIMS}{_HERE}"
-    rf"|(?:the|this) sentence (?:doesn't|does not) (?:contain|have) (?:a|any)\s+{_CLAIMS}"
-    r"|none|nothing|n/?a|not applicable|null|empty|\[\s*\])[\W_]*",
+    r"[\W_]*(?:(?:(?:there (?:is|are)|(?:the|this) sentence (?:is \w+ and )?(?:contains|has)|i (?:found|see)"
+    rf"|this is an? \w+,? so)\s+)?(?:no(?:ne)?|0|zero|not an?)\s+{_CLAIMS}{_TAIL}{_HERE}{_WHY}"
+    rf"|(?:there (?:aren't|are not|isn't|is not)|i (?:cannot|can't|could not) (?:find|identify)) any\s+{_CLAIMS}"
+    rf"{_TAIL}{_HERE}{_WHY}|(?:the|this) sentence (?:doesn't|does not) (?:contain|have) (?:a|any)\s+{_CLAIMS}{_WHY}"
+    r"|(?:there is )?nothing(?: verifiable| to verify| to extract)?(?: here)?|none(?: found)?|(?:not |un)verifiable"
+    r"|n/?a|not applicable|null|empty|\[\s*\])[\W_]*",
     re.IGNORECASE,
 )
 NOT_A_CLAIM = re.compile(
     r"```|~~~|#|[-*_=]{3,}$|.*:[*_]*$|(\*\*|__)[^*_]*\1$|[^\w]*$|[\[{<]"
-    r"|(?:i'm sorry|i am sorry|sorry,|i cannot |i can't |i'm unable|i am unable|as an ai |sure[,!.]|certainly[,!.])",
+    r"|(?:i'm sorry|i am sorry|sorry,|i cannot |i can't |i'm unable|i am unable|as an ai |sure[,!.]|certainly[,!.])"
+    r"|(?:unfortunately,|please provide |i don't see |let me know |i hope this |of course[,!.]|okay,|\(note:)"
+    rf"|(?:here (?:is|are)\b.*\b|the )?{_CLAIMS}(?:{_HERE}|\s+(?:is|are) as follows)[.]?$"
+    r"|(?:yes|no|true|false|ok(?:ay)?|done|end)[.!]?$|here (?:is|are) (?:one|the|a|some)\b.{0,30}\bclaims?[.]?$",
     re.IGNORECASE,
 )
 MARK = re.compile(r"^(?:[-*•–—·‣]|\d{1,2}[.)])\s+|^(?:claim|fact)\s+\d{1,2}:\s+", re.IGNORECASE)
@@ -87,7 +96,7 @@ class JudgeSettings(ServiceSettings):
     )
     judge_max_tokens: int = opt(1024, "longest reply of the judge, tokens, with its reasoning")
     verify_results: int = opt(5, "search results shown for each claim (VeriScore)")
-    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set")
+    claims_k: int = opt(0, "K of F1@K; 0: the median number of claims over all settings compared on the set", low=0)
 
 
 # ---------- replies

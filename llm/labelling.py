@@ -119,6 +119,8 @@ def check(cfg: LabelSettings) -> None:
             raise InputError(f"{path}: no such file; --annotator is {cfg.annotator!r}, must be {names}")
     if cfg.annotator_model and cfg.annotator != "self":
         raise InputError("--annotator-model is the second model of --annotator self; leave it out")
+    if cfg.annotator == "cues":
+        annotate.read_cues(cfg.cues)
     if cfg.annotator == "self":
         committee.Prompts.load(PROMPTS)
     if cfg.annotator != "committee":
@@ -227,6 +229,8 @@ def _take_over(rows: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, A
     if manifest.get("sha256") != sha256_file(path):
         raise InputError(f"{path}: its checksum is not that of its manifest; get the two files together again")
     labelled = manifest.get("candidates", {})
+    if not isinstance(labelled, dict):
+        raise InputError(f"{manifest_path(path)}: 'candidates' is no object; get the two files together again")
     for name, fingerprint in fingerprints(rows).items():
         if labelled.get(name) != fingerprint:
             what = "made from another thought" if name in labelled else "not in it"

@@ -129,6 +129,13 @@ def load(path: str | Path) -> list[dict[str, Any]]:
 def _normal(row: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a row that differ between VeriScore's programs, in one form. Raises InputError."""
     abstained, listed = row.get("abstained", False), row.get("claim_list", [])
+    for name in ("question", "response", "model", "prompt_source"):
+        if not isinstance(row.get(name, ""), str):
+            raise InputError(f"field {name!r} must be a text, not {row[name]!r}; repair this row")
+    if "id" in row and (isinstance(row["id"], bool) or not isinstance(row["id"], str | int)):
+        raise InputError(f"field 'id' must be a text, not {row['id']!r}; repair this row or leave it out")
+    if type(row.get("errors", 0)) is not int or row.get("errors", 0) < 0:
+        raise InputError(f"field 'errors' must be a whole number, not {row['errors']!r}; repair this row")
     if not isinstance(abstained, bool):
         raise InputError(f"field 'abstained' must be true or false, not {abstained!r}; repair this row")
     if not isinstance(listed, list) or not all(isinstance(of, list) for of in listed):
@@ -148,9 +155,13 @@ def _normal(row: Mapping[str, Any]) -> dict[str, Any]:
     out |= {"claim_search_results": results, "question": row.get("question", "")}
     verdicts = row.get("claim_verification_result", [] if not out["all_claims"] else None)
     if verdicts is None:
+        if "claim_verification_result" in row:
+            raise InputError("field 'claim_verification_result' is null; repair this row or leave the field out")
         return out | {"errors": row.get("errors", 0)}
     if not isinstance(verdicts, list) or not all(isinstance(v, dict) and "verification_result" in v for v in verdicts):
         raise InputError("field 'claim_verification_result' must be a list of verdicts; repair this row")
+    if odd := [v for v in (v["verification_result"] for v in verdicts) if v is not None and not isinstance(v, str)]:
+        raise InputError(f"a verification_result must be a text or null, not {odd[0]!r}; repair this row")
     if len(verdicts) > len(out["all_claims"]):
         raise InputError(f"{len(verdicts)} verdicts on {len(out['all_claims'])} claims; repair this row")
     unread = sum(v["verification_result"] is None for v in verdicts)

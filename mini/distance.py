@@ -48,7 +48,7 @@ import train
 from common import hub, table
 from common.endings import program
 from common.files import ROOT, read_json, write_json, write_jsonl
-from common.ranks import process_group
+from common.ranks import only_writer, process_group
 from common.settings import from_json
 from common.tokens import encode, token_offsets, unused_ids
 from mini import study
@@ -149,7 +149,7 @@ def run_block(block: Block, most: int) -> None:
     cfg = settings(block)
     source = hub.locate(cfg.model, "")
     mralign.run_stages(cfg, source, ["sample", "candidates", "annotate", "fit"])
-    with process_group() as ranks, ranks.stop.listen():
+    with process_group() as ranks, only_writer(block.out, ranks), ranks.stop.listen():
         for method, rate in block.left(most):
             path = block.file(method, rate)
             started = time.perf_counter()

@@ -158,6 +158,11 @@ class RunConfig(
         return [name for name in self.eval_paths if name_of(name) == "nq_open"] or list(self.eval_paths)
 
     @property
+    def judged_sets(self) -> list[str]:
+        """The sets of short answers that a judge grades too."""
+        return _parts(self.judge_sets)
+
+    @property
     def lenders(self) -> list[Path]:
         """The folders of --reuse-from."""
         return [Path(part) for part in _parts(self.reuse_from)]
@@ -192,6 +197,7 @@ def placed(cfg: RunConfig) -> RunConfig:
     return dataclasses.replace(cfg, eval_sets=",".join(sets), **given)
 
 
+METHOD = ("sample", "candidates", "annotate", "fit", "train")
 MEASURED = ("search", "eval", "labels", "judge", "scores", "analysis", "report")  # stages that need evaluation sets
 
 
@@ -216,14 +222,7 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     for name in ("model", *["questions"] * due("sample", "scores"), *["eval_sets"] * due(*MEASURED)):
         if not getattr(cfg, name):
             raise InputError(f"--{name.replace('_', '-')} is not set; give it, or --config configs/mini.json")
-    if (cfg.backend == "openai") != bool(cfg.base_url):
-        raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
-    check_names(cfg)
-    if due("annotate", "labels"):
-        labelling.check(cfg)
-    if due(*MEASURED):
-        _check_variants(cfg)
-        judge.check(cfg)
+    check_settings(cfg, wanted)
     sets = cfg.eval_paths.values() if due(*MEASURED) else ()
     for path in (cfg.prompt, *[cfg.questions] * due("sample", "scores"), *sets):
         if not Path(path).exists():
@@ -238,11 +237,42 @@ def check(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
     _check_keys(cfg, due)
 
 
+def check_settings(cfg: RunConfig, wanted: Sequence[str] = ()) -> None:
+    """What `check` refuses of settings alone, without the run's data, model and keys: the dry run refuses it too."""
+
+    def due(*names: str) -> bool:
+        return not wanted or any(name in wanted for name in names)
+
+    redo = _parts(cfg.redo)
+    if unknown := [name for name in (*wanted, *redo) if name not in (*METHOD, *MEASURED)]:
+        raise InputError(f"unknown stage {unknown[0]!r}; the stages are {', '.join((*METHOD, *MEASURED))}")
+    if (cfg.backend == "openai") != bool(cfg.base_url):
+        raise InputError("--backend openai and --base-url http://HOST:PORT/v1 go together; give both or neither")
+    if cfg.base_url:
+        parse_endpoint(f"m@{cfg.base_url}")
+    check_names(cfg)
+    if lost := [folder for folder in cfg.lenders if not folder.is_dir()]:
+        raise InputError(f"--reuse-from {lost[0]}: no such folder; without it all that it holds would be made again")
+    if due("sample", "candidates"):
+        for name in ("segments", "think_tokens"):
+            low, high = getattr(cfg, f"min_{name}"), getattr(cfg, f"max_{name}")
+            if low > high:
+                flag = name.replace("_", "-")
+                raise InputError(f"--min-{flag} {low} is above --max-{flag} {high}: no thought would be kept")
+    if due("annotate", "labels"):
+        labelling.check(cfg)
+    if due(*MEASURED):
+        _check_variants(cfg)
+        judge.check(cfg)
+
+
 def check_names(cfg: RunConfig) -> None:
     """Raise InputError at a method that is none, and at a set without a path or with a name that can be no folder's."""
-    for method in cfg.methods:
-        if method not in kto.LOSSES:
-            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}")
+    for k, method in enumerate(cfg.methods):
+        if method not in kto.LOSSES or method in cfg.methods[:k]:
+            raise InputError(f"--method {method!r} is not one of {', '.join(kto.LOSSES)}, each once")
+    if not cfg.methods:
+        raise InputError(f"--method is empty; give one or several of {', '.join(kto.LOSSES)}")
     seen: set[str] = set()
     for part in _parts(cfg.eval_sets):
         name, given, _ = part.partition("=")
@@ -302,5 +332,7 @@ def _check_variants(cfg: RunConfig) -> None:
             raise InputError(f"--also {variant} needs --search: serper, serper#KEY_VARIABLE or a file of documents")
         if variant == REFINE + RET and "thinkon" + RET not in also[:k]:
             raise InputError(f"--also {variant} refines the samples of thinkon{RET}; put thinkon{RET} before it")
+    if odd := [name for name in cfg.judged_sets if name not in cfg.eval_paths]:
+        raise InputError(f"--judge-sets {odd[0]!r} is not one of --eval-sets: {', '.join(cfg.eval_paths)}")
     if cfg.label_eval and cfg.annotator.endswith(".jsonl"):
         raise InputError("--label-eval needs an annotator that can label, not a finished file; leave it at 0")

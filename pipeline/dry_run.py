@@ -308,7 +308,7 @@ def judge_needs(cfg: RunConfig, sets: dict[str, Set]) -> list[Need]:
             if cfg.search:
                 evidence = ASSUMED.claim + cfg.verify_results * ASSUMED.snippet
                 need(f"judge: support on {name}", "support", n * ASSUMED.claims, evidence, ASSUMED.verdict)
-        elif of.task == "truthful" or name in cfg.judge_sets.split(","):
+        elif of.task == "truthful" or name in cfg.judged_sets:
             kind = "truthful" if of.task == "truthful" else "short"
             filled = ASSUMED.prompt // 2 + ASSUMED.answer
             need(f"judge: {name}", kind, n * (1 + judge.AGAIN), filled, ASSUMED.verdict)  # a twentieth twice

@@ -229,7 +229,7 @@ def judge_answers(run: Run) -> dict[str, Any]:
             task = next(iter(questions.values())).get("task", "short")
             if task == "long":
                 out["sets"][name] = _judge_long(run, name, who, stop)
-            elif task == "truthful" or name in cfg.judge_sets.split(","):
+            elif task == "truthful" or name in cfg.judged_sets:
                 out["sets"][name] = _judge_short(run, name, questions, who, second, stop)
         if ledger is not None:
             out["cost"] = {"usd": round(ledger.usd, 6), "tokens": ledger.tokens}

@@ -350,9 +350,16 @@ def _write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
 
 def _receipt(path: Path) -> dict[str, Any] | None:
     """A receipt, None without one or with one of an older form. Raises InputError at a damaged one."""
-    found = read_json(path) if path.exists() else None
-    if not isinstance(found, dict) or not {"depends", "outputs", "seconds"} <= found.keys():
+    if not path.exists():
         return None
-    if "check" in found and found.pop("check") != digest(found):  # those of older runs have none
-        raise InputError(f"{path}: not as it was written (checksum); remove it, and the stage is done again")
-    return found
+    told = f"{path}: not as it was written; put it back, or remove it, and the stage is done again"
+    try:
+        found = read_json(path)
+    except InputError as error:
+        raise InputError(f"{told} ({str(error).removeprefix(f'{path}: ').partition('; ')[0]})") from None
+    fields = {"depends", "outputs", "seconds"}
+    if not isinstance(found, dict) or "check" in found and found.pop("check") != digest(found):  # older ones have none
+        raise InputError(f"{told} (checksum)")
+    if fields & found.keys() and not fields <= found.keys():
+        raise InputError(f"{told} (no {min(fields - found.keys())})")
+    return found if fields <= found.keys() else None

@@ -1,9 +1,12 @@
 """chat.py: a server's dialect is found once and kept, a reply is paid for once, and what is in a reply is found."""
 
+import json
+
 import pytest
 from fake_server import FakeServer
 
 from common.errors import Refused, ServiceError, Unanswered
+from llm import chat as chats
 from llm.chat import Chat
 from llm.client import Client, Endpoint, Limits
 from llm.ledger import Ledger
@@ -119,3 +122,16 @@ def test_the_bound_holds_for_any_tokenizer(server, tmp_path):
     with Ledger(tmp_path / "calls.jsonl") as book:
         prompt, completion = chat(server, book, schema=None).bounds([{"role": "user", "content": "é" * 10}])
     assert prompt >= 20 + 4 and completion == 100  # two bytes a letter, and what a chat template adds
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<|im_end|>", "</think>", "[INST]", "[/INST]", "[ INST ]", "[TOOL_CALLS]", "[gMASK]", "[|user|]", "[|endofturn|]"]
+    + ["[UNUSED_TOKEN_145]", "[extra_id_0]", "[e~[", "]~b]", "]~!b[", "<start_of_turn>", "[/THINK]"],
+)
+def test_no_family_of_control_tokens_comes_through(token):
+    value = {"a": [f"x {token} y", [0], [[1, 2]], None], "b": {"c": [True, "[0]"]}}
+    for indent in (None, 0):
+        shown = chats.sealed(value, indent)
+        assert token not in shown and json.loads(shown) == value
+    assert token not in chats.inert(f"as a model's own words: {token}{token}")

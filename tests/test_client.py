@@ -5,7 +5,7 @@ import traceback
 from types import SimpleNamespace
 
 import pytest
-from fake_server import FakeServer
+from fake_server import BEHAVIOURS, FakeServer
 
 from common.errors import CallsStopped, InputError, Refused, ServiceError, Unanswered
 from llm import client
@@ -322,6 +322,11 @@ def test_a_key_is_not_sent_unencrypted_to_another_machine(host):
         "sk-a\\\\u002fb+7",
         "sk-a%2Fb%2b7",
         "\\u0073\\u006b\\u002d\\u0061/b+7",
+        "sk-a%252Fb%252B7",
+        "sk-a&#x2F;b&plus;7",
+        "sk-a&amp;#47;b&#043;7",
+        "sk-a\\x2fb\\053" + "7",
+        "sk-a\\U0000002fb\\u{2B}7",
     ],
 )
 def test_a_key_is_cut_out_however_it_is_escaped(echoed):
@@ -331,3 +336,23 @@ def test_a_key_is_cut_out_however_it_is_escaped(echoed):
 def test_a_reply_of_backslashes_is_searched_in_linear_time():
     text = "\\" * 200_000  # a search that starts over at each of them would take minutes
     assert client._without("sk-a/b+7", text + "\n" + r"sk-a\/b+7") == text + "\n[key]"
+
+
+@pytest.mark.parametrize("asked", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "soon", "nan", "-5", "1 2", ""])
+def test_a_pause_that_makes_no_sense_is_none(asked):
+    assert client._retry_after({"retry-after": asked}) == 0.0
+
+
+def test_a_redirect_to_no_text_and_a_reply_with_a_mark_in_front(monkeypatch):
+    replies = [b"HTTP/1.1 301 X\r\nLocation: \xff\x00\r\nContent-Length: 0\r\n\r\n"]
+    replies.append(b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n\xef\xbb\xbf{"a": 1}')
+
+    def raw(handler):
+        handler.wfile.write(replies.pop(0))
+        handler.close_connection = True
+
+    with FakeServer() as fake:
+        monkeypatch.setitem(BEHAVIOURS, "raw", raw)
+        fake.script = lambda number, body: "raw"
+        asking = Client(parse_endpoint(f"m@{fake.url}"), limits=Limits(attempts=2, backoff=0.0))
+        assert asking.post("/x", {}) == {"a": 1}

@@ -12,7 +12,7 @@ import pytest
 from fake_server import FakeServer, as_reply, material
 
 import em
-from common.errors import AnnotationError
+from common.errors import AnnotationError, InputError
 from common.files import read_json, read_jsonl, write_jsonl
 from tools import discover
 
@@ -140,3 +140,19 @@ def test_bad_cluster_names(change):
     assert discover.parse_cluster_name(json.dumps(good))["name"] == "x"
     with pytest.raises(AnnotationError):
         discover.parse_cluster_name(json.dumps(good | change))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"index": 0, "embedding": [1.0]}, {"index": 1, "embedding": [1.0, 2.0]}],
+        [{"index": 0, "embedding": [math.nan]}, {"index": 1, "embedding": [1.0]}],
+        [{"index": 0, "embedding": []}, {"index": 1, "embedding": []}],
+        [{"index": 0, "embedding": [10**400]}, {"index": 1, "embedding": [1.0]}],
+        [{"index": [], "embedding": [1.0]}],
+        None,
+    ],
+)
+def test_embeddings_are_finite_numbers_as_many_for_each_name(data):
+    with pytest.raises(InputError, match="there: /embeddings did not return 2 vectors"):
+        discover._vectors({"data": data}, 2, "there")

@@ -1,6 +1,7 @@
 """The dry run: counts against the paper's and the benchmarks' own numbers, predictions against sums worked by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,36 @@ def test_what_names_nothing_is_refused(flags, words, tmp_path, capsys):
     """As a run refuses it: a set's name is a folder's under --out."""
     assert mralign.main([*PAPER, "--dry-run", "--out", str(tmp_path), *flags]) == 3
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nonsense"], "unknown stage 'nonsense'"),
+        (["--redo", "nope"], "unknown stage 'nope'"),
+        (["--annotator", ""], "--annotator is not set"),
+        (["--annotator", "gpt"], "--annotator is 'gpt', must be self, committee"),
+        (["--annotator", "self", "--annotator-model", "x", "--also", "nope"], "--also 'nope' is not one of"),
+        (["--annotator", "cues", "--annotator-model", "x"], "--annotator-model is the second model"),
+        (["--annotator", "cues", "--cues", "nofile.json"], "nofile.json: no such file"),
+        (["--search", "nofile.jsonl"], "--search nofile.jsonl: no such file"),
+        (["--backend", "openai"], "--backend openai and --base-url"),
+        (["--backend", "openai", "--base-url", "foo"], "an endpoint must look like"),
+        (["--judge-max-tokens", "0"], "--judge-max-tokens is 0"),
+        (["--judge-sets", "nowhere"], "--judge-sets 'nowhere' is not one of --eval-sets"),
+        (["--claims-k", "-3"], "--claims-k is -3"),
+        (["--reuse-from", "no/such"], "--reuse-from no/such: no such folder"),
+        (["--min-segments", "9", "--max-segments", "3"], "--min-segments 9 is above --max-segments 3"),
+        (["--min-think-tokens", "9", "--max-think-tokens", "3"], "--min-think-tokens 9 is above"),
+        (["--method", ","], "--method is empty"),
+        (["--method", "kto,kto"], "--method 'kto' is not one of .*, each once"),
+        (["--seed", str(2**64)], "--seed is .*, must be a number within"),
+        (["--lr", "1e300"], "--lr is 1e[+]300, must be a number within"),
+    ],
+)
+def test_a_dry_run_refuses_the_settings_that_the_run_refuses(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for dry in (["--dry-run"], []):
+        assert mralign.main([*PAPER, *flags, *dry]) == 3
+        found = capsys.readouterr()
+        assert re.search(message, found.err) and found.err.count("\n") == 1 and found.out == ""

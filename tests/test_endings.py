@@ -272,3 +272,50 @@ def test_a_signal_while_an_error_waits_to_be_said_keeps_the_errors_code() -> Non
     env = os.environ | {"RANK": "1"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_terminal_that_closes_stops_a_run_and_nohup_keeps_it() -> None:
+    code = """
+import os, signal, sys
+from common.endings import program
+@program
+def main():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("went on")
+sys.exit(main())"""
+    for ignore, ended in (
+        ("", (75, "", True)),
+        ("signal.signal(signal.SIGHUP, signal.SIG_IGN)\n", (0, "went on\n", False)),
+    ):
+        head = "import signal\n" + ignore
+        done = subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, "stopped by SIGHUP" in done.stderr) == ended
+
+
+def test_closed_streams_are_no_error_and_no_file_takes_their_place(tmp_path) -> None:
+    code = f"""
+import sys
+from common.endings import program
+@program
+def main():
+    with open({str(tmp_path / "f")!r}, "w") as f:
+        f.write(str(f.fileno() > 2))
+    print("x"), print("y", file=sys.stderr), sys.stderr.isatty()
+sys.exit(main())"""
+    (tmp_path / "code.py").write_text(code)
+    words = f"exec {sys.executable} '{tmp_path / 'code.py'}' <&- >&- 2>&-"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", words], cwd=ROOT, env=env).returncode == 0
+    assert (tmp_path / "f").read_text() == "True"
+
+
+def test_a_signal_after_the_last_stage_says_the_same_in_both_places(tmp_path) -> None:
+    @endings.program
+    def main() -> None:
+        with endings.status(tmp_path):
+            pass
+        assert read_json(tmp_path / "status.json")["state"] == "done"
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert main() == 130
+    assert read_json(tmp_path / "status.json")["exit_code"] == 130

@@ -304,7 +304,7 @@ def test_a_damaged_row_of_a_journal_is_left_out_and_named(tmp_path: Path, capsys
     path.write_bytes(b"\n".join([*lines[:3], b"\xff\x00", json.dumps(rows[1]).encode(), *lines[3:]]) + b"\n")
     assert reopened(path, "k") == rows  # garbage and a row without a checksum after rows with one
     path.write_bytes(whole.replace(b'{"key": "k"', b'{"key": "j"'))
-    assert reopened(path, "k") == [] and "1 damaged of 1 rows" in capsys.readouterr().err
+    assert reopened(path, "k") == [] and "whose work it holds is damaged; kept as" in capsys.readouterr().err
 
 
 def test_a_journal_tells_its_rows_without_keeping_them(tmp_path: Path) -> None:
@@ -488,3 +488,47 @@ def test_a_token_id_is_one_object_however_often_it_is_read(tmp_path):
     first, second = files.read_jsonl(tmp_path / "a.jsonl")
     assert first == second == value and [type(x) for x in first["x"]] == [float, float, float, int]
     assert first["ids"][0] is second["ids"][0] is first["x"][3] and first["ids"][3] is second["ids"][3]
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        ("1e999", "larger than any number"),
+        ("-1e999", "larger than any number"),
+        ("9" * 6000, "6,000 digits, more than 4,000"),
+    ],
+)
+def test_a_number_that_cannot_be_held_is_refused_in_our_words(tmp_path, number, why):
+    for name, read in (("a.json", files.read_json), ("a.jsonl", files.read_jsonl)):
+        (tmp_path / name).write_text(f'{{"x": {number}}}\n')
+        with pytest.raises(InputError, match=f"{name}.*{why}") as caught:
+            read(tmp_path / name)
+        assert "sys." not in str(caught.value)
+    (tmp_path / "a.json").write_text('{"x": 1e308, "y": 1e-999}')
+    assert files.read_json(tmp_path / "a.json") == {"x": 1e308, "y": 0.0}
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a pipe, which can be read once only; save it"):
+        files.read_jsonl(tmp_path / "pipe")
+
+
+def test_every_bit_of_a_journals_first_row_matters_and_nothing_is_lost(tmp_path, capsys):
+    path = tmp_path / "j.jsonl"
+    journal = files.Journal(path, "key")
+    journal.add({"row": 1})
+    journal.close()
+    whole = path.read_bytes()
+    for at in range(whole.index(b"\n")):
+        damaged = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        path.write_bytes(damaged)
+        again = files.Journal(path, "key")
+        again.close()
+        assert again.rows == [] and path.read_bytes() == whole[: whole.index(b"\n") + 1]
+        assert (tmp_path / "damaged-j.jsonl").read_bytes() == damaged
+        assert "damaged-j.jsonl, begun anew" in capsys.readouterr().err
+        (tmp_path / "damaged-j.jsonl").unlink()
+    path.write_bytes(whole)
+    files.Journal(path, "another").close()  # of other settings: begun anew, as before
+    assert not (tmp_path / "damaged-j.jsonl").exists()

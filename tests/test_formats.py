@@ -213,11 +213,12 @@ def test_repeated_ids_are_refused_and_null_ones_are_none(chat, tmp_path):
 @pytest.mark.parametrize(
     "entry",
     [None, {"hf_hub_url": "o/n"}, {"columns": None}, {"columns": {"messages": None, "kto_tag": "label"}}]
+    + [{"file_name": "a\0b"}, {"hf_hub_url": "o/n", "file_name": "d.json"}, {"num_samples": 3}, {"ranking": True}]
     + [{"tags": []}, {"tags": {"role_tag": 1}}, {"columns": {"kto_tag": "label", "images": "images"}}],
 )
 def test_odd_entries_of_dataset_info_end_in_one_line(chat, tmp_path, entry):
     good = {"file_name": "d.json", "formatting": "sharegpt", "columns": {"messages": "m", "kto_tag": "label"}}
-    if entry and "hf_hub_url" in entry:
+    if entry == {"hf_hub_url": "o/n"}:
         del good["file_name"]
     if entry == {"tags": []}:
         entry = {"tags": ["role"]}
@@ -225,3 +226,26 @@ def test_odd_entries_of_dataset_info_end_in_one_line(chat, tmp_path, entry):
     write_json(tmp_path / "d.json", [])
     with pytest.raises(InputError, match="dataset_info.json: mralign"):
         formats.from_llamafactory(tmp_path, tmp_path / "t.jsonl", chat)
+
+
+def test_llamafactorys_rows_may_stand_one_a_line(chat, tmp_path):
+    entry = {"file_name": "d.jsonl", "formatting": "sharegpt", "columns": {"kto_tag": "kto_tag"}}
+    write_json(tmp_path / "dataset_info.json", {"mralign": entry, "odd": entry | {"file_name": "odd.json"}})
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Nala."}]
+    write_jsonl(tmp_path / "d.jsonl", [{"conversations": turns, "kto_tag": flag} for flag in (True, False)])
+    assert formats.from_llamafactory(tmp_path, tmp_path / "t.jsonl", chat) == 2
+    assert [r["label"] for r in read_jsonl(tmp_path / "t.jsonl")] == [True, False]
+    for rows in (None, {}, 3):
+        write_json(tmp_path / "odd.json", rows)
+        with pytest.raises(InputError, match="odd.json: must hold a JSON array of rows"):
+            formats.from_llamafactory(tmp_path, tmp_path / "t.jsonl", chat, "odd")
+
+
+@pytest.mark.parametrize(
+    "change", [{"completion_sentences": [None]}, {"completion_sentences": True}, {"sentence_label": 1}]
+)
+def test_factaligns_sentences_are_texts(chat, tmp_path, change):
+    row = {"prompt": SAID, "completion": ANSWERED, "label": True, "completion_sentences": [], "sentence_label": []}
+    write_jsonl(tmp_path / "a.jsonl", [row | change])
+    with pytest.raises(InputError, match="a.jsonl: row 1: 'completion_sentences' and 'sentence_label' must be lists"):
+        formats.from_factalign(tmp_path / "a.jsonl", tmp_path / "b.jsonl", chat)

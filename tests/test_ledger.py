@@ -213,3 +213,15 @@ def test_bad_price_files_are_named(tmp_path, value):
     (tmp_path / "p.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match="p.json: "):
         ledger.load_prices(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("searches", [None, [], 1, {"serper": None}, {"serper": "1"}, {"serper": True}, {"serper": -1}])
+def test_a_price_of_searches_that_is_none_is_named(tmp_path, searches):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"searches": searches}))
+    with pytest.raises(InputError, match='p.json: "searches" must look like'):
+        ledger.search_price(path)
+    path.write_text('{"searches": {"serper": 2}}')
+    assert ledger.search_price(path) == 0.002
+    path.write_text("{}")
+    assert ledger.search_price(path) is None

@@ -458,3 +458,12 @@ def test_every_wrong_tensor_is_named(folder: Path) -> None:
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="adapter_config.json: no such file"):
         lora.load(peer(), tmp_path)
+
+
+def test_a_rank_beyond_every_layer_is_refused_before_anything_is_made():
+    model = nn.Sequential(nn.Linear(4, 8))
+    with pytest.raises(InputError, match="r is 9 and the largest layer has 8 rows or columns"):
+        lora.add(model, 9, 1.0, ("0",))
+    with pytest.raises(InputError, match="r is 1,000,000,000,000"):
+        lora.add(model, 10**12, 1.0, ("0",))  # 16 TB
+    assert len(lora.add(model, 8, 1.0, ("0",))) == 2

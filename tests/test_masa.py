@@ -31,7 +31,7 @@ from masa.metrics import Tally
 from masa.objective import advantages, kl_to_reference, policy_loss, server_weights, token_logp
 from masa.problems import Prediction, Prompts, load_problems, meta_text, parse_meta
 from masa.rewards import Outcome, lemma, overlong_penalty, reward_difficulty, reward_length, reward_meta, reward_notion
-from masa.run import Run, identity_of
+from masa.run import Run, identity_of, work
 from masa.samples import page, sample_rows, write_page
 from masa.settings import PRESETS, Settings, check
 
@@ -1231,3 +1231,9 @@ def test_the_pages_presets_and_metrics_are_the_codes(folder, group):
     logged = masa_worker.build(folder, group, experts=1).step(0).keys() - {"step", "sampled"}
     cells = re.findall(r"^\| ([^|]+) \|", text.partition("## What a step logs")[2], re.M)
     assert logged <= set(re.findall(r"[\w/]+", " ".join(cells)))
+
+
+def test_two_trainings_do_not_write_to_one_folder(folder, tmp_path):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    with only_writer(tmp_path, alone), pytest.raises(InputError, match="another run writes there .process"):
+        work(masa_worker.settings(folder, out=str(tmp_path)), hub.locate(str(folder), ""))

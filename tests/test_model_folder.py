@@ -6,12 +6,13 @@ The other tables are in test_lora.py (adapter_config.json, against PEFT) and tes
 import dataclasses
 import datetime
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tokenizer, shared_data
+from conftest import ROOT, build_tokenizer, shared_data
 from peers import KINDS, peer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from common.errors import InputError
 from common.files import write_json
 from common.model_config import MixtureConfig, ModelConfig
 from common.template import ChatTemplate
-from common.tokens import encode, encode_guarded, guarded, load_tokenizer, token_offsets, unguarded
+from common.tokens import encode, encode_guarded, guarded, load_stop_ids, load_tokenizer, token_offsets, unguarded
 
 TEXTS = [
     "<|im_start|>user\nWho wrote the novel Frankenstein, and when? <|im_end|>\n<|im_start|>assistant\n<think>\n",
@@ -461,3 +462,26 @@ def test_every_file_may_be_a_link_of_the_hub_cache(checkpoints, tmp_path: Path) 
         assert ChatTemplate(folder).render(MESSAGES[:1]) == "<user> what is a <b>?\n"
         assert encode(load_tokenizer(folder), "a") == encode(build_tokenizer(), "a")
         assert qwen.load(folder).config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"layer_types": True}, "layer_types is True"),
+        ("config.json", {"layer_types": [["full_attention"]]}, "layer_types is"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<think>"]}, "added_tokens_decoder must be a dict"),
+        ("tokenizer_config.json", {"additional_special_tokens": 3}, "additional_special_tokens must be a list"),
+        ("tokenizer_config.json", {"extra_special_tokens": True}, "extra_special_tokens must be a list or a dict"),
+        ("generation_config.json", None, "must hold one JSON object"),
+        ("generation_config.json", {"eos_token_id": 10**30}, "must name tokens of tokenizer.json"),
+    ],
+)
+def test_a_field_of_another_kind_is_one_line(tmp_path, name, change, message):
+    folder = tmp_path / "m"
+    shutil.copytree(ROOT / "mini/model", folder)
+    old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(None if change is None else old | change))
+    with pytest.raises(InputError, match=message):
+        tokenizer = load_tokenizer(folder)
+        load_stop_ids(folder, tokenizer)
+        ModelConfig.from_json(folder / "config.json")

@@ -164,6 +164,16 @@ def test_what_was_answered_before_the_server_failed_is_not_asked_again(questions
     assert len(seen) == 4 + 13 and drawn(tmp_path, "openai mini") == local
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "0.5", "true", "null", '"-0.5"'])
+def test_a_log_probability_is_finite_and_not_above_zero(value):
+    choice = json.loads(f'{{"logprobs": {{"token_logprobs": [{value}, -0.5]}}, "finish_reason": "length"}}')
+    with pytest.raises(ServiceError, match="^there: a completion without .* log-probability"):
+        remote.completion({"choices": [choice | {"token_ids": [1, 2]}]}, list, {7}, 7, "there", logprobs=True)
+    server = SimpleNamespace(endpoint=SimpleNamespace(model="m"), post=lambda *_: {"choices": [choice]})
+    with pytest.raises(ServiceError, match="no log-probability for every token"):
+        remote.logprobs(server, [], [1, 2])
+
+
 def test_a_reply_becomes_a_completion_or_an_error():
     def of(**choice: object) -> tuple[sample.Completion, bool]:
         return remote.completion({"choices": [choice]}, lambda text: [len(text)], {7, 8}, 7, "there")
@@ -179,8 +189,13 @@ def test_a_reply_becomes_a_completion_or_an_error():
             of(**bad)
     for ids, said in (([-1, 5], "token -1"), ([9], "token 9"), ([2**31], "token 2147483648"), ([1] * 5, "5 tokens, 4")):
         with pytest.raises(ServiceError, match=f"^there: a completion .*{said}"):
-            remote.check_ids(ids, range(9), 4, "there")
-    remote.check_ids([1, 2, 8, 0], range(9), 4, "there")
+            remote.check_ids(ids, range(9), 4, (), "there")
+    remote.check_ids([1, 2, 8, 0], range(9), 4, (), "there")
+    remote.check_ids([1, 2, 0, 8], range(9), 4, {7, 8}, "there")
+    with pytest.raises(ServiceError, match="^there: a completion goes on after its end token 8"):
+        remote.check_ids([1, 8, 0], range(9), 4, {7, 8}, "there")
+    for odd in ([8], {}, "8", True, None):  # no id, so the end token of the model it is
+        assert of(finish_reason="stop", token_ids=[1], stop_reason=odd)[0].ids == [1, 7]
     assert of(finish_reason="stop", text="\ud800 x") == (sample.Completion([3, 7], "stop"), True)  # read as "? x"
     for reply in ({}, {"choices": []}, {"choices": None}, {"choices": ["x"]}):
         with pytest.raises(ServiceError, match="^there: a completion"):

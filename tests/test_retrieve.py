@@ -102,8 +102,27 @@ def test_a_torn_cache_loses_its_last_line_only(tmp_path, capsys):
     assert "1 damaged of 3 rows left out, lines 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("mark", "end"), [(b"", b"\r\n"), (b"\xef\xbb\xbf", b"\n")])
+def test_a_cache_that_came_through_another_system_is_whole(tmp_path, mark, end, capsys):
+    path = tmp_path / "search.jsonl"
+    cache = retrieve.Cache(path)
+    for k in range(3):
+        cache.add("serper", f"q{k}", 5, [])
+    path.write_bytes(mark + path.read_bytes().replace(b"\n", end))
+    assert retrieve.Cache(path).known == cache.known and len(cache.known) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_documents_hold_texts(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", [{"title": None, "snippet": "a", "link": "b"}])
+    with pytest.raises(InputError, match="d.jsonl:1: field 'title' must be a text, not None"):
+        retrieve.Documents(tmp_path / "d.jsonl")
+
+
 def test_odd_replies():
     assert retrieve.organic({}, 5) == []
+    rows = [{"title": None, "snippet": "s", "link": 3}, {"title": "t", "snippet": None}, {"snippet": ["s"]}]
+    assert retrieve.organic({"organic": rows}, 5) == [{"title": "", "snippet": "s", "link": ""}]
     with pytest.raises(ServiceError, match="without a list"):
         retrieve.organic({"organic": "none"}, 5)
 

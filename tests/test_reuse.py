@@ -86,7 +86,7 @@ def test_an_input_must_be_what_its_stage_left(tmp_path):
     reuse.check_inputs(train, [train, score], tmp_path)  # reads nothing of another stage
     text = train.receipt(tmp_path).read_text()
     train.receipt(tmp_path).write_text(text.replace("7.0", "7.1"))
-    with pytest.raises(InputError, match="train-kto.json: not as it was written .* remove it"):
+    with pytest.raises(InputError, match="train-kto.json: not as it was written; .* remove it"):
         reuse.check_inputs(score, [train, score], tmp_path)
 
 
@@ -119,3 +119,18 @@ def test_what_may_be_read_is_an_input_once_it_is_there(tmp_path: Path):
     path.write_text("{ }")
     with pytest.raises(InputError, match="agreement.json: not the file that the stage annotate left"):
         reuse.check_inputs(s, [maker, s], tmp_path)
+
+
+def test_a_damaged_receipt_never_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "done" / "sample.json"
+    reuse._write_receipt(path, OLD | {"outputs": {}})
+    whole = path.read_bytes()
+    for at in range(len(whole) - 1):
+        for bit in (1, 4, 32):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            try:
+                found = reuse._receipt(path)
+            except InputError as error:
+                assert "put it back, or remove it, and the stage is done again" in str(error)
+            else:  # blanks, or the word "check" itself
+                assert found is not None and found["outputs"] == {} and found["depends"] == OLD["depends"], (at, bit)

@@ -20,6 +20,7 @@ class Settings:
     share: float = opt(0.5, "a share", low=0, high=1)
     rate: float = opt(1e-4, "learning rate", above=0)
     free: float = opt(0.0, "any finite number")
+    seed: int = opt(0, "any whole number that fits 64 bits")
     quiet: bool = opt(False, "say less")
 
     __post_init__ = check
@@ -37,6 +38,9 @@ BAD = [
     ("share", float("nan"), "a finite number from 0 up to 1"),
     ("free", float("inf"), "a finite number"),
     ("free", float("-inf"), "a finite number"),
+    ("free", 1e300, "a number within 3e+38"),
+    ("seed", 2**63, "a number within 9.22337e+18"),
+    ("seed", -(10**30), "a number within 9.22337e+18"),
 ]
 
 
@@ -121,3 +125,12 @@ def test_a_config_of_the_project_works_from_any_directory(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="configs/mini.json: unknown setting"):  # found, though not ours
         from_json(Settings, "configs/mini.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"), [('{"backend": "a\\u0000b"}', "without NUL"), (f'{{"rate": {10**400}}}', "a number")]
+)
+def test_a_file_with_what_no_path_and_no_number_can_be(tmp_path: Path, text, needed) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=f"a.json: .*, must be {needed}|a.json: .* must be .*{needed}"):
+        from_json(Settings, str(tmp_path / "a.json"))

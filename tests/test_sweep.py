@@ -471,3 +471,13 @@ def test_a_second_runner_in_the_same_folder_is_told_who_is_there(tmp_path):
         sweep.run_all([], 1, tmp_path)
     runner.terminate()
     runner.communicate()
+
+
+def test_nohup_holds_for_the_runner_too():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sweep.Processes().listen():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)

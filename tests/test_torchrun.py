@@ -89,3 +89,18 @@ def test_real_processes_have_the_last_word(tmp_path, case, code, last):
         _, told = started.communicate()
     assert started.returncode == code, told
     assert last is None or set(told.splitlines()) == {last}, told
+
+
+def test_nohup_holds_for_the_launcher_too(monkeypatch):
+    """torch's own launcher ends at SIGHUP whatever nohup says, and its log-out takes the training with it."""
+    seen = []
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    monkeypatch.setattr(torchrun.run, "run", lambda args: seen.append(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert torchrun.main(["x.py"]) == 0
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert torchrun.main(["x.py"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [None, "SIGTERM,SIGINT,SIGQUIT"]

@@ -125,6 +125,16 @@ def test_rows_without_claims_and_fields_of_each_of_its_programs_load(tmp_path):
         ({"all_claims": [1]}, "'all_claims' must be a list of texts"),
         ({"claim_search_results": ["x"]}, "'claim_search_results' must be an object"),
         ({"claim_verification_result": {"a": "supported"}}, "must be a list of verdicts"),
+        ({"claim_verification_result": None}, "'claim_verification_result' is null"),
+        (
+            {"claim_verification_result": [{"verification_result": True}]},
+            "a verification_result must be a text or null",
+        ),
+        ({"model": []}, "'model' must be a text"),
+        ({"prompt_source": None}, "'prompt_source' must be a text"),
+        ({"question": 3}, "'question' must be a text"),
+        ({"id": {}}, "'id' must be a text"),
+        ({"errors": None}, "'errors' must be a whole number"),
         ({"claim_verification_result": [{"verification_result": "supported"}] * 3}, "3 verdicts on 1 claims"),
     ],
 )

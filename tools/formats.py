@@ -23,10 +23,13 @@ import data
 from common.endings import program
 from common.errors import InputError
 from common.files import each_row, read_json, write_json, write_jsonl
+from common.rows import is_texts
 from tools.trl_rows import Chat, Exchange, Row, as_label, exchanges
 
 # What LLaMA-Factory takes from an entry of dataset_info.json that does not say otherwise.
 LF_COLUMNS = {"messages": "conversations", "kto_tag": "kto_tag"}
+# Of an entry: LLaMA-Factory reads the data set from there, whatever file_name says, or only some rows of it.
+LF_ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "num_samples", "ranking")
 LF_TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
 
 
@@ -97,8 +100,12 @@ def from_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mrali
         raise InputError(f"{source}/dataset_info.json: no entry {name!r}; --name one of {', '.join(entries)}")
     entry = entries[name]
     where = f"{source}/dataset_info.json: {name}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "\0" in entry["file_name"]:
         raise InputError(f"{where} has no file_name; only files of this folder are read, download the data set first")
+    if odd := sorted(name for name in LF_ELSEWHERE if entry.get(name)):
+        raise InputError(
+            f"{where}: {odd[0]!r} makes LLaMA-Factory read other rows; download or cut them, and remove it"
+        )
     given, named = entry.get("columns"), entry.get("tags") or {}
     if entry.get("formatting") != "sharegpt" or not isinstance(given, dict) or not given.get("kto_tag"):
         raise InputError(f"{where} is not in the sharegpt format with a kto_tag column")
@@ -126,7 +133,10 @@ def from_llamafactory(source: Path, target: Path, chat: Chat, name: str = "mrali
         yield chat.row(_name(r, n), Exchange(*said, label, {}))
 
     path = source / entry["file_name"]
-    return write_jsonl(target, _imported(path, read_json(path), convert))
+    rows = each_row(path) if path.suffix == ".jsonl" else read_json(path)
+    if not isinstance(rows, list | Iterator):
+        raise InputError(f"{path}: must hold a JSON array of rows, or one row a line in a .jsonl file")
+    return write_jsonl(target, _imported(path, rows, convert))
 
 
 def to_factalign(source: Path, target: Path, chat: Chat) -> int:
@@ -157,8 +167,14 @@ def from_factalign(source: Path, target: Path, chat: Chat) -> int:
     """
 
     def convert(n: int, r: Row) -> Iterator[Row]:
-        labels = [as_label(x, "sentence_label") for x in r["sentence_label"] or []]
-        sentences = r["completion_sentences"] or []
+        sentences, given = (
+            r[name] if r[name] is not None else [] for name in ("completion_sentences", "sentence_label")
+        )
+        if not is_texts(sentences) or not isinstance(given, list):
+            raise InputError(
+                "fields 'completion_sentences' and 'sentence_label' must be lists, of texts and of classes"
+            )
+        labels = [as_label(x, "sentence_label") for x in given]
         if len(sentences) != len(labels):
             raise InputError(f"{len(sentences)} sentences and {len(labels)} sentence labels; there must be one each")
         for exchange in exchanges(r):
