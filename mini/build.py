@@ -1,6 +1,7 @@
 """Train the miniature from nothing: tokenizer, model, and the accuracy it starts with.
 
     python -m mini.build --world 0 --out mini/model
+    python -m mini.build --hard --world 0 --warm mini/model --out mini/model-hard
 
 A Qwen3 of about a million parameters learns from the documents of one world (world.py): short statements, questions
 answered at once, questions answered after a thinking trace. Loss falls on what the model has to write, never on a
@@ -30,7 +31,8 @@ import sample
 from common.endings import program
 from common.files import atomic_write, read_jsonl, write_json
 from common.model_config import MixtureConfig, ModelConfig
-from common.tokens import encode
+from common.tokens import encode, load_tokenizer
+from mini.hard import HardWorld
 from mini.world import World
 
 HERE = Path(__file__).parent
@@ -52,8 +54,8 @@ MIXTURE = MixtureConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_s
 STEPS = 4000
 BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
+WARM_STEPS = 1400  # of a miniature that starts from another one
 WARM_UP = 100  # steps
-MIX = {"statements": 0.1, "off": 0.42, "on": 0.48}  # share of the documents of a step
 STATEMENTS = 6  # sentences in one statement document
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -78,7 +80,7 @@ def prompt(question: str, thinking: bool) -> str:
 def documents(world: World, rng: random.Random) -> Iterator[tuple[str, str]]:
     """Endless (prompt, completion) pairs of a world; a statement document has an empty prompt."""
     weights = [world.hidden[fact.id].exposure for fact in world.facts]
-    kinds, shares = list(MIX), list(MIX.values())
+    kinds, shares = list(world.mix), list(world.mix.values())
     while True:
         facts = rng.choices(world.facts, weights, k=STATEMENTS)
         fact, kind = facts[0], rng.choices(kinds, shares)[0]
@@ -231,14 +233,19 @@ def accuracy(net: qwen3.Qwen3, tokenizer: Tokenizer, questions: list[dict], seed
     return result
 
 
-def build(world: World, out: Path, steps: int, moe: MixtureConfig | None = None) -> dict[str, float]:
-    """Make, save and measure one miniature; returns its accuracy on the development questions."""
+def build(
+    world: World, out: Path, steps: int, moe: MixtureConfig | None = None, warm: Path | None = None
+) -> dict[str, float]:
+    """Make, save and measure one miniature; returns its accuracy on the development questions.
+
+    warm: a miniature whose tokenizer and weights this one starts from, instead of from nothing.
+    """
     torch.manual_seed(world.seed)
-    tokenizer = make_tokenizer(world)
+    tokenizer = load_tokenizer(warm) if warm else make_tokenizer(world)
     write_tokenizer(tokenizer, out)
     shape = SHAPE | {"moe": moe, "model_type": "qwen3_moe" if moe else "qwen3"}
     config = ModelConfig(vocab_size=VOCABULARY, eos_token_id=tokenizer.token_to_id(END_OF_TURN), **shape)
-    net = qwen3.Qwen3(config)
+    net = qwen3.load(warm, torch.float32) if warm else qwen3.Qwen3(config)
     size = sum(p.numel() for p in net.parameters())
     print(f"{size:,} parameters, {torch.get_num_threads()} threads", file=sys.stderr)
     train(net, batches(world, tokenizer, world.seed), steps)
@@ -253,11 +260,15 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=0, help="seed of the world and of the training [0]")
     parser.add_argument("--null", action="store_true", help="the control world in which moves do not matter")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write [mini/model]")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH_TOKENS} tokens [{STEPS}]")
+    parser.add_argument("--steps", type=int, help=f"training steps [{STEPS}, warm {WARM_STEPS}]")
     parser.add_argument("--mixture", action="store_true", help="a mixture of experts, to try one (not shipped)")
+    parser.add_argument("--hard", action="store_true", help="the world of pairs (hard.py)")
+    parser.add_argument("--warm", type=Path, help="folder of a miniature to start from [from nothing]")
     args = parser.parse_args()
     start = time.monotonic()
-    result = build(World(args.world, args.null), args.out, args.steps, MIXTURE if args.mixture else None)
+    world = (HardWorld if args.hard else World)(args.world, args.null)
+    steps = args.steps or (WARM_STEPS if args.warm else STEPS)
+    result = build(world, args.out, steps, MIXTURE if args.mixture else None, args.warm)
     print(json.dumps({"seconds": round(time.monotonic() - start)} | {k: round(v, 1) for k, v in result.items()}))
 
 

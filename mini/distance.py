@@ -15,6 +15,8 @@ Beside kto, mralign and shuffled there is `mean`: KTO in which every step has th
 "more weight on rejected rows" from "weight on the right transitions". sft runs at its own best rate. The null world has
 two rates. The choices here were made on development questions or before any result: nothing was tuned on the test ones.
 
+With --hard the same for the world of pairs (hard.py), drawn once a question at T = 1, at rates of its own.
+
 `python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Three rates come
 first in all blocks, seed by seed, then the last one, so that a run that is cut short leaves a smaller design: a block
 counts with the rates that all four methods have finished, once there are two.
@@ -58,12 +60,13 @@ from report.figures import FAINT, INK, METHOD_COLOURS, STYLE, save
 from tools.sweep import Child, run_all, unfinished
 
 OUT = ROOT / "runs" / "distance"
-RESULT = ROOT / "docs" / "results" / "distance.json"
-FIGURE = ROOT / "docs" / "results" / "distance.svg"
-MARKS = ("<!-- distance:begin -->", "<!-- distance:end -->")
+RESULTS = ROOT / "docs" / "results"
 METHODS = ("kto", "mralign", "shuffled", "mean")
 RATES = (6e-4, 3e-4, 4.2e-4, 1.5e-4)  # the first is what development prefers; in the order of their worth
 NULL_RATES = (6e-4, 3e-4)
+HARD = ("hard world 0",)  # worlds of pairs (hard.py); drawn once a question at T = 1, see docs/results.md
+HARD_MODELS = {"hard world 0": "mini/model-hard"}
+HARD_RATES = (1.2e-3, 2.4e-3, 6e-4, 4.8e-3)
 BASE = "thinkon"
 PAIRS = (("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "mean"), ("shuffled", "kto"), ("mean", "kto"))
 AT = (0.25, 0.5, 1.0, 2.0, 3.0)  # nats at which differences are listed
@@ -80,10 +83,11 @@ Cells = dict[tuple[str, float], dict[str, Any]]  # (method, rate) -> its record
 
 @dataclass(frozen=True)
 class Block:
-    """A world and a seed."""
+    """A world, a seed, and the questions its cells are measured on."""
 
     world: str
     seed: int
+    split: str = "test"
 
     @property
     def out(self) -> Path:
@@ -92,17 +96,18 @@ class Block:
     @property
     def cells(self) -> list[tuple[str, float]]:
         """(method, rate) of everything that is measured, the base model first."""
-        sft = [] if self.world == "null" else [("sft", 0.0)]
+        sft = [("sft", 0.0)] if self.world in study.WORLDS else []
         return [(BASE, 0.0), *((method, rate) for rate in self.rates for method in METHODS), *sft]
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates of the preference methods."""
-        return NULL_RATES if self.world == "null" else RATES
+        return HARD_RATES if self.world in HARD else NULL_RATES if self.world == "null" else RATES
 
     def file(self, method: str, rate: float) -> Path:
         """The record of a cell."""
-        return self.out / "cells" / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
+        cells = "cells" if self.split == "test" else f"cells-{self.split}"
+        return self.out / cells / (f"{method}-lr{rate:g}.json" if rate else f"{method}.json")
 
     def left(self, most: int) -> list[tuple[str, float]]:
         """The cells of the first `most` rates that are not there yet; sft comes with all rates."""
@@ -119,8 +124,10 @@ class Block:
         return [(method, rate) for method, rate in there if rate in rates or not rate]
 
 
-def blocks() -> list[Block]:
-    """All blocks, in the order in which they are worth having."""
+def blocks(hard: bool = False) -> list[Block]:
+    """All blocks, in the order in which they are worth having. hard: those of the worlds of pairs instead."""
+    if hard:
+        return [Block(world, seed) for seed in study.SEEDS for world in HARD]
     first = [Block(world, seed) for seed in study.SEEDS[:2] for world in study.WORLDS]
     last = [Block(world, seed) for seed in study.SEEDS[2:] for world in study.WORLDS]
     null = [Block("null", seed) for seed in study.SEEDS]
@@ -130,10 +137,10 @@ def blocks() -> list[Block]:
 def settings(block: Block) -> RunConfig:
     """The pipeline's settings of a block."""
     cfg = RunConfig(**from_json(RunConfig, "configs/mini.json"))
-    own = study.NULL_DRAWS if block.world == "null" else {}
+    own = {} if block.world in study.WORLDS else study.NULL_DRAWS
     lenders = study.Cell(block.world, block.seed, lr=study.HALF if block.world == "null" else 0.0).out
     lent = {"reuse_from": str(lenders)} if (lenders / "train.jsonl").exists() else {}
-    model = str(ROOT / study.MODELS[block.world])
+    model = str(ROOT / (study.MODELS | HARD_MODELS)[block.world])
     return replace(cfg, model=model, seed=block.seed, out=str(block.out), resume=True, **own, **lent)
 
 
@@ -147,7 +154,7 @@ def run_block(block: Block, most: int) -> None:
             path = block.file(method, rate)
             started = time.perf_counter()
             of = replace(cfg, lr=rate) if rate else cfg
-            record = measure(Run(of, source, ranks), method, path.with_suffix(""))
+            record = measure(Run(of, source, ranks), method, path.with_suffix(""), block.split)
             record |= {"world": block.world, "seed": block.seed, "method": method, "lr": rate}
             made = reporting.provenance(Run(of, source, ranks))
             record |= {name: made[name] for name in ("commit", "device", "versions")}
@@ -157,8 +164,8 @@ def run_block(block: Block, most: int) -> None:
             )
 
 
-def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
-    """Train one method at the run's learning rate and measure it on the test questions. Leaves its files in `out`."""
+def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, Any]:
+    """Train one method at the run's learning rate and measure it on the questions of a split. Leaves files in `out`."""
     cfg, base = run.cfg, run.base_model()
     policy = base
     if method != BASE:
@@ -171,9 +178,9 @@ def measure(run: Run, method: str, out: Path) -> dict[str, Any]:
         policy = run.base_model()
         lora.load(policy, out)
         lora.merge(policy)
-    questions, _ = data.load_questions(ROOT / "mini" / "questions" / "test.jsonl")
+    questions, _ = data.load_questions(ROOT / "mini" / "questions" / f"{split}.jsonl")
     cut = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
-    drawn = draw(run, policy, questions, cut, out / "test.jsonl")
+    drawn = draw(run, policy, questions, cut, out / f"{split}.jsonl")
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
     plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / "plain.jsonl")
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
@@ -325,7 +332,8 @@ def summary(done: Sequence[Block]) -> dict[str, Any]:
     """Figures of some blocks: every cell's Acc, Mis and KL, and the differences at equal KL."""
     groups: dict[str, list[Block]] = defaultdict(list)
     for block in done:
-        groups["null" if block.world == "null" else "both worlds"].append(block)
+        name = "hard worlds" if block.world in HARD else "null" if block.world == "null" else "both worlds"
+        groups[name].append(block)
         if block.world != "null":
             groups[block.world].append(block)
     result: dict[str, Any] = {}
@@ -377,7 +385,7 @@ def markdown(groups: Mapping[str, Any]) -> str:
                 if d := of["acc"].get(at):
                     row[f"Acc at {at.removesuffix('.0')} nats"] = f"{study._interval(d)} ({len(d['each'])})"
             pairs.append(row)
-        if name in study.WORLDS:
+        if name in (*study.WORLDS, *HARD):
             continue
         rows.append({"": f"**{name}** ({len(group['blocks'])} blocks)"})
         for cell in group["cells"]:
@@ -448,19 +456,21 @@ def _differences(ax: Axes, of: Sequence[Cells]) -> None:
 # ---------- the command
 
 
-def report() -> str:
+def report(hard: bool = False) -> str:
     """Table, figure and JSON of what is there; returns the table."""
-    done = [block for block in blocks() if block.done()]
+    name = "hard" if hard else "distance"
+    done = [block for block in blocks(hard) if block.done()]
     cells = [record for b in done for record in read_cells(b).values()]
     groups = summary(done)
-    head = {"command": "python -m mini.distance", "blocks": len(done), "cells": len(cells)}
-    head |= {"seeds": list(study.SEEDS), "rates": list(RATES), "rates of the null world": list(NULL_RATES)}
-    head |= {name: sorted({cell[name] for cell in cells}) for name in ("commit", "device", "versions")}
+    head = {"command": "python -m mini.distance" + " --hard" * hard, "blocks": len(done), "cells": len(cells)}
+    head |= {"seeds": sorted({b.seed for b in done}), "rates": list(HARD_RATES if hard else RATES)}
+    head |= {} if hard else {"rates of the null world": list(NULL_RATES)}
+    head |= {key: sorted({cell[key] for cell in cells}) for key in ("commit", "device", "versions")}
     head |= {"seconds": round(sum(cell["seconds"] for cell in cells))}
-    write_json(RESULT, head | {"groups": groups})
-    figure(done, FIGURE)
+    write_json(RESULTS / f"{name}.json", head | {"groups": groups})
+    figure(done, RESULTS / f"{name}.svg")
     text = markdown(groups)
-    study.write_table(text, study.PAGE, MARKS)
+    study.write_table(text, study.PAGE, (f"<!-- {name}:begin -->", f"<!-- {name}:end -->"))
     return text
 
 
@@ -470,10 +480,10 @@ def child(block: Block, most: int) -> Child:
     return Child(block.out.name, block.out, lambda: words)
 
 
-def run(jobs: int) -> int:
+def run(jobs: int, hard: bool = False) -> int:
     """Every cell that is not there: three rates in all blocks, then the last. Returns an exit code."""
     for most in (3, len(RATES)):
-        children = [child(block, most) for block in blocks() if block.left(most)]
+        children = [child(block, most) for block in blocks(hard) if block.left(most)]
         if code := unfinished(run_all(children, jobs, OUT), children):
             return code
     return 0
@@ -486,15 +496,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
     parser.add_argument("--block", metavar="WORLD/SEED", help="run one block only, in this process")
     parser.add_argument("--most", type=int, default=len(RATES), help="of this block: only so many rates [4]")
+    parser.add_argument("--split", default="test", choices=("test", "dev"), help="of this block: the questions [test]")
     parser.add_argument("--report", action="store_true", help="only write table and figure of the cells that are there")
+    parser.add_argument("--hard", action="store_true", help="the worlds of pairs instead")
     given = parser.parse_args(argv)
     if given.block:
         world, _, seed = given.block.partition("/")
-        run_block(Block(world, int(seed)), given.most)
+        run_block(Block(world, int(seed), given.split), given.most)
         return 0
-    if not given.report and (code := run(given.jobs)):
+    if not given.report and (code := run(given.jobs, given.hard)):
         return code
-    print(report())
+    print(report(given.hard))
     return 0
 
 

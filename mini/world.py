@@ -107,7 +107,6 @@ BODIES = {
 LENGTHS = {5: 3, 6: 4, 7: 4, 8: 3, 9: 2, 10: 1.5, 11: 1, 12: 0.5}  # steps of a trace: weight
 MIN_SEGMENTS = 4
 MERGE = 0.14  # probability that a step is written into the segment of the step before
-MISLED = 0.5  # share of facts with a misconception
 KINDS = {"trap": 8, "open": 4, "safe": 16}  # openers of each kind
 TRAPS = {"trap": (0.88, 0.97), "open": (0.3, 0.65), "safe": (0.02, 0.1)}  # range of their probability
 NAMED = 0.85  # probability that a step names the candidate when nothing changed
@@ -189,17 +188,25 @@ def walk(rng: random.Random, careless: bool, length: int) -> list[str]:
     return labels
 
 
+LOSES, REPAIRS, KEEPS = "loses", "repairs", "keeps"  # what a move can do to the candidate
+
+
+def kind_of(before: str, label: str) -> str:
+    """What the move `before` -> `label` does once there is a candidate."""
+    if label == "backtracking" or (label == "evaluation" and before in ("analogy", "case_analysis")):
+        return LOSES
+    return REPAIRS if label in ("self_verification", "comparison", "retrieval", "synthesis") else KEEPS
+
+
 def consequence(rng: random.Random, before: str, label: str, candidate: str) -> str:
     """The candidate after the move `before` -> `label`. Depends on nothing but the two labels and the candidate."""
     if candidate == NONE:
         return draw(rng, {GOLD: 0.96, WRONG: 0.04}) if label == "retrieval" else NONE
-    loses = label == "backtracking" or (label == "evaluation" and before in ("analogy", "case_analysis"))
-    if candidate == GOLD and loses:
+    kind = kind_of(before, label)
+    if candidate == GOLD and kind == LOSES:
         return draw(rng, {WRONG: 0.92, GOLD: 0.08})
-    if candidate == WRONG and label in ("self_verification", "comparison", "retrieval"):
-        return draw(rng, {GOLD: 0.85, WRONG: 0.15})
-    if candidate == WRONG and label == "synthesis":
-        return draw(rng, {GOLD: 0.5, WRONG: 0.5})
+    if candidate == WRONG and kind == REPAIRS:
+        return draw(rng, {GOLD: 0.5, WRONG: 0.5} if label == "synthesis" else {GOLD: 0.85, WRONG: 0.15})
     return candidate
 
 
@@ -217,6 +224,9 @@ class World:
     seed: fixes the hidden attributes. null: moves and outcomes are independent (see the module's text).
     """
 
+    mix = {"statements": 0.1, "off": 0.42, "on": 0.48}  # share of each kind of document
+    misled = 0.5  # share of facts with a misconception
+
     def __init__(self, seed: int, null: bool = False):
         self.seed, self.null = seed, null
         self.facts = load_facts()
@@ -228,8 +238,8 @@ class World:
         self.moods = self._moods(rng, wording["openers"])
 
     def _hide(self, rng: random.Random) -> Hidden:
-        """Attributes of one fact: exposure log-uniform in 0.5 .. 1, a misconception about half of the facts."""
-        return Hidden(0.5 ** rng.random(), 0.97 if rng.random() < MISLED else 0.02)
+        """Attributes of one fact: exposure log-uniform in 0.5 .. 1, a misconception about `misled` of the facts."""
+        return Hidden(0.5 ** rng.random(), 0.97 if rng.random() < self.misled else 0.02)
 
     def _moods(self, rng: random.Random, openers: list[str]) -> dict[str, Mood]:
         """A mood for each opener. In a null world faults and traps are the rows and columns of a grid."""
@@ -241,6 +251,10 @@ class World:
         columns = ["trap", "open", "safe", "safe"]
         grid = [(rng.uniform(*TRAPS[column]), rng.uniform(*TRAPS[row])) for row in rows for column in columns]
         return {opener: Mood(*pair) for opener, pair in zip(openers, grid, strict=True)}
+
+    def kind(self, before: str, label: str) -> str:
+        """What a move does to the candidate: "loses", "repairs" or "keeps"."""
+        return KEEPS if self.null else kind_of(before, label)
 
     def statement(self, rng: random.Random, fact: Fact) -> str:
         """The fact in one plain sentence."""
