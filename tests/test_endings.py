@@ -284,7 +284,7 @@ def main():
     print("went on")
 sys.exit(main())"""
     for ignore, ended in (
-        ("", (75, "", True)),
+        ("signal.signal(signal.SIGHUP, signal.SIG_DFL)\n", (75, "", True)),
         ("signal.signal(signal.SIGHUP, signal.SIG_IGN)\n", (0, "went on\n", False)),
     ):
         head = "import signal\n" + ignore
