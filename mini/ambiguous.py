@@ -129,7 +129,7 @@ def child(cell: Cell, urls: Mapping[str, str], training: bool) -> Child:
     """The process of a run. urls: panel -> its server."""
     others = lenders(cell)
     settings: dict[str, Any] = {"seed": cell.seed, "lr": cell.lr, "method": cell.methods, "eval_sets": TEST}
-    settings |= {"out": cell.out, "reuse_from": ",".join(map(str, others))}
+    settings |= {"out": cell.out, "reuse_from": ",".join(str(path) for path in others if path.is_dir())}
     if cell.panel:
         names = zip(("annotator_a", "annotator_b", "adjudicator"), ROLES.values(), strict=True)
         settings |= {"annotator": "committee"} | {key: f"{name}@{urls[cell.panel]}" for key, name in names}

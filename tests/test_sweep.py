@@ -129,8 +129,16 @@ def test_draws_are_lent_within_a_seed_only(tmp_path, monkeypatch):
     assert sweep.lenders(s, "a", 0) == [] and sweep.lenders(s, "b c", 0) == [sweep.folder(s, "a", 0)]
     base = tmp_path / "runs" / "base"
     assert sweep.lenders(s, "a", 1) == [base] and sweep.lenders(s, "b c", 1) == [base, sweep.folder(s, "a", 1)]
-    given = sweep.command(s, "b c", 1, 1, [])
-    assert given[given.index("--reuse-from") + 1] == f"{base},{sweep.folder(s, 'a', 1)}"
+
+    def asked() -> str:
+        given = sweep.command(s, "b c", 1, 1, [])
+        return given[given.index("--reuse-from") + 1]
+
+    assert asked() == ""  # a folder that is not there lends nothing, and a run refuses to be told of it
+    sweep.folder(s, "a", 1).mkdir(parents=True)
+    assert asked() == str(sweep.folder(s, "a", 1))
+    base.mkdir()
+    assert asked() == f"{base},{sweep.folder(s, 'a', 1)}"
     assert len({sweep.folder(s, name, seed) for name in s["runs"] for seed in s["seeds"]}) == 4
 
 

@@ -108,7 +108,7 @@ def command(sweep: Sweep, name: str, seed: int, gpus: int, flags: Sequence[str])
     """The command line of one run and seed, without the Python that runs it."""
     launch = ["-m", "tools.torchrun", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     settings = sweep["settings"] | sweep["runs"][name]["settings"] | {"seed": seed, "out": folder(sweep, name, seed)}
-    settings |= {"reuse_from": ",".join(map(str, lenders(sweep, name, seed)))}
+    settings |= {"reuse_from": ",".join(str(path) for path in lenders(sweep, name, seed) if path.is_dir())}
     changes = [word for setting in settings.items() for word in flag(*setting)]
     return [*launch, str(ROOT / "mralign.py"), "--config", str(ROOT / sweep["base"]), "--resume", *changes, *flags]
 
