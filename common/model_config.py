@@ -72,6 +72,9 @@ SIZES = (
 )
 
 
+MOST_EXPERTS = 4096  # of a layer; published models have up to some hundreds
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's "llama3" scaling, under Hugging Face's names; see `frequencies`."""
@@ -119,6 +122,8 @@ class MixtureConfig:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
             if not _is_size(getattr(self, name)):
                 raise InputError(f"{where}: {name} is {getattr(self, name)!r}; supported: a positive integer")
+        if self.num_experts > MOST_EXPERTS:  # each is listed with its tensors before the weights are read
+            raise InputError(f"{where}: num_experts is {self.num_experts:,}; supported: at most {MOST_EXPERTS:,}")
         if self.num_experts_per_tok > self.num_experts:
             chosen = f"{self.num_experts_per_tok} of {self.num_experts}"
             raise InputError(f"{where}: num_experts_per_tok is {chosen} experts; supported: at most all of them")

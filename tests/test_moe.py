@@ -275,6 +275,7 @@ def test_config_of_either_transformers_and_what_is_refused(tmp_path: Path) -> No
         ({"num_experts": 7}, ["num_experts is 7", "num_local_experts is 6"]),
         ({"num_local_experts": ...}, ["num_experts", "missing"]),
         ({"norm_topk_prob": ...}, ["norm_topk_prob", "missing"]),
+        ({"num_experts": 10**12, "num_local_experts": ...}, ["num_experts", "1,000,000,000,000", "4,096"]),
         ({"num_experts_per_tok": 7}, ["num_experts_per_tok", "7 of 6"]),
         ({"moe_intermediate_size": 0}, ["moe_intermediate_size is 0"]),
         ({"norm_topk_prob": 1}, ["norm_topk_prob is 1"]),
