@@ -303,7 +303,7 @@ def main():
     print("x"), print("y", file=sys.stderr), sys.stderr.isatty()
 sys.exit(main())"""
     (tmp_path / "code.py").write_text(code)
-    words = f"exec {sys.executable} '{tmp_path / 'code.py'}' <&- >&- 2>&-"
+    words = f"exec '{sys.executable}' '{tmp_path / 'code.py'}' <&- >&- 2>&-"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run(["sh", "-c", words], cwd=ROOT, env=env).returncode == 0
     assert (tmp_path / "f").read_text() == "True"

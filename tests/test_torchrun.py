@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
         ("HOST:1 is not there", 4, "error: the launchers did not find each other (HOST:1 is not there); check --rdzv-"),
         (signal.SIGTERM, 75, ""),
         (signal.SIGINT, 130, ""),
-        (signal.SIGHUP, 129, ""),
+        (signal.SIGHUP, 75, ""),
+        (signal.SIGQUIT, 131, ""),
     ],
 )
 def test_the_code_is_that_of_the_first_failure(monkeypatch, capsys, ends, code, said):
