@@ -38,6 +38,7 @@ Left out: a head that trains (an error here), a bias, soft-capping, a temperatur
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -188,6 +189,12 @@ def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> N
         _direction_kernel[grid](logits, y, largest, total, rest, G, *strides, V, BLOCK, **WIDE)
 
 
+@functools.cache
+def _streams(device: torch.device, n: int) -> list[torch.cuda.Stream]:
+    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen."""
+    return [torch.cuda.Stream(device) for _ in range(n)]
+
+
 def _token_logp(
     hidden: Tensor, weight: Tensor, targets: Tensor, impl: str, chunk: int, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -208,20 +215,22 @@ def _token_logp(
     lanes = [buffers() for _ in range(STREAMS)]
     # A chunk stays on one stream from its first product to its last, and no two write the same rows, so the streams
     # meet only here and after the loop; after it, freed buffers go back to the stream they came from.
-    others = [torch.cuda.Stream(hidden.device) for _ in lanes[1:]] if hidden.is_cuda else []
+    others = _streams(hidden.device, STREAMS - 1) if hidden.is_cuda else []
     for stream in others:
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
-    for n, i in enumerate(range(0, M, chunk)):
-        rows, lane = slice(i, i + chunk), n % STREAMS
-        (logits, G), y = lanes[lane], targets[rows]
-        x, g = logits[: len(y)], None if G is None else G[: len(y)]
-        with torch.cuda.stream(others[lane - 1]) if others and lane else contextlib.nullcontext():
-            _logits(hidden[rows], weight, x)
-            make_rows(x, y, logp[rows], g)
-            if R is not None and g is not None:
-                torch.mm(g, weight, out=R[rows])
-    for stream in others:
-        torch.cuda.current_stream(hidden.device).wait_stream(stream)
+    try:
+        for n, i in enumerate(range(0, M, chunk)):
+            rows, lane = slice(i, i + chunk), n % STREAMS
+            (logits, G), y = lanes[lane], targets[rows]
+            x, g = logits[: len(y)], None if G is None else G[: len(y)]
+            with torch.cuda.stream(others[lane - 1]) if others and lane else contextlib.nullcontext():
+                _logits(hidden[rows], weight, x)
+                make_rows(x, y, logp[rows], g)
+                if R is not None and g is not None:
+                    torch.mm(g, weight, out=R[rows])
+    finally:  # also before an error frees the buffers
+        for stream in others:
+            torch.cuda.current_stream(hidden.device).wait_stream(stream)
     ignored = targets < 0
     logp.masked_fill_(ignored, 0.0)
     if R is not None:
