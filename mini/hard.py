@@ -26,7 +26,6 @@ from mini.world import (
     KEEPS,
     LENGTHS,
     LOSES,
-    MIN_SEGMENTS,
     NONE,
     REPAIRS,
     WRONG,
@@ -128,6 +127,7 @@ class HardWorld(World):
 
     mix = {"statements": 0.1, "off": 0.15, "on": 0.75}
     misled = 0.6
+    merge = MERGE
 
     def __init__(self, seed: int, null: bool = False):
         super().__init__(seed, null)
@@ -162,24 +162,8 @@ class HardWorld(World):
             other.append(str(draw(rng, self.styles[self.shadow_of[opener]][other[-1]])))
         return [NONE] * before + outcomes(rng, self.rules, other)
 
-    def _write(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str]) -> tuple[list, list]:
-        """Text and labels of each segment; some steps are merged into the segment before."""
-        pair = {GOLD: (fact.object, fact.distractor), WRONG: (fact.distractor, fact.object), NONE: ("", "")}
-        spare = len(labels) - MIN_SEGMENTS
-        segments: list[str] = []
-        segment_labels: list[list[str]] = []
-        for t, (label, candidate) in enumerate(zip(labels, candidates, strict=True)):
-            first = candidate != NONE and (t == 0 or candidates[t - 1] == NONE)
-            body = OPENED if candidate == NONE else FOUND if first else STEP
-            slots = {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "m": MARKER.get(label, "")}
-            slots["c"], slots["o"] = pair[candidate]
-            step = f"{rng.choice(self.cues[label])} {body.format(**slots)}"
-            mergeable = spare > 0 and segments and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label]
-            if mergeable and rng.random() < MERGE:
-                spare -= 1
-                segments[-1] += " " + step
-                segment_labels[-1].append(label)
-            else:
-                segments.append(step)
-                segment_labels.append([label])
-        return segments, segment_labels
+    def _body(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str], t: int) -> str:
+        """What step t says after its cue."""
+        first = candidates[t] != NONE and (t == 0 or candidates[t - 1] == NONE)
+        body = OPENED if candidates[t] == NONE else FOUND if first else STEP
+        return body.format(m=MARKER.get(labels[t], ""), **self._slots(fact, candidates[t]))

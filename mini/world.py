@@ -226,6 +226,7 @@ class World:
 
     mix = {"statements": 0.1, "off": 0.42, "on": 0.48}  # share of each kind of document
     misled = 0.5  # share of facts with a misconception
+    merge = MERGE
 
     def __init__(self, seed: int, null: bool = False):
         self.seed, self.null = seed, null
@@ -285,21 +286,14 @@ class World:
 
     def _write(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str]) -> tuple[list, list]:
         """Text and labels of each segment; some steps are merged into the segment before."""
-        pair = {GOLD: (fact.object, fact.distractor), WRONG: (fact.distractor, fact.object), NONE: ("", "")}
         spare = len(labels) - MIN_SEGMENTS
         segments: list[str] = []
         segment_labels: list[list[str]] = []
-        for t, (label, candidate) in enumerate(zip(labels, candidates, strict=True)):
-            changed = t == 0 or candidate != candidates[t - 1]
-            named = candidate != NONE and (changed or t == len(labels) - 1 or rng.random() < NAMED)
-            body = rng.choice(BODIES[label][named])
-            current, other = pair[candidate]
-            kind = self.relations[fact.relation]["kind"]
-            for slot, value in (("{s}", fact.subject), ("{k}", kind), ("{c}", current), ("{o}", other)):
-                body = body.replace(slot, value)
+        for t, label in enumerate(labels):
+            body = self._body(rng, fact, labels, candidates, t)
             step = f"{rng.choice(self.cues[label])} {body}"
             mergeable = spare > 0 and segments and len(segment_labels[-1]) == 1 and segment_labels[-1] != [label]
-            if mergeable and rng.random() < MERGE:
+            if mergeable and rng.random() < self.merge:
                 spare -= 1
                 segments[-1] += " " + step
                 segment_labels[-1].append(label)
@@ -307,3 +301,19 @@ class World:
                 segments.append(step)
                 segment_labels.append([label])
         return segments, segment_labels
+
+    def _body(self, rng: random.Random, fact: Fact, labels: list[str], candidates: list[str], t: int) -> str:
+        """What step t says after its cue."""
+        changed = t == 0 or candidates[t] != candidates[t - 1]
+        named = candidates[t] != NONE and (changed or t == len(labels) - 1 or rng.random() < NAMED)
+        body = rng.choice(BODIES[labels[t]][named])
+        for slot, value in self._slots(fact, candidates[t]).items():
+            body = body.replace(f"{{{slot}}}", value)
+        return body
+
+    def _slots(self, fact: Fact, candidate: str) -> dict[str, str]:
+        """What may stand in a step: subject, kind of thing asked for, the candidate and the other answer."""
+        current, other = {GOLD: (fact.object, fact.distractor), WRONG: (fact.distractor, fact.object)}.get(
+            candidate, ("", "")
+        )
+        return {"s": fact.subject, "k": self.relations[fact.relation]["kind"], "c": current, "o": other}

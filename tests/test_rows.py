@@ -25,8 +25,9 @@ BAD += [
 
 
 @pytest.mark.parametrize("row", [SAMPLE, CANDIDATE, {"w": [0.5, 2], "labels": [["framing"], []], "other": None}])
-def test_rows_of_the_stages_pass(row):
-    rows.check(row)
+def test_rows_of_the_stages_pass_unchanged(row, tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", [row])
+    assert list(each_row(tmp_path / "r.jsonl", (), rows.check)) == [row]
 
 
 @pytest.mark.parametrize(("row", "name", "value"), BAD)
