@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import em
 from common.errors import InputError
 from common.files import each_row, find, read_json
-from common.rows import check as check_fields
+from common.rows import check_row
 
 OPENING_CONFIDENCE = 10.0  # the cue is the first thing the segment says
 INNER_CONFIDENCE = 8.0  # the cue comes later in the segment
@@ -228,7 +228,7 @@ def read_steps(path: str | Path, candidates: Iterable[dict[str, Any]]) -> dict[s
     """
     sizes = {c["id"]: len(c["spans"]) for c in candidates}
     found = {}
-    for record in each_row(path, ("id", "steps"), check_fields):
+    for record in each_row(path, ("id", "steps"), check_row):
         if record["id"] in sizes:
             validate(record, sizes[record["id"]], f"{path}: {record['id']}")
             found[record["id"]] = steps_of(record, sizes[record["id"]])

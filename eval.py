@@ -24,7 +24,7 @@ import data
 from common.endings import program
 from common.errors import InputError
 from common.files import read_jsonl, write_jsonl
-from common.rows import check as check_fields
+from common.rows import check_row
 from common.table import markdown
 from common.tokens import token_offsets
 
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--export-lm-eval", metavar="FILE", help="write the first file in lm-evaluation-harness's format"
     )
     given = parser.parse_args(argv)
-    rows = {path: read_jsonl(path, SAMPLE_FIELDS, check_fields) for path in given.samples}
+    rows = {path: read_jsonl(path, SAMPLE_FIELDS, check_row) for path in given.samples}
     scored = {path: [score(row, fold=given.fold) for row in of] for path, of in rows.items()}
     results = {f"{Path(path).parent.name}/{Path(path).stem}": metrics(s, given.matcher) for path, s in scored.items()}
     print(table(results))

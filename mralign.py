@@ -33,11 +33,11 @@ import lora
 import sample
 import train
 from common import benchmarks, costs, hub
-from common import rows as common_rows
 from common.endings import program, status
 from common.errors import InputError
 from common.files import each_row, read_jsonl, write_json, write_jsonl
 from common.ranks import Progress, not_joined, only_writer, process_group
+from common.rows import check_row
 from common.settings import cli
 from llm import labelling
 from pipeline import cards, evaluation, ready, room
@@ -67,7 +67,7 @@ def draw_samples(run: Run) -> dict[str, Any]:
 def select_candidates(run: Run) -> dict[str, Any]:
     """Stage candidates: chosen and rejected thoughts from the draws (3.1.1)."""
     cfg = run.cfg
-    samples = each_row(run.out / "samples.jsonl", data.SAMPLE_FIELDS, common_rows.check)
+    samples = each_row(run.out / "samples.jsonl", data.SAMPLE_FIELDS, check_row)
     rows, tally = data.select_candidates(
         samples,
         run.tokenizer,
@@ -85,7 +85,7 @@ def select_candidates(run: Run) -> dict[str, Any]:
 def label_steps(run: Run) -> dict[str, Any]:
     """Stage annotate: labels for every step of every candidate (3.1.2)."""
     fields = ("id", "question", "answers", "completion", "spans")
-    rows = [{k: c[k] for k in fields} for c in each_row(run.out / "candidates.jsonl", fields, common_rows.check)]
+    rows = [{k: c[k] for k in fields} for c in each_row(run.out / "candidates.jsonl", fields, check_row)]
     if run.cfg.annotator == "self":
         return own_labels.label(run, rows, run.out)
     for other in run.cfg.lenders:
@@ -100,7 +100,7 @@ def label_steps(run: Run) -> dict[str, Any]:
 def fit_transitions(run: Run) -> dict[str, Any]:
     """Stage fit: transition matrices and the weight of every step (3.2.2)."""
     path, fields = run.out / "candidates.jsonl", ("id", "chosen", "spans")  # texts and ids stay on the disk
-    candidates = [{k: c[k] for k in fields} for c in each_row(path, (*fields, "prompt_ids"), common_rows.check)]
+    candidates = [{k: c[k] for k in fields} for c in each_row(path, (*fields, "prompt_ids"), check_row)]
     steps = annotate.read_steps(run.out / "annotations.jsonl", candidates)  # id -> steps of its trace
     labels = {name: [step.labels for step in of] for name, of in steps.items()}
     if run.cfg.labels == "one":

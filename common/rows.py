@@ -67,7 +67,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(row: Mapping[str, Any]) -> None:
+def check_row(row: Mapping[str, Any]) -> None:
     """Raise InputError at the first field of a row that is not what FIELDS says. Fields that are not there pass."""
     for name in FIELDS.keys() & row.keys():
         good, wanted = FIELDS[name]

@@ -27,21 +27,21 @@ BAD += [
 @pytest.mark.parametrize("row", [SAMPLE, CANDIDATE, {"w": [0.5, 2], "labels": [["framing"], []], "other": None}])
 def test_rows_of_the_stages_pass_unchanged(row, tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [row])
-    assert list(each_row(tmp_path / "r.jsonl", (), rows.check)) == [row]
+    assert list(each_row(tmp_path / "r.jsonl", (), rows.check_row)) == [row]
 
 
 @pytest.mark.parametrize(("row", "name", "value"), BAD)
 def test_a_field_of_another_kind_is_named(row, name, value, tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [row, row | {name: value}])
     with pytest.raises(InputError, match=rf"r.jsonl:2: field '{name}' ") as caught:
-        list(each_row(tmp_path / "r.jsonl", (), rows.check))
+        list(each_row(tmp_path / "r.jsonl", (), rows.check_row))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize("w", [[0], [-1.0], [1e39], [True], ["1"], [float("inf")], 1.0, None])
 def test_weights_are_positive_and_fit_a_32_bit_float(w):
     with pytest.raises(InputError, match="field 'w' must be a list of positive numbers"):
-        rows.check({"w": w})
+        rows.check_row({"w": w})
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import em
 from common.endings import program
 from common.errors import AnnotationError, InputError
 from common.files import atomic_write, read_jsonl, write_json
-from common.rows import check as check_fields
+from common.rows import check_row
 from common.settings import cli, opt
 from common.table import markdown
 from common.template import fill, load_prompt
@@ -229,7 +229,7 @@ def discover(cfg: Settings) -> dict[str, Any]:
         if not getattr(cfg, name):
             raise InputError(f"--{name} is not set; see python -m tools.discover --help")
     endpoints = {"namer": parse_endpoint(cfg.namer), "embedder": parse_endpoint(cfg.embedder)}
-    rows = read_jsonl(cfg.candidates, ("id", "question", "answers", "completion", "spans"), check_fields)
+    rows = read_jsonl(cfg.candidates, ("id", "question", "answers", "completion", "spans"), check_row)
     rows = random.Random(cfg.seed).sample(rows, min(cfg.sample, len(rows)))
     traces = [
         Trace(r["id"], r["question"], r["answers"], [r["completion"][c0:c1] for c0, c1 in r["spans"]]) for r in rows

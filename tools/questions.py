@@ -35,7 +35,7 @@ from annotate import Step
 from common.endings import program
 from common.errors import InputError
 from common.files import find, read_json, read_jsonl, write_json
-from common.rows import check as check_fields
+from common.rows import check_row
 from common.table import markdown
 from llm import agreement
 from report.analysis import bootstrap_counts
@@ -52,7 +52,7 @@ RESAMPLES = 500
 
 def read_run(run: Path) -> tuple[list[dict[str, Any]], dict[str, list[Step]]]:
     """The candidates of a run and the steps of each, by id."""
-    candidates = read_jsonl(run / "candidates.jsonl", ("id", "chosen", "spans"), check_fields)
+    candidates = read_jsonl(run / "candidates.jsonl", ("id", "chosen", "spans"), check_row)
     return candidates, annotate.read_steps(run / "annotations.jsonl", candidates)
 
 
