@@ -15,7 +15,8 @@ Beside kto, mralign and shuffled there is `mean`: KTO in which every step has th
 "more weight on rejected rows" from "weight on the right transitions". sft runs at its own best rate. The null world has
 two rates. The choices here were made on development questions or before any result: nothing was tuned on the test ones.
 
-With --hard the same for the world of pairs (hard.py), drawn once a question at T = 1, at rates of its own.
+With --hard the same for the worlds of pairs (hard.py): few rows, drawn once a question at T = 1. There
+`--block "hard world 0/0" --split dev` comes first: it tells at which rate each method is best on development questions.
 
 `python -m mini.distance --jobs 1` does this half alone. A finished cell is not run again. Three rates come
 first in all blocks, seed by seed, then the last one, so that a run that is cut short leaves a smaller design: a block
@@ -24,6 +25,7 @@ counts with the rates that all four methods have finished, once there are two.
 
 import argparse
 import math
+import random
 import sys
 import time
 from collections import defaultdict
@@ -47,7 +49,7 @@ import sample
 import train
 from common import hub, table
 from common.endings import program
-from common.files import ROOT, read_json, write_json, write_jsonl
+from common.files import ROOT, read_json, read_jsonl, write_json, write_jsonl
 from common.ranks import only_writer, process_group
 from common.settings import from_json
 from common.tokens import encode, token_offsets, unused_ids
@@ -64,8 +66,11 @@ RESULTS = ROOT / "docs" / "results"
 METHODS = ("kto", "mralign", "shuffled", "mean")
 RATES = (6e-4, 3e-4, 4.2e-4, 1.5e-4)  # the first is what development prefers; in the order of their worth
 NULL_RATES = (6e-4, 3e-4)
-HARD = ("hard world 0",)  # worlds of pairs (hard.py); drawn once a question at T = 1, see docs/results.md
-HARD_MODELS = {"hard world 0": "mini/model-hard"}
+HARD_MODELS = {"hard world 0": "mini/model-hard", "hard world 1": "mini/model-hard-world1"}  # worlds of pairs (hard.py)
+HARD_MODELS |= {"hard null": "mini/model-hard-null"}
+HARD = tuple(HARD_MODELS)
+HARD_QUESTIONS = 200  # of the 1,000, other ones for each seed: with more rows there is a ceiling, see docs/results.md
+HARD_TRAINING = {"epochs": 6}
 HARD_RATES = (1.2e-3, 2.4e-3, 6e-4, 4.8e-3)
 BASE = "thinkon"
 PAIRS = (("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "mean"), ("shuffled", "kto"), ("mean", "kto"))
@@ -94,6 +99,10 @@ class Block:
         return OUT / f"{self.world.replace(' ', '')}-seed{self.seed}"
 
     @property
+    def null(self) -> bool:
+        return self.world.endswith("null")
+
+    @property
     def cells(self) -> list[tuple[str, float]]:
         """(method, rate) of everything that is measured, the base model first."""
         sft = [("sft", 0.0)] if self.world in study.WORLDS else []
@@ -102,7 +111,9 @@ class Block:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates of the preference methods."""
-        return HARD_RATES if self.world in HARD else NULL_RATES if self.world == "null" else RATES
+        if self.world in HARD:
+            return HARD_RATES[:2] if self.null else HARD_RATES
+        return NULL_RATES if self.null else RATES
 
     def file(self, method: str, rate: float) -> Path:
         """The record of a cell."""
@@ -138,6 +149,11 @@ def settings(block: Block) -> RunConfig:
     """The pipeline's settings of a block."""
     cfg = RunConfig(**from_json(RunConfig, "configs/mini.json"))
     own = {} if block.world in study.WORLDS else study.NULL_DRAWS
+    if block.world in HARD:
+        rows = random.Random(block.seed).sample(read_jsonl(ROOT / cfg.questions), HARD_QUESTIONS)
+        block.out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(block.out / "questions.jsonl", rows)
+        own = own | HARD_TRAINING | {"questions": str(block.out / "questions.jsonl")}
     lenders = study.Cell(block.world, block.seed, lr=study.HALF if block.world == "null" else 0.0).out
     lent = {"reuse_from": str(lenders)} if (lenders / "train.jsonl").exists() else {}
     model = str(ROOT / (study.MODELS | HARD_MODELS)[block.world])
@@ -154,7 +170,8 @@ def run_block(block: Block, most: int) -> None:
             path = block.file(method, rate)
             started = time.perf_counter()
             of = replace(cfg, lr=rate) if rate else cfg
-            record = measure(Run(of, source, ranks), method, path.with_suffix(""), block.split)
+            adapter = block.out / "adapters" / path.stem
+            record = measure(Run(of, source, ranks), method, adapter, block.split)
             record |= {"world": block.world, "seed": block.seed, "method": method, "lr": rate}
             made = reporting.provenance(Run(of, source, ranks))
             record |= {name: made[name] for name in ("commit", "device", "versions")}
@@ -165,7 +182,10 @@ def run_block(block: Block, most: int) -> None:
 
 
 def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, Any]:
-    """Train one method at the run's learning rate and measure it on the questions of a split. Leaves files in `out`."""
+    """Train one method at the run's learning rate and measure it on the questions of a split. Leaves files in `out`.
+
+    An adapter that is there is taken: that of the other split is the same one.
+    """
     cfg, base = run.cfg, run.base_model()
     policy = base
     if method != BASE:
@@ -174,7 +194,9 @@ def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, 
         rows = data.to_rows(data.reweighted(rows, loss.weights, cfg.seed), run.tokenizer)
         origin = {"rows": mralign.checksum(path)}
         settings = replace(cfg.training, micro_batch=cfg.batch_size)  # faster here, the same result
-        train.train(run.base_model(), rows, method, settings, run.ranks, out, run.impl, run.source.name, origin, True)
+        if not (out / lora.WEIGHTS).exists():
+            base_name = run.source.name
+            train.train(run.base_model(), rows, method, settings, run.ranks, out, run.impl, base_name, origin, True)
         policy = run.base_model()
         lora.load(policy, out)
         lora.merge(policy)
@@ -182,7 +204,7 @@ def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, 
     cut = sample.Sampling(cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p)
     drawn = draw(run, policy, questions, cut, out / f"{split}.jsonl")
     firsts = list({q["id"].partition("#")[0]: q for q in reversed(questions)}.values())  # one question of every fact
-    plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / "plain.jsonl")
+    plain = draw(run, policy, firsts, sample.Sampling(1.0, 1.0, 0, 0.0), out / f"plain-{split}.jsonl")
     prompts, completions = ([row[key] for row in plain] for key in ("prompt_ids", "ids"))
     never = unused_ids(run.tokenizer, policy.config.vocab_size)
     kl, ratio = (x.tolist() for x in kl_to_base(policy, base, prompts, completions, never))
@@ -328,13 +350,42 @@ def difference(
     return {"mean": mean, "low": low, "high": high, "wins": sum(x > 0 for x in each), "each": each}
 
 
-def summary(done: Sequence[Block]) -> dict[str, Any]:
-    """Figures of some blocks: every cell's Acc, Mis and KL, and the differences at equal KL."""
+def best_rates(cells: Cells) -> dict[str, float]:
+    """The learning rate at which each method's Acc is highest, on the questions of these cells."""
+    of = {name: [rate for method, rate in cells if method == name] for name in METHODS}
+    return {name: max(rates, key=lambda rate: mean_of(cells[name, rate]["facts"], 0)) for name, rates in of.items()}
+
+
+def at_rates(of: Sequence[Cells], rates: Mapping[str, float]) -> dict[str, Any]:
+    """Acc and Mis of every method at a rate of its own, and the paired difference of MR-ALIGN to it.
+
+    {method: {lr, kl, acc, mis, acc ahead, mis ahead}}: all but lr and kl are {mean, low, high}, see crossed_bootstrap.
+    """
+    result: dict[str, Any] = {}
+    for k, metric in enumerate(("acc", "mis")):
+        values = {
+            name: np.array([[v[k] for v in cells[name, rate]["facts"].values()] for cells in of])  # (blocks, facts)
+            for name, rate in {BASE: 0.0, **rates}.items()
+        }
+        for name, own in values.items():
+            row = result.setdefault(name, {"lr": rates.get(name, 0.0)})
+            row["kl"] = float(np.mean([cells[name, row["lr"]]["kl"] for cells in of]))
+            tables = {metric: own} | ({f"{metric} ahead": values["mralign"] - own} if name != "mralign" else {})
+            for key, table_of in tables.items():
+                row[key] = dict(zip(("mean", "low", "high"), study.crossed_bootstrap(table_of), strict=True))
+    return result
+
+
+def summary(done: Sequence[Block], best: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Figures of some blocks: every cell's Acc, Mis and KL, and the differences at equal KL.
+
+    best: a rate of its own for every method; then also the methods at these.
+    """
     groups: dict[str, list[Block]] = defaultdict(list)
     for block in done:
-        name = "hard worlds" if block.world in HARD else "null" if block.world == "null" else "both worlds"
-        groups[name].append(block)
-        if block.world != "null":
+        hard = "hard " * (block.world in HARD)
+        groups[hard + ("null" if block.null else "worlds" if hard else "both worlds")].append(block)
+        if not block.null:
             groups[block.world].append(block)
     result: dict[str, Any] = {}
     for name, members in groups.items():
@@ -359,6 +410,9 @@ def summary(done: Sequence[Block]) -> dict[str, Any]:
             }
             for a, b in PAIRS
         }
+        reached = [x for x in of if best and all(cell in x for cell in best.items())]
+        if best and reached:
+            entry["own best"] = {"blocks": len(reached), "methods": at_rates(reached, best)}
         result[name] = entry
     return result
 
@@ -392,13 +446,23 @@ def markdown(groups: Mapping[str, Any]) -> str:
             row = {"": TITLES[cell["method"]], "lr": f"{cell['lr']:g}" if cell["lr"] else ""}
             row |= {"KL, nats": spread(cell["kl"], 1, 2), "Acc": spread(cell["acc"]), "Mis": spread(cell["mis"])}
             rows.append(row | {"Acc at T = 1": spread(cell["acc_plain"])})
-    return f"{table.markdown(pairs, missing='–')}\n\n{table.markdown(rows, missing='')}"
+    best = [
+        {"at its own best rate": f"{name} ({group['own best']['blocks']} blocks): {TITLES[method]}"}
+        | {"lr": f"{row['lr']:g}" if row["lr"] else "", "KL": f"{row['kl']:.2f}"}
+        | {metric.capitalize(): study._interval(row[metric], "") for metric in ("acc", "mis")}
+        | {f"MR-ALIGN ahead, {k}": study._interval(row[f"{k} ahead"]) for k in ("acc", "mis") if f"{k} ahead" in row}
+        for name, group in groups.items()
+        if "own best" in group
+        for method, row in group["own best"]["methods"].items()
+    ]
+    parts = [(best, "–")] * bool(best) + [(pairs, "–"), (rows, "")]
+    return "\n\n".join(table.markdown(part, missing=missing) for part, missing in parts)
 
 
 def figure(done: Sequence[Block], path: Path) -> None:
     """Acc and Mis against KL with a band over blocks, the difference to the controls, and the null world."""
-    worlds = [read_cells(b) for b in done if b.world != "null"]
-    null = [read_cells(b) for b in done if b.world == "null"]
+    worlds = [read_cells(b) for b in done if not b.null]
+    null = [read_cells(b) for b in done if b.null]
     with style.context(["default", STYLE]):
         drawing = Figure(figsize=(13, 3.9), layout="constrained")
         axes = drawing.subplots(1, 3 + bool(null), squeeze=False)[0]
@@ -461,12 +525,20 @@ def report(hard: bool = False) -> str:
     name = "hard" if hard else "distance"
     done = [block for block in blocks(hard) if block.done()]
     cells = [record for b in done for record in read_cells(b).values()]
-    groups = summary(done)
+    dev = Block(HARD[0], 0, "dev")
+    cells_dev = read_cells(dev) if hard and dev.done() else {}
+    groups = summary(done, best_rates(cells_dev) if cells_dev else None)
     head = {"command": "python -m mini.distance" + " --hard" * hard, "blocks": len(done), "cells": len(cells)}
     head |= {"seeds": sorted({b.seed for b in done}), "rates": list(HARD_RATES if hard else RATES)}
-    head |= {} if hard else {"rates of the null world": list(NULL_RATES)}
+    head |= {"rates of the null world": list(HARD_RATES[:2] if hard else NULL_RATES)}
     head |= {key: sorted({cell[key] for cell in cells}) for key in ("commit", "device", "versions")}
     head |= {"seconds": round(sum(cell["seconds"] for cell in cells))}
+    if cells_dev:
+        head["development"] = [
+            {"method": method, "lr": rate, "kl": cell["kl"]}
+            | {"acc": mean_of(cell["facts"], 0), "mis": mean_of(cell["facts"], 1)}
+            for (method, rate), cell in cells_dev.items()
+        ]
     write_json(RESULTS / f"{name}.json", head | {"groups": groups})
     figure(done, RESULTS / f"{name}.svg")
     text = markdown(groups)

@@ -126,7 +126,7 @@ class HardWorld(World):
     """One draw of the hidden attributes, the rules, the styles and which opener has which style."""
 
     mix = {"statements": 0.1, "off": 0.15, "on": 0.75}
-    misled = 0.6
+    misled = 0.54
     merge = MERGE
 
     def __init__(self, seed: int, null: bool = False):

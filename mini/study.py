@@ -210,8 +210,9 @@ def markdown(study: dict[str, Any]) -> str:
     return f"{table.markdown(rows, missing='')}\n\n{table.markdown(pairs)}"
 
 
-def _interval(d: dict[str, float]) -> str:
-    return f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+def _interval(d: dict[str, float], sign: str = "+") -> str:
+    mean, low, high = (f"{100 * d[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def write_table(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) -> None:
