@@ -134,3 +134,35 @@ def test_a_block_counts_with_the_rates_that_all_methods_have_finished(tmp_path, 
     assert block.done() == block.cells[:9] and {rate for _, rate in block.done()} == {0.0, *distance.RATES[:2]}
     write_json(block.file("sft", 0.0), {})
     assert set(block.done()) == {*block.cells[:9], ("sft", 0.0)}
+
+
+def test_every_method_at_the_rate_that_development_prefers():
+    """Two blocks of two facts: kto is best at its second rate, the others at their first."""
+    from mini import distance
+
+    up, down = [record(1.0, 0.5, 0.5), record(2.0, 0.75, 0.75)], [record(1.0, 1.0, 0.75), record(2.0, 0.5, 0.5)]
+    cells = block_cells(kto=up, mralign=down, shuffled=down, mean=down)
+    best = distance.best_rates(cells)
+    assert best == {"kto": 2e-4, "mralign": 1e-4, "shuffled": 1e-4, "mean": 1e-4}
+    worse = cells | {("mralign", 1e-4): record(3.0, 0.5, 0.25)}
+    of = distance.at_rates([cells, worse], best)
+    assert of["thinkon"]["acc"]["mean"] == 0.5 and of["thinkon"]["lr"] == of["thinkon"]["kl"] == 0
+    assert of["mralign"]["acc"]["mean"] == 0.625 and of["mralign"]["kl"] == 2 and "acc ahead" not in of["mralign"]
+    assert of["kto"]["acc ahead"]["mean"] == pytest.approx(0.625 - 0.75)
+    assert of["kto"]["mis ahead"]["mean"] == pytest.approx(0.75 - 0.625)
+    low, high = (of["kto"]["acc ahead"][key] for key in ("low", "high"))
+    assert -0.5 <= low < -0.125 < high <= 0.25
+
+
+def test_blocks_of_pairs_have_few_questions_of_their_own_and_the_null_world_two_rates(tmp_path, monkeypatch):
+    from common.files import read_jsonl
+    from mini import distance
+
+    monkeypatch.setattr(distance, "OUT", tmp_path)
+    blocks = distance.blocks(hard=True)
+    assert [(b.world, b.seed) for b in blocks[:4]] == [*((world, 0) for world in distance.HARD), ("hard world 0", 1)]
+    assert [len(b.rates) for b in blocks[:3]] == [4, 4, 2]
+    picked = [{q["id"] for q in read_jsonl(distance.settings(b).questions)} for b in (blocks[0], blocks[1], blocks[3])]
+    assert [len(ids) for ids in picked] == [distance.HARD_QUESTIONS] * 3
+    assert picked[0] == picked[1] != picked[2]
+    assert distance.settings(blocks[0]).draws == 1 and distance.settings(blocks[0]).epochs == 6
