@@ -69,8 +69,8 @@ NULL_RATES = (6e-4, 3e-4)
 HARD_MODELS = {"hard world 0": "mini/model-hard", "hard world 1": "mini/model-hard-world1"}  # worlds of pairs (hard.py)
 HARD_MODELS |= {"hard null": "mini/model-hard-null"}
 HARD = tuple(HARD_MODELS)
-HARD_QUESTIONS = 200  # of the 1,000, other ones for each seed: with more rows there is a ceiling, see docs/results.md
-HARD_TRAINING = {"epochs": 6}
+HARD_ROWS = {True: 33, False: 15}  # chosen and rejected; with more there is a ceiling (docs/results.md)
+HARD_TRAINING = {"epochs": 15}
 HARD_RATES = (4.8e-3, 2.4e-3, 6.8e-3, 9.6e-3)
 BASE = "thinkon"
 PAIRS = (("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "mean"), ("shuffled", "kto"), ("mean", "kto"))
@@ -149,11 +149,7 @@ def settings(block: Block) -> RunConfig:
     """The pipeline's settings of a block."""
     cfg = RunConfig(**from_json(RunConfig, "configs/mini.json"))
     own = {} if block.world in study.WORLDS else study.NULL_DRAWS
-    if block.world in HARD:
-        rows = random.Random(block.seed).sample(read_jsonl(ROOT / cfg.questions), HARD_QUESTIONS)
-        block.out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(block.out / "questions.jsonl", rows)
-        own = own | HARD_TRAINING | {"questions": str(block.out / "questions.jsonl")}
+    own = own | (HARD_TRAINING if block.world in HARD else {})
     lenders = study.Cell(block.world, block.seed, lr=study.HALF if block.world == "null" else 0.0).out
     lent = {"reuse_from": str(lenders)} if (lenders / "train.jsonl").exists() else {}
     model = str(ROOT / (study.MODELS | HARD_MODELS)[block.world])
@@ -164,8 +160,13 @@ def run_block(block: Block, most: int) -> None:
     """Draws, labels and weights by the pipeline, then the cells of the first `most` rates that are not there yet."""
     cfg = settings(block)
     source = hub.locate(cfg.model, "")
-    mralign.run_stages(cfg, source, ["sample", "candidates", "annotate", "fit"])
+    few = block.world in HARD
+    drawn = replace(cfg, out=str(block.out / "draws")) if few else cfg
+    mralign.run_stages(drawn, source, ["sample", "candidates", "annotate"] + ["fit"] * (not few))
     with process_group() as ranks, only_writer(block.out, ranks), ranks.stop.listen():
+        if few:
+            pick(block)
+            mralign.fit_transitions(Run(cfg, source, ranks))
         for method, rate in block.left(most):
             path = block.file(method, rate)
             started = time.perf_counter()
@@ -179,6 +180,17 @@ def run_block(block: Block, most: int) -> None:
             ranks.log(
                 f"{path}: Acc {100 * mean_of(record['facts'], 0):.1f}, KL {record['kl']:.3f} ± {record['kl_se']:.3f}"
             )
+
+
+def pick(block: Block) -> None:
+    """The candidates of a block of few rows, and their annotations: chance takes HARD_ROWS of those that were drawn."""
+    rows = read_jsonl(block.out / "draws" / "candidates.jsonl", ("id", "chosen"))
+    kept: set[str] = set()
+    for side, n in HARD_ROWS.items():
+        kept |= set(random.Random(block.seed).sample([row["id"] for row in rows if row["chosen"] is side], n))
+    for name in ("candidates.jsonl", "annotations.jsonl"):
+        of_all = read_jsonl(block.out / "draws" / name, ("id",))
+        write_jsonl(block.out / name, [row for row in of_all if row["id"] in kept])
 
 
 def measure(run: Run, method: str, out: Path, split: str = "test") -> dict[str, Any]:

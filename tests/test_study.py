@@ -154,15 +154,24 @@ def test_every_method_at_the_rate_that_development_prefers():
     assert -0.5 <= low < -0.125 < high <= 0.25
 
 
-def test_blocks_of_pairs_have_few_questions_of_their_own_and_the_null_world_two_rates(tmp_path, monkeypatch):
-    from common.files import read_jsonl
+def test_blocks_of_pairs_have_few_rows_of_their_own_and_the_null_world_two_rates(tmp_path, monkeypatch):
+    from common.files import read_jsonl, write_jsonl
     from mini import distance
 
     monkeypatch.setattr(distance, "OUT", tmp_path)
     blocks = distance.blocks(hard=True)
     assert [(b.world, b.seed) for b in blocks[:4]] == [*((world, 0) for world in distance.HARD), ("hard world 0", 1)]
     assert [len(b.rates) for b in blocks[:3]] == [4, 4, 2]
-    picked = [{q["id"] for q in read_jsonl(distance.settings(b).questions)} for b in (blocks[0], blocks[1], blocks[3])]
-    assert [len(ids) for ids in picked] == [distance.HARD_QUESTIONS] * 3
-    assert picked[0] == picked[1] != picked[2]
-    assert distance.settings(blocks[0]).draws == 1 and distance.settings(blocks[0]).epochs == 6
+    picked = []
+    for block in (blocks[0], blocks[3]):
+        rows = [{"id": f"q{i}", "chosen": i % 3 > 0} for i in range(120)]
+        for name in ("candidates.jsonl", "annotations.jsonl"):
+            (block.out / "draws").mkdir(parents=True, exist_ok=True)
+            write_jsonl(block.out / "draws" / name, rows)
+        distance.pick(block)
+        found = read_jsonl(block.out / "candidates.jsonl")
+        assert sorted(row["chosen"] for row in found) == [False] * 15 + [True] * 33
+        assert read_jsonl(block.out / "annotations.jsonl") == found
+        picked.append({row["id"] for row in found})
+    assert picked[0] != picked[1]
+    assert distance.settings(blocks[0]).draws == 1 and distance.settings(blocks[0]).epochs == 15
