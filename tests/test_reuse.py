@@ -134,3 +134,23 @@ def test_a_damaged_receipt_never_counts_as_none(tmp_path: Path) -> None:
                 assert "put it back, or remove it, and the stage is done again" in str(error)
             else:  # blanks, or the word "check" itself
                 assert found is not None and found["outputs"] == {} and found["depends"] == OLD["depends"], (at, bit)
+
+
+@pytest.mark.parametrize("dear", [False, True])
+@pytest.mark.parametrize("kind", ["", "settings", "inputs", "code"])
+def test_what_another_run_may_lend(tmp_path: Path, kind: str, dear: bool) -> None:
+    """The same work: always. Other settings or inputs: never. Other code: what took hours, not what takes seconds."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    s = reuse.Stage("sample" if dear else "fit", print, (), {}, {"o": mine / "o.jsonl"}, dear=dear)
+    other.mkdir()
+    mine.mkdir()
+    (other / "o.jsonl").write_text("{}\n")
+    old = OLD | {"outputs": {"o": reuse.checksum(other / "o.jsonl")}}
+    reuse._write_receipt(s.receipt(other), old)
+    new = {name: dict(of) for name, of in OLD["depends"].items()}
+    if kind:
+        new[kind]["one more"] = "x"
+    needed, words, _ = reuse.take_over(s, other, mine, new, "")
+    lent = not kind or (kind == "code" and dear)
+    assert needed is not lent and (mine / "o.jsonl").exists() is lent
+    assert words == (f"taken over from {other} (took {OLD['seconds']} s there)" if lent else "")
