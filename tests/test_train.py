@@ -241,7 +241,9 @@ def test_the_trainer_is_the_plain_loop(base, group, double, method, split):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("method", ["mralign", *(pytest.param(x, marks=pytest.mark.long) for x in ("sft", "apo_zero_unpaired"))])
+@pytest.mark.parametrize(
+    "method", ["mralign", *(pytest.param(x, marks=pytest.mark.long) for x in ("sft", "apo_zero_unpaired"))]
+)
 def test_two_ranks_are_the_plain_loop(tmp_path, base, launch, double, method):
     """Rows are grouped by tokens, so the ranks have different numbers of passes in some steps."""
     want, _ = plain_steps(base, method)
