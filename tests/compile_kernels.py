@@ -44,7 +44,10 @@ CASES = [
     (swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
     (qk_norm_rope._forward_kernel, "*bf16 " * 8 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
     (qk_norm_rope._backward_kernel, "*bf16 " * 9 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
-    (add_rmsnorm._forward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 any:fp32", ROW, op.WIDE),
+    *[
+        (add_rmsnorm._forward_kernel, "*bf16 " * 5 + "*fp32 i32 any:fp32", dict(SUM=both) | ROW, op.WIDE)
+        for both in (True, False)
+    ],
     (add_rmsnorm._backward_kernel, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32", ROW, op.WIDE),
 ]
 
