@@ -276,6 +276,17 @@ def test_two_streams_give_the_bits_of_one(impl, device, dtype, monkeypatch):
 
 
 @every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [517, 4096, 9001])
+def test_directions_in_place_of_the_logits_have_the_bits_of_a_buffer_of_their_own(V, dtype, impl, device, monkeypatch):
+    """Less, exactly and more than one block of a row; a chunk's later rows lie behind its first ones."""
+    *inputs, g = *make(7, 31, V, dtype, device), torch.tensor([1.0, -1.0])
+    shared = fast_answer(*inputs, g, g, impl, 3)
+    monkeypatch.setattr(op, "SHARED", False)
+    assert all(map(torch.equal, fast_answer(*inputs, g, g, impl, 3), shared))
+
+
+@every_path
 def test_strided_inputs(impl, device):
     hidden, weight, targets, w, cu = make(12, 8, 300, torch.float32, device)
     wide = torch.stack([hidden.detach(), hidden.detach()], 2)[:, :, 0].requires_grad_()
@@ -342,11 +353,10 @@ def test_backward_twice_and_no_second_derivative(impl, device):
 
 
 def test_default_chunk():
-    assert op.default_chunk("cpu", 151936, torch.float32) == 320
-    assert op.default_chunk("cuda", 151936, torch.bfloat16) == 1024  # 1024 * 151936 * 6 bytes = 0.87 GiB
-    assert op.default_chunk("cuda", 151936, torch.float32) == 1024
-    assert op.default_chunk("cuda", 32000, torch.bfloat16) == 4096
-    assert op.default_chunk("cuda", 10**9, torch.bfloat16) == 128
+    assert op.default_chunk("cpu", 151936) == 320
+    assert op.default_chunk("cuda", 151936) == 640  # 640 * 151936 * 4 bytes = 371 MiB of 400
+    assert op.default_chunk("cuda", 32000) == 3200
+    assert op.default_chunk("cuda", 10**9) == 128
 
 
 # ---- refusals
@@ -452,5 +462,7 @@ def test_compiles_for_each_gpu_without_spills(tmp_path):
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["shared"] <= (166_912 if row["target"] == "sm_80" else 232_448), row
         assert row["registers"] <= 128, row  # of 65,536: two programs of 256 threads at once, at least
+        if row["kernel"] == "segment_logprob._direction_kernel":  # all threads have read before one writes
+            assert row["order"] == "LDG BAR STG", row
         if row["kernel"] != "segment_logprob._segment_sum_kernel":  # its sequences start anywhere
             assert row["loads"].get("128", 0) + row["loads"].get("256", 0) >= 1, row
