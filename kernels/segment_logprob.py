@@ -198,8 +198,8 @@ def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> N
 
 @functools.cache
 def _streams(device: torch.device, n: int) -> list[torch.cuda.Stream]:
-    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen."""
-    return [torch.cuda.Stream(device) for _ in range(n)]
+    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen. None on a CPU."""
+    return [torch.cuda.Stream(device) for _ in range(n)] if device.type == "cuda" else []
 
 
 def _token_logp(
@@ -223,7 +223,7 @@ def _token_logp(
     lanes = [buffers() for _ in range(STREAMS)]
     # A chunk stays on one stream from its first product to its last, and no two write the same rows, so the streams
     # meet only here and after the loop; after it, freed buffers go back to the stream they came from.
-    others = _streams(hidden.device, STREAMS - 1) if hidden.is_cuda else []
+    others = _streams(hidden.device, STREAMS - 1)
     for stream in others:
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
     try:
