@@ -7,6 +7,7 @@ process of its own, because Triton reads TRITON_INTERPRET when it is first impor
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -313,7 +314,7 @@ class Races(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("fault", [None, "no fork", "no join", "a chunk changes its stream", "an error"])
+@pytest.mark.parametrize("fault", [None, "no fork", "no join", "a lane changes its stream", "an error"])
 @pytest.mark.parametrize("streams", [2, 3])
 def test_streams_fork_and_join_around_all_that_they_touch(streams, fault, monkeypatch):
     """Every buffer is written after its last reader, inputs are read after they were made, results read after all.
@@ -322,15 +323,11 @@ def test_streams_fork_and_join_around_all_that_they_touch(streams, fault, monkey
     """
     main = Stream(deaf=fault == "no join")
     others = [Stream(deaf=fault == "no fork") for _ in range(streams - 1)]
-    races = Races(main)
+    races, turns = Races(main), itertools.cycle([main, *others])
 
     @contextlib.contextmanager
     def on(stream):
-        before, races.stream = (
-            races.stream,
-            others[len(races.held) % len(others)] if "changes" in str(fault) else stream,
-        )
-        races.stream = main if "changes" in str(fault) and len(races.held) % 2 else races.stream
+        before, races.stream = races.stream, next(turns) if fault == "a lane changes its stream" else stream
         yield
         races.stream = before
 
@@ -353,7 +350,7 @@ def test_streams_fork_and_join_around_all_that_they_touch(streams, fault, monkey
         weighted, _ = op.segment_logprob(made, weight, targets, w, cu, "torch", 3)
         weighted.sum().backward()
     assert len(products) == (5 if fault == "an error" else 7)
-    assert bool(races.found) == (fault in ("no fork", "no join", "a chunk changes its stream")), races.found
+    assert bool(races.found) == (fault in ("no fork", "no join", "a lane changes its stream")), races.found
     if fault == "an error":  # then too the buffers are freed after their last use
         assert all(main.done[s] == s.done[s] > 0 for s in others)
 
