@@ -127,8 +127,8 @@ def test_add_rmsnorm(N, E, dtype, impl, device):
     assert torch.equal(rmsnorm(h, w, 1e-6, impl), y)
 
 
-SHAPE = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
-SHAPE |= dict(num_key_value_heads=1, head_dim=12, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True)
+SHAPE = dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+SHAPE |= dict(num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True)
 
 
 @every_path
