@@ -354,9 +354,13 @@ def select_candidates(
     for number, draws in _questions(samples, n_draws):
         dataset = draws["on"][0].get("dataset") or "unnamed"
         counts = [tally["all"], tally.setdefault(dataset, Counter(questions=0, chosen=0, rejected=0))]
-        thoughts.update(parse_sample(sample).outcome for sample in draws["on"])
+        parsed = {mode: [parse_sample(sample) for sample in draws[mode]] for mode in ("on", "off")}
+        thoughts.update(p.outcome for p in parsed["on"])
         found: list[str] = ["questions"]
-        z_on, z_off = ({_is_right(sample, matcher, fold) for sample in draws[mode]} for mode in ("on", "off"))
+        z_on, z_off = (
+            {MATCHERS[matcher](p.answer, s["answers"], fold) for p, s in zip(parsed[mode], draws[mode], strict=True)}
+            for mode in ("on", "off")
+        )
         if matcher == "verifier" and not any(map(verifier.usable, draws["on"][0]["answers"])):
             found.append("gold has no value")  # nothing would ever be right
         elif len(z_on) + len(z_off) > 2:
@@ -442,11 +446,6 @@ def _questions(
             for k in (k for k in range(n_draws) if k not in draws):
                 place = f"draw {k} of {name!r}, thinking {mode}"
                 raise InputError(f"samples: {place}, is missing; finish sampling or ask for fewer draws than {n_draws}")
-
-
-def _is_right(sample: dict[str, Any], matcher: str, fold: bool) -> bool:
-    """Whether the answer of one draw is right (z of 3.1.1)."""
-    return MATCHERS[matcher](parse_sample(sample).answer, sample["answers"], fold)
 
 
 def _candidate(

@@ -112,6 +112,9 @@ class _LowRank(torch.autograd.Function):
     starts its fp32 accumulator at W x, so the sum costs no pass of its own, and with B = 0 it adds exact zeros: y is
     then W x bit for bit, whichever kernel BLAS takes for either, and the first log-ratio of training is exactly 0. In
     the other order W x would be made by another kernel than the reference's, and could round differently.
+
+    In half precision y is rounded twice: W x, and the sum. PEFT under autocast rounds these two and both low-rank
+    products, and is no nearer to fp64 (docs/speed.md, "One rounding or two", with what one rounding would cost).
     """
 
     @staticmethod

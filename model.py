@@ -41,7 +41,7 @@ from common.hub import member
 from common.model_config import ModelConfig
 from common.recompute import Remade
 from common.weights import read_tensors, weight_files
-from kernels.add_rmsnorm import add_rmsnorm
+from kernels.add_rmsnorm import add_rmsnorm, rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
 
@@ -147,10 +147,17 @@ class Rows:
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
     remade: Remade | None = None  # where cheap results are made again in the backward pass
 
-    def forget(self, made: Tensor | tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:
-        """`made` is function(*inputs): the backward pass may make it again."""
+    def forget(self, made: Any, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`made`, a tensor or a tuple, is function(*inputs): the backward pass may make it again. Returns it."""
         if self.remade is not None:
             self.remade.forget(made, function, *inputs)
+        return made
+
+    def normed(self, norm: nn.RMSNorm, x: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual x + u, without u x alone, and its norm."""
+        scale = norm.weight, cast(float, norm.eps)
+        x, y = add_rmsnorm(x, u, *scale)
+        return x, self.forget(y, rmsnorm, x, *scale)
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -273,8 +280,7 @@ class Attention(nn.Module):
         qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
         scales = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         given = qkv, scales, self.eps, rows.cos, rows.sin, G
-        q, k, v = qk_norm_rope(*given)
-        rows.forget((q, k, v), qk_norm_rope, *given)
+        q, k, v = rows.forget(qk_norm_rope(*given), qk_norm_rope, *given)
         if rows.cache is not None:
             cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
             cache_k[rows.slots, :, rows.positions] = k
@@ -301,9 +307,7 @@ class MLP(nn.Module):
             given: tuple[Tensor, ...] = self.gate_proj(x), self.up_proj(x)
         else:
             given = (lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked),)
-        inner = swiglu(*given)
-        rows.forget(inner, swiglu, *given)
-        return self.down_proj(inner)
+        return self.down_proj(rows.forget(swiglu(*given), swiglu, *given))
 
 
 class Layer(nn.Module):
@@ -315,13 +319,19 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        normed, norm = self.input_layernorm(x), self.post_attention_layernorm
-        rows.forget(normed, self.input_layernorm, x)
-        assert norm.eps is not None
-        x, normed = add_rmsnorm(x, self.self_attn(normed, rows), norm.weight, norm.eps)
-        rows.forget(normed, norm, x)
-        return x + self.mlp(normed, rows)
+    def forward(self, x: Tensor, u: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The residual as x and what the layer before adds to it, u; the same of this layer: the next norm adds up."""
+        x, normed = rows.normed(self.input_layernorm, x, u)
+        x, normed = rows.normed(self.post_attention_layernorm, x, self.self_attn(normed, rows))
+        return x, self.mlp(normed, rows)
+
+
+class Embedding(nn.Embedding):
+    """torch's, without a draw of its own on the meta device, see `moe.draw`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Decoder(nn.Module):
@@ -329,7 +339,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -347,7 +357,7 @@ class Qwen3(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                moe.draw(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -379,8 +389,7 @@ class Qwen3(nn.Module):
         assert ids.shape == (int(cu_seqlens[-1]),), (ids.shape, cu_seqlens)
         longest = int(lengths.max())
         assert longest <= self.config.max_position_embeddings, (longest, self.config.max_position_embeddings)
-        positions = torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
-        positions = positions.to(weight.device)
+        positions = (torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)).to(weight.device)
         rows = Rows(*angles(self.config, positions, weight.dtype), lengths.tolist())
         if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and varlen_attn() is not None:
             rows.cu_seqlens = cu_seqlens.to(weight.device, torch.int32)
@@ -403,26 +412,25 @@ class Qwen3(nn.Module):
         seen, start = [], 0
         for size, width in groups:
             part = slice(start, start + size)
-            hidden = torch.arange(width, device=ids.device) > positions[part, None]
+            hidden = (torch.arange(width, device=ids.device) > positions[part, None])[:, None, None]
             seen.append((part, torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)))
             start += size
-        seen = [(part, mask[:, None, None]) for part, mask in seen]
         slots = torch.arange(len(ids), device=ids.device)
         cos, sin = cache.cos[positions], cache.sin[positions]
         return self._layers(ids, Rows(cos, sin, [], cache=cache, slots=slots, positions=positions, seen=seen))
 
     def _layers(self, ids: Tensor, rows: Rows) -> Tensor:
-        x = self.model.embed_tokens(ids)
+        x, u = self.model.embed_tokens(ids), None
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         assert recompute == "none" or rows.cache is None, "a cache is filled by passes that recompute nothing"
         rows.remade = Remade() if recompute == "cheap" else None
         with rows.remade or contextlib.nullcontext():
             for layer in self.model.layers:
-                if recompute == "full":
-                    x = checkpoint(layer, x, rows, use_reentrant=False, preserve_rng_state=False)
+                if recompute == "full":  # adds up at once: one tensor a layer is kept, not two
+                    x = torch.add(*checkpoint(layer, x, None, rows, use_reentrant=False, preserve_rng_state=False))
                 else:
-                    x = layer(x, rows)
-        return self.model.norm(x)
+                    x, u = layer(x, u, rows)
+            return rows.normed(self.model.norm, x, u)[1]
 
     def compile_layers(self) -> None:
         """torch.compile every layer, but for what differs from pass to pass: packed rows' lengths, experts' shares."""

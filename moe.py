@@ -46,13 +46,20 @@ PROBED = 8  # rows of a step whose routes are compared, policy against reference
 EVERY = 10  # steps between two such comparisons: two passes without a gradient, under one hundredth of the time
 
 
+def draw(weight: Tensor) -> None:
+    """Hugging Face's initial weights: normal, deviation 0.02. On the meta device nothing is drawn: that would import
+    torch's compiler, two seconds for nothing."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=0.02)
+
+
 class Router(nn.Module):
     """How probable each expert is. The weight has Hugging Face's name, `mlp.gate.weight`."""
 
     def __init__(self, experts: int, hidden: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden))
-        nn.init.normal_(self.weight, std=0.02)
+        draw(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, E) to (N, n) probabilities in fp32."""
@@ -67,7 +74,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         for weight in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(weight, std=0.02)
+            draw(weight)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, forget: Callable[..., None]) -> Tensor:
         """x: (N, E). weights, chosen: (N, k), what each chosen expert counts, and its number. Returns (N, E).

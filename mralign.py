@@ -208,7 +208,7 @@ def stages(run: Run) -> list[Stage]:
     pages = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
     made = {name: out / name for name in pages}
     figures, votes = {"figures": out / "figures"}, {"agreement.json": votes["agreement.json"]}
-    how = ("method", "also", "eval_sets")
+    how = ("method", "also", "eval_sets", "out")  # its pages name the folder
     return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures)]
 
 

@@ -221,17 +221,16 @@ class Trainer:
 
     def measure(self) -> None:
         """On a GPU, where no size was asked for: one pass over the longest rows says how many tokens really fit."""
-        asked = self.s.micro_batch or self.s.micro_tokens
-        if asked or self.s.shard or self.ranks.device.type == "cpu":  # a rank with shards cannot make a pass alone
+        if self.s.micro_batch or self.s.micro_tokens or self.ranks.device.type == "cpu":
             return
-
-        def run(rows: list[int]) -> None:
-            self.begin(rows, self.lengths)
-            weighted, _ = sequence_sums(self.model, self.model.head, self.batch(rows), self.impl)
-            torch.autograd.grad(weighted.sum(), self.parameters)  # not backward(): DDP shall not hear of it
-
         trained = sum(p.numel() for p in self.parameters)
-        self.limit = passes.measured(self.limit, self.lengths, trained, run, self.ranks)
+        self.limit = passes.measured(self.limit, self.lengths, trained, self.try_pass, self.ranks)
+
+    def try_pass(self, rows: list[int]) -> None:
+        """One pass and its gradient, for the memory they take. Ranks with shards make it together, of the same rows."""
+        self.begin(rows, self.lengths)
+        weighted, _ = sequence_sums(self.model, self.model.head, self.batch(rows), self.impl)
+        torch.autograd.grad(weighted.sum(), self.parameters)  # not backward(): DDP shall not hear of it
 
     def each(
         self, indices: list[int], lengths: list[int], batch: Callable[[list[int]], data.Batch], limit: Limit

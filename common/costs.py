@@ -126,7 +126,7 @@ def step_flops(c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute:
 
 # ---------- bytes
 
-CHUNK_BYTES = 2**30  # most that the logits of one chunk and their gradient take on a GPU
+CHUNK_BYTES = 400 * 2**20  # most that the logits of one chunk take on a GPU; their gradient lies in the same place
 RECOMPUTE = ("none", "cheap", "full")  # what the backward pass makes again: nothing, elementwise results, whole layers
 
 
@@ -193,16 +193,17 @@ def memory(
         "AdamW's moments": 8 * n["adapters"],
         "activations": (kept + one_layer) * tokens,
         "working set of one layer": max(no_grad_tokens, tokens) * size * products,
-        "head chunk and its gradient": min(CHUNK_BYTES, 6 * predicted * c.vocab_size) + 2 * size * predicted * E,
+        "head chunk and its gradient": min(CHUNK_BYTES, 4 * predicted * c.vocab_size) + 2 * size * predicted * E,
     }
 
 
 def elementwise_bytes(c: ModelConfig, size: int) -> dict[str, dict[str, tuple[int, int]]]:
     """Bytes that a layer's elementwise passes move for one token: part -> pass -> (eager operations, fused kernel).
 
-    Counted are reads and writes of each operation's own tensors, none from a cache. The first norm is one kernel both
-    ways. Eager QK-norm is a norm and a product with the scale; RoPE rolls, multiplies twice and adds; the backward pass
-    does the same, and one copy joins q, k and v.
+    Counted are reads and writes of each operation's own tensors, none from a cache. A layer has two sums, each with the
+    norm of it; where whole layers are recomputed the second sum is a pass of its own. Eager QK-norm is a norm and a
+    product with the scale; RoPE rolls, multiplies twice and adds; the backward pass does the same, and one copy joins
+    q, k and v.
     """
     E, F, (q, kv) = c.hidden_size, c.intermediate_size, widths(c)
     heads, every = q + kv, q + 2 * kv
@@ -212,6 +213,8 @@ def elementwise_bytes(c: ModelConfig, size: int) -> dict[str, dict[str, tuple[in
             "forward": ((4 * c.qk_norm + 9) * heads * size, 2 * every * size),
             "backward": (((5 * c.qk_norm + 9) * heads + 2 * every) * size, 3 * every * size),
         },
-        "residual add and norm": {"forward": (5 * E * size, 4 * E * size), "backward": (6 * E * size, 4 * E * size)},
-        "other norm and add": {"forward": (5 * E * size, 5 * E * size), "backward": (6 * E * size, 6 * E * size)},
+        "residual sums and norms": {
+            "forward": (10 * E * size, 8 * E * size),
+            "backward": (12 * E * size, 8 * E * size),
+        },
     }

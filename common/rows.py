@@ -21,7 +21,9 @@ def is_texts(value: Any) -> bool:
 
 def are_ids(value: Any) -> bool:
     """Whether a value is a list of token ids, maybe an empty one."""
-    return isinstance(value, list) and {*map(type, value)} <= {int} and all(0 <= i < LARGEST_ID for i in value)
+    if not isinstance(value, list) or not {*map(type, value)} <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < LARGEST_ID)
 
 
 def are_weights(value: Any) -> bool:

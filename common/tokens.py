@@ -208,6 +208,11 @@ def _pieces(tokenizer: Tokenizer, size: int) -> _Pieces:
     return _Pieces(tokenizer)
 
 
+def _bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
+    """What each id stands for."""
+    return list(map(_pieces(tokenizer, tokenizer.get_vocab_size()).__getitem__, ids))
+
+
 def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Span]]:
     """The text of sampled ids and the character range of each: what decoding gives, added tokens included.
 
@@ -217,8 +222,7 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[S
     an embedding have and a model can sample, is no text, as in transformers: an empty range where it stands.
     Raises InputError at a negative id, or when the tokenizer is not byte-level.
     """
-    table = _pieces(tokenizer, tokenizer.get_vocab_size())
-    pieces = [table[i] for i in ids]
+    pieces = _bytes_of(tokenizer, ids)
     text, char_of_byte = _decode(b"".join(pieces))
     lengths = np.array([len(p) for p in pieces], dtype=np.int64)
     ends = lengths.cumsum()
@@ -258,7 +262,8 @@ def speller(tokenizer: Tokenizer) -> Callable[[Sequence[int], str], bool]:
     passed = re.compile("|".join([*map(re.escape, longest_first), r"\s", "\ufffd"]))
 
     def spells(ids: Sequence[int], text: str) -> bool:
-        own, given = passed.sub("", token_offsets(tokenizer, ids)[0]), passed.sub("", text)
+        spelt = b"".join(_bytes_of(tokenizer, ids)).decode("utf-8", "replace")
+        own, given = passed.sub("", spelt), passed.sub("", text)
         left = iter(own)
         return own == given or (len(given) >= LEAST_SPELT * len(own) and all(c in left for c in given))
 

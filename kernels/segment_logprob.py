@@ -19,10 +19,11 @@ them into onehot - p, and BLAS makes R while the chunk is at hand. So the forwar
 
     bf16 model               matrix products   bytes moved a logit   bytes held
     naive, full logits       2                 about 40              10 to 14 * M * V
-    here, gradient wanted    2                 16                    6 * C * V + 2 * M * E
+    here, gradient wanted    2                 16                    4 * C * V + 2 * M * E
     here, no gradient        1                 8                     4 * C * V
 
-16 = logits written 4, read 4 for logp and 4 for onehot - p, which is written 2 and read 2 by the second product.
+16 = logits written 4, read 4 for logp and 4 for onehot - p, which is written 2 and read 2 by the second product. It is
+written where the logits are, each row at the front of its own, so that the second product reads every other half row.
 
 Precision. Logits, logsumexp, log-probabilities and sums are fp32 for fp32, bf16 and fp16 inputs (fp64 for fp64), and
 both terms of logp_t come from the same logits: bf16 ones would cost about 0.3 nat over 4,000 tokens. onehot - p is made
@@ -60,6 +61,8 @@ NARROW = dict(num_warps=4, enable_fp_fusion=False)
 # Chunks under way at once, each with buffers and on a GPU a stream of its own: with 2 the elementwise pass of one runs
 # beside the products of the other. 1 until a GPU has shown that 2 pays (gpu_check measures both).
 STREAMS = 1
+# Whether onehot - p lies where the logits lay, not in a buffer of its own. Same bits; gpu_check measures both.
+SHARED = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -101,18 +104,23 @@ if triton is not None:
 
     @triton.jit
     def _direction_kernel(X, Y, MAX, SUM, REST, G, stride_x, stride_g, V: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a row and block: G = onehot(y) - p, made in fp32 and then rounded to G's type.
+        """One program a row: G = onehot(y) - p, made in fp32 and then rounded to G's type.
 
-        G may be X itself: each element is read and then written by the same thread.
+        A row of G may lie at the front of its row of X. Block by block from the left, what is written is never wider
+        than what was read, and the barrier lets no thread write before all have read the block.
         """
         row = tl.program_id(0).to(tl.int64)
-        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        cols = tl.arange(0, BLOCK)
         at = tl.load(Y + row).to(tl.int32)
-        x = tl.load(X + row * stride_x + cols, mask=cols < V, other=0.0)
+        largest = tl.load(MAX + row)
         a_share = 1.0 / tl.load(SUM + row)
-        p = tl.exp(x - tl.load(MAX + row)) * a_share
-        g = tl.where(cols == at, tl.load(REST + row) * a_share, -p)  # 1 - p of the target, without subtracting
-        tl.store(G + row * stride_g + cols, g.to(G.dtype.element_ty), mask=cols < V)
+        of_target = tl.load(REST + row) * a_share  # 1 - p of the target, without subtracting
+        for i in range(0, V, BLOCK):
+            x = tl.load(X + row * stride_x + i + cols, mask=i + cols < V, other=0.0)
+            p = tl.exp(x - largest) * a_share
+            g = tl.where(i + cols == at, of_target, -p)
+            tl.debug_barrier()
+            tl.store(G + row * stride_g + i + cols, g.to(G.dtype.element_ty), mask=i + cols < V)
 
     @triton.jit
     def _segment_sum_kernel(LOGP, W, CU, WEIGHTED, PLAIN, BLOCK: tl.constexpr):
@@ -159,7 +167,7 @@ def _logits(h: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _rows_torch(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> None:
-    """logp (C,) of the targets y (C,) and, unless None, G (C, V) = onehot(y) - p. G may be the logits themselves.
+    """logp (C,) of the targets y (C,) and, unless None, G (C, V) = onehot(y) - p, whose rows may lie in the logits'.
 
     Rows with y < 0 hold anything: the caller clears them.
     """
@@ -184,15 +192,14 @@ def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> N
     largest, total, rest = (torch.empty_like(logp) for _ in range(3))
     _logp_kernel[(C,)](logits, y, logp, largest, total, rest, logits.stride(0), V, BLOCK, **WIDE)
     if G is not None:
-        grid = (C, triton.cdiv(V, BLOCK))
         strides = logits.stride(0), G.stride(0)
-        _direction_kernel[grid](logits, y, largest, total, rest, G, *strides, V, BLOCK, **WIDE)
+        _direction_kernel[(C,)](logits, y, largest, total, rest, G, *strides, V, BLOCK, **WIDE)
 
 
 @functools.cache
 def _streams(device: torch.device, n: int) -> list[torch.cuda.Stream]:
-    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen."""
-    return [torch.cuda.Stream(device) for _ in range(n)]
+    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen. None on a CPU."""
+    return [torch.cuda.Stream(device) for _ in range(n)] if device.type == "cuda" else []
 
 
 def _token_logp(
@@ -205,17 +212,18 @@ def _token_logp(
     width = -(-V // 16) * 16  # rows start on 16-byte borders whatever V is, so that loads are 128 bits wide
 
     def buffers() -> tuple[Tensor, Tensor | None]:
-        """logits and onehot - p of one chunk; in fp32 the second takes the place of the first."""
-        logits = logp.new_empty(min(chunk, M), width)[:, :V]
-        if not want_grad or hidden.dtype == logits.dtype:
-            return logits, logits if want_grad else None
-        return logits, hidden.new_empty(len(logits), width)[:, :V]
+        """logits and onehot - p of one chunk."""
+        logits = logp.new_empty(min(chunk, M), width)
+        if not want_grad:
+            return logits[:, :V], None
+        G = logits.view(hidden.dtype) if SHARED else hidden.new_empty(logits.shape)
+        return logits[:, :V], G[:, :V]
 
     make_rows = _rows_triton if impl == "triton" else _rows_torch
     lanes = [buffers() for _ in range(STREAMS)]
     # A chunk stays on one stream from its first product to its last, and no two write the same rows, so the streams
     # meet only here and after the loop; after it, freed buffers go back to the stream they came from.
-    others = _streams(hidden.device, STREAMS - 1) if hidden.is_cuda else []
+    others = _streams(hidden.device, STREAMS - 1)
     for stream in others:
         stream.wait_stream(torch.cuda.current_stream(hidden.device))
     try:
@@ -301,13 +309,9 @@ def elementwise_impl(x: Tensor, *scales: Tensor) -> str:
     return default_impl(x.device)
 
 
-def default_chunk(device: torch.device | str, V: int, dtype: torch.dtype) -> int:
-    """Rows of one pass: 320 on the CPU; on CUDA the power of two whose buffers take at most 1 GiB, 128 at least."""
-    if torch.device(device).type == "cpu":
-        return CPU_CHUNK
-    a_logit = 4 if dtype == torch.float32 else 4 + dtype.itemsize  # fp32 turns its logits into onehot - p in place
-    rows = CHUNK_BYTES // (a_logit * V)
-    return max(128, 1 << (rows.bit_length() - 1)) if rows else 128
+def default_chunk(device: torch.device | str, V: int) -> int:
+    """Rows of one pass: 320 on the CPU; on CUDA as many whole 128 as CHUNK_BYTES hold fp32 logits of, at least one."""
+    return CPU_CHUNK if torch.device(device).type == "cpu" else max(128, CHUNK_BYTES // (4 * V) // 128 * 128)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, w: Tensor, cu_seqlens: Tensor, impl: str) -> None:
@@ -372,7 +376,7 @@ def segment_logprob(
     """
     _check(hidden, weight, targets, w, cu_seqlens, impl)
     if chunk is None:
-        chunk = default_chunk(hidden.device, len(weight), hidden.dtype)
+        chunk = default_chunk(hidden.device, len(weight))
     assert chunk > 0, chunk
     targets, w = targets.contiguous(), w.contiguous()
     # Autocast would undo the fp32 logits; Triton launches on the current device.

@@ -260,7 +260,7 @@ def run_pipeline(out: Path) -> dict[str, float]:
 
 
 def run_sweep(out: Path) -> None:
-    """Tables 3 and 4: the runs of SWEEP on the draws and labels of the run, two side by side."""
+    """Tables 3 and 4: the runs of SWEEP on what the run has drawn and labelled, all at once after the first."""
     paper = read_json(ROOT / "configs" / "ablations.json")["runs"]
     runs = {
         name: {"settings": {"method": "mralign"} | settings, "paper": paper[name]["paper"]}
@@ -270,7 +270,7 @@ def run_sweep(out: Path) -> None:
     common = {"also": "", "judge": "", "label_eval": 0, "eval_sets": few}
     file = {"base": str(out / "config.json"), "out": str(out / "sweep"), "settings": common, "runs": runs}
     write_json(out / "sweep-file.json", file)
-    launch(["-m", "tools.sweep", str(out / "sweep-file.json"), "--jobs", str(RANKS)], out / "sweep.log")
+    launch(["-m", "tools.sweep", str(out / "sweep-file.json"), "--jobs", str(len(SWEEP) - 1)], out / "sweep.log")
 
 
 def run_own_sampler(out: Path, questions: Path) -> list[dict[str, Any]]:

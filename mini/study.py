@@ -225,35 +225,6 @@ def write_table(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) ->
         f.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-HEADLINE = ("<!-- headline:begin -->", "<!-- headline:end -->")
-
-
-def headline(study: dict[str, Any]) -> str:
-    """The README's one table: Acc and Mis on test questions at two learning rates, and what MR-ALIGN adds to KTO."""
-    groups = {
-        "at the rate development prefers": "both worlds",
-        f"at half of it ({HALF:g})": f"both worlds, lr {HALF:g}",
-    }
-    rows = []
-    for variant in ("thinkon", "sft", "kto", "shuffled", "mralign"):
-        row = {"": {"thinkon": "ThinkOn, not aligned", "shuffled": "MR-ALIGN, weights shuffled"}.get(variant, variant)}
-        row[""] = {"sft": "SFT", "kto": "KTO", "mralign": "**MR-ALIGN**"}.get(variant, row[""])
-        for title, name in groups.items():
-            of = study["groups"][name]["settings"].get(variant)
-            cells = (
-                [f"{100 * of[k]['mean']:.1f} ± {100 * of[k]['sd']:.1f}" for k in ("test_acc", "test_mis")]
-                if of
-                else None
-            )
-            row[f"Acc / Mis, {title}"] = " / ".join(cells) if cells else "–"
-        rows.append(row)
-    row = {"": "MR-ALIGN minus KTO, points"}
-    for title, name in groups.items():
-        of = study["groups"][name]["differences"]["mralign - kto"]
-        row[f"Acc / Mis, {title}"] = " / ".join(_interval(of[k]) for k in ("test_acc", "test_mis"))
-    return table.markdown([*rows, row])
-
-
 @program
 def main() -> int:
     """Run what is missing, then summarise."""
@@ -272,7 +243,6 @@ def main() -> int:
     }
     write_json(RESULT, study)
     write_table(markdown(study))
-    write_table(headline(study), ROOT / "README.md", HEADLINE)
     print(markdown(study))
     return 0
 

@@ -8,8 +8,8 @@ it made and of its code. The next run compares:
   code only                 done again if it takes seconds; kept, and said so, if it costs hours or money (`Stage.dear`)
   an output damaged         done again if it takes seconds (the page, a figure); refused with the remedy if it is dear
   --redo STAGE              done again
-  --reuse-from RUN          what that run made with the same settings and inputs is taken over before anything dear is
-                            done; where only its questions differ, the completions of the questions both have
+  --reuse-from RUN          what that run made with the same settings and inputs (and, if it takes seconds, by the same
+                            code) is taken over; where only the questions of something dear differ, what both have
 
 Inputs count by content, not by path: a file that moved is the same file. The code of a stage is its function, what that
 calls in its own file, and every project file these import, without comments. Left out: a stage that reads a setting
@@ -120,16 +120,22 @@ def code_of(work: Callable[..., Any]) -> dict[str, str]:
     >>> sorted(code_of(digest))
     ['pipeline/reuse.py: digest']
     """
+    return dict(_code_of(work.func if isinstance(work, functools.partial) else work))
+
+
+@functools.cache
+def _code_of(work: Callable[..., Any]) -> dict[str, str]:
+    """`code_of` of a function: the stages of every variant and evaluation set share one."""
     found: dict[str, str] = {}
-    queue: list[Any] = [work.func if isinstance(work, functools.partial) else work]
+    queue: list[Any] = [work]
     while queue:
         item = queue.pop()
         place = f"{_file_of(item)}: {item.__qualname__}"
         if place in found:
             continue
         source = inspect.getsource(item)
-        found[place] = digest(_without_comments(source))
-        found |= {f: _code_checksum(f) for late in _imports(source) for f in imported(late)}
+        found[place], late = _read(source)
+        found |= {f: _read_file(f)[0] for file in late for f in imported(file)}
         home = sys.modules[item.__module__]
         for name in _names(item):
             value = vars(home).get(name)
@@ -137,7 +143,7 @@ def code_of(work: Callable[..., Any]) -> dict[str, str]:
             if file is None:
                 continue
             if isinstance(value, types.ModuleType) or value.__module__ != item.__module__:
-                found |= {f: _code_checksum(f) for f in imported(file)}
+                found |= {f: _read_file(f)[0] for f in imported(file)}
             elif inspect.isfunction(value) or inspect.isclass(value):
                 queue.append(value)
     return dict(sorted(found.items()))
@@ -173,41 +179,30 @@ def imported(file: str) -> frozenset[str]:
         if name in found:
             continue
         found.add(name)
-        queue += _imports((ROOT / name).read_text(encoding="utf-8"))
+        queue += _read_file(name)[1]
     return frozenset(found)
 
 
 @functools.cache
-def _imports(source: str) -> tuple[str, ...]:
-    """The project's files that a text of code imports, at its top or within its functions."""
-    modules: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+def _read(source: str) -> tuple[str, tuple[str, ...]]:
+    """Of a text of code: a checksum that no comment and no docstring changes, and the project's files it imports."""
+    tree, modules = ast.parse(source), list[str]()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                first.value.value = ""
     paths = (f"{module.replace('.', '/')}.py" for module in modules)
-    return tuple(path for path in paths if (ROOT / path).is_file())
+    return digest(ast.dump(tree)), tuple(path for path in paths if (ROOT / path).is_file())
 
 
 @functools.cache
-def _code_checksum(file: str) -> str:
-    return digest(_without_comments((ROOT / file).read_text(encoding="utf-8")))
-
-
-def _without_comments(source: str) -> str:
-    """A text that changes when the code does, and not with a comment or a docstring."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
-    return ast.dump(tree)
+def _read_file(file: str) -> tuple[str, tuple[str, ...]]:
+    return _read((ROOT / file).read_text(encoding="utf-8"))
 
 
 # ---------- what is due
@@ -285,7 +280,7 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
         old, new = _receipt(stage.receipt(run.out)), depends(stage, run.cfg)
         needed, words = due(stage, old, new, redo)
         lent = None
-        for other in run.cfg.lenders if needed and stage.dear and not redo else []:
+        for other in run.cfg.lenders if needed and not redo else []:
             needed, words, some = take_over(stage, other, run.out, new, words)
             lent = some or lent
             if not needed:
@@ -334,6 +329,8 @@ def take_over(
         return True, words, None
     changed = changes(old["depends"], new)
     if changed["settings"] or any(not name.startswith("questions") for name in changed["inputs"]):
+        return True, words, None
+    if not stage.dear and (changed["inputs"] or changed["code"]):
         return True, words, None
     if changed["inputs"]:
         return True, f"{words} questions differ from those of {other}".strip(), next(iter(lent.values()))

@@ -5,9 +5,10 @@ A program of its own because a process in which the kernels run under TRITON_INT
     env -u TRITON_INTERPRET python tests/compile_kernels.py
 
 Row: kernel, types, target, registers a thread, stack and local bytes, local loads and stores (= spills), shared bytes,
-loads from global memory by width in bits.
+loads from global memory by width in bits, and the order of loads, barriers and stores, repeats left out.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -44,7 +45,10 @@ CASES = [
     (swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
     (qk_norm_rope._forward_kernel, "*bf16 " * 8 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
     (qk_norm_rope._backward_kernel, "*bf16 " * 9 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
-    (add_rmsnorm._forward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 any:fp32", ROW, op.WIDE),
+    *[
+        (add_rmsnorm._forward_kernel, "*bf16 " * 5 + "*fp32 i32 any:fp32", dict(SUM=both) | ROW, op.WIDE)
+        for both in (True, False)
+    ],
     (add_rmsnorm._backward_kernel, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32", ROW, op.WIDE),
 ]
 
@@ -71,6 +75,7 @@ def compile_one(kernel, types: str, constants: dict[str, int], options: dict, ca
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", str(cubin))))
         sass = tool("nvdisasm", "-c", str(cubin))
     loads = [int(width or 32) for width in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128|256))?(?:\.\w+)* ", sass)]
+    order = re.findall(r"\b(LDG|BAR|STG)\b", sass)
     return {
         "kernel": f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}",
         "types": types,
@@ -81,6 +86,7 @@ def compile_one(kernel, types: str, constants: dict[str, int], options: dict, ca
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,
         "loads": {str(width): loads.count(width) for width in sorted(set(loads))},
+        "order": " ".join(kind for kind, _ in itertools.groupby(order)),
     }
 
 

@@ -1,5 +1,7 @@
 """Measuring on known costs, the candidates against each other, the GPU check on a CPU, FLOPs against torch's count."""
 
+import hashlib
+import itertools
 import json
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import ROOT, cells
 import kernels.segment_logprob as op
 import model as qwen
 import train
+from common import costs
 from common.errors import Disagreement
 from common.files import read_json
 from tools import bench, gpu_check, measure, roofline, targets
@@ -203,7 +206,10 @@ def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     parts = result["parts"]
     assert list(parts) == list(gpu_check.PARTS)
     assert all(part["ok"] and part["error"] is None and not part["cut"] for part in parts.values())
-    assert len(parts["correct"]["rows"]) == 2 * 2 * 3 * 2  # sizes, vocabularies, dtypes, streams
+    assert len(parts["correct"]["rows"]) == 2 * 2 * 3 * 3  # sizes, vocabularies, dtypes, streams and buffers
+    levels = [(row["dtype"], row["recomputed"]) for row in parts["gradients"]["rows"]]
+    assert levels == list(itertools.product(("bfloat16", "float32"), costs.RECOMPUTE))
+    assert all(row["first log-ratio"] == 0 for row in parts["zero"]["rows"])
     ways = [(row["rows a pass"], row["recomputed"]) for row in parts["train"]["rows"]]
     assert ways == [(micro or "auto", level) for micro, level in gpu_check.TINY.ways]
     assert all(row["first loss"] == pytest.approx(0.625, abs=1e-6) for row in parts["train"]["rows"])
@@ -234,11 +240,31 @@ def test_targets_take_medians_and_say_what_is_missing():
         return {"rows a pass": rows, "recomputed": level, "seconds": {"median": seconds}} | more
 
     train_rows = [step(8, "none", 0.8, **{"peak MiB": 50_000.0, "share of the peak": 0.43})]
-    train_rows += [step(8, "cheap", 0.9, **{"peak MiB": 44_000.0}), step(8, "full", 1.0), step(2, "full", 1.5)]
+    train_rows += [step(8, "cheap", 0.9, **{"peak MiB": 44_000.0}), step(8, "full", 1.0, **{"counted MiB": 21_544.0})]
+    train_rows += [step(2, "full", 1.5)]
     trl = [(targets.DEFAULT, 2.5), (targets.ONCE, 1.5), (targets.LIGER, 1.7), (targets.PAPER, 4.5)]
     peers = [{"candidate": name, "seconds": {"median": s}} for name, s in trl]
-    parts = {"train": {"rows": train_rows}, "peers": {"rows": peers}}
-    table = {row["what"]: (row["found"], row["met"]) for row in targets.table(parts)}
+    ways = [
+        ("ours, triton", 1.3, 435.0),
+        ("ours, 2 streams of 320 rows", 1.2, 436.0),
+        ("ours, buffers apart", 1.1, 620.0),
+    ]
+    ops = [
+        {"candidate": name, "/ its products": time, "extra MiB": mib} for name, time, mib in [*ways, ("TRL", 1, 400)]
+    ]
+    swept = [
+        {"D": D, "chunk": 512, "/ its products": time, "extra MiB": 370.0} for D, time in ((4096, 1.15), (1024, 1.0))
+    ]
+    parts = {"train": {"rows": train_rows}, "peers": {"rows": peers}, "op": {"rows": ops}, "sweep": {"rows": swept}}
+    rows = targets.table(parts)
+    table = {row["what"]: (row["found"], row["met"]) for row in rows}
+    beside = {row["what"]: row["beside"] for row in rows if row["beside"]}
+    assert beside == {
+        targets.PEAK + "recomputed": "counted from the shapes: 21,544",
+        targets.FITTING: "chunk 512: 370 MiB",
+    }
+    assert table[targets.FITTING] == (1.15, False) and table["the op, extra MiB"] == (435.0, True)
+    assert targets.best_fitting({"op": {"rows": ops}}) == (1.2, "candidate ours, 2 streams of 320 rows: 436 MiB")
     assert table["share of the peak, layers kept"] == (0.43, False)
     assert table["TRL's default / ours, layers recomputed"] == (2.5, True)
     assert table["TRL's best / ours, layers recomputed"] == (1.5, False)
@@ -276,6 +302,17 @@ def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_p
 def test_without_a_gpu_the_check_says_what_to_do(capsys):
     assert gpu_check.main([]) == 3
     assert "--device cpu --tiny" in capsys.readouterr().err
+
+
+def test_the_receipt_is_that_of_the_recorded_run():
+    folder = ROOT / "docs" / "results"
+    receipt = read_json(folder / "gpu_check-h200.receipt.json")
+    recorded = folder / receipt["of"]
+    assert hashlib.sha256(recorded.read_bytes()).hexdigest() == receipt["sha256"]
+    run = read_json(recorded)
+    assert receipt["command"] == f"python {run['command']}" and receipt["device"] == run["environment"]["machine"]
+    assert receipt["torch"].partition("+")[0] == run["environment"]["torch"]
+    assert receipt["triton"] == run["environment"]["triton"] and all(part["ok"] for part in run["parts"].values())
 
 
 def test_the_readme_shows_the_recorded_tables():

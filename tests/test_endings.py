@@ -178,6 +178,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert child.returncode == 141 and said == "error: nobody reads the output any more\n"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a process that its parent has died")
 def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     """The launcher cannot pass anything on; the rank's own SIGTERM comes from the kernel."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ServiceError
+from common.errors import InputError, ServiceError
 from common.files import read_jsonl, write_jsonl
 from tools import engine_check
 
@@ -124,3 +124,9 @@ def test_questions_are_taken_from_all_over_the_file(tmp_path):
     write_jsonl(tmp_path / "all", [{"n": n} for n in range(10)])
     assert [r["n"] for r in read_jsonl(engine_check.thinned(tmp_path / "all", tmp_path / "some", 4))] == [0, 2, 5, 7]
     assert len(read_jsonl(engine_check.thinned(tmp_path / "all", tmp_path / "more", 40))) == 10
+
+
+def test_a_folder_with_a_space_is_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a b: vLLM on a CPU cannot run from a folder with a space"):
+        engine_check.make_environment(tmp_path / "a b")
+    assert not list(tmp_path.iterdir())

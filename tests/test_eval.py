@@ -70,6 +70,7 @@ def test_thinking_tokens_are_those_of_the_sampled_ids(tiny_tokenizer):
     assert evaluation.score(sample("Paris", mode="off") | {"ids": ids}, tiny_tokenizer)["n_think_tokens"] == 0
 
 
+@pytest.mark.long
 def test_every_gold_of_natural_questions_scores_itself_in_both_modes():
     rows = files.read_jsonl(shared_data() / "nq_open" / "NQ-open.dev.jsonl")
     scored = [

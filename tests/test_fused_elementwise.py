@@ -14,9 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.add_rmsnorm import add_rmsnorm
+import kernels.segment_logprob as op
+import lora
+from common.model_config import ModelConfig
+from common.recompute import Remade
+from kernels.add_rmsnorm import add_rmsnorm, rmsnorm
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.swiglu import swiglu
+from model import Qwen3
 
 HERE = Path(__file__).resolve()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -116,6 +121,55 @@ def test_add_rmsnorm(N, E, dtype, impl, device):
     inputs = [draw(N, E, dtype=dtype, device=device, seed=i) for i in (4, 5)]
     # The norm of bf16 rows is that of the rounded sum, so two roundings lie between y and fp64's.
     compare(lambda x, u: add_rmsnorm(x, u, w, 1e-6, impl), exact, inputs, 2 * bound(impl, dtype))
+    zero = torch.zeros_like(inputs[0], dtype=torch.float64)
+    compare(lambda x: add_rmsnorm(x, None, w, 1e-6, impl), lambda x: exact(x, zero), inputs[:1], bound(impl, dtype))
+    h, y = add_rmsnorm(*inputs, w, 1e-6, impl)
+    assert torch.equal(rmsnorm(h, w, 1e-6, impl), y)
+
+
+SHAPE = dict(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2)
+SHAPE |= dict(num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True)
+
+
+@every_path
+@every_dtype
+def test_what_is_made_again_is_the_first_bit_for_bit(dtype, impl, device, monkeypatch):
+    """At "cheap" every norm, RoPE and SwiGLU of a model comes from the same kernel both times."""
+    monkeypatch.setattr(op, "default_impl", lambda device: impl)
+    torch.manual_seed(0)
+    net = Qwen3(ModelConfig(**SHAPE, max_position_embeddings=64, eos_token_id=0)).to(device, dtype)
+    masters = lora.add(net, 2, 4.0)
+    for p in masters:
+        p.data += 0.3 * torch.randn(p.shape).to(device)
+    net.stack()
+    ids, rows = torch.randint(50, (5,)).to(device), torch.tensor([0, 2, 5])
+    first, right = [], Remade.forget
+
+    def noted(self, made, function, *inputs):
+        first.append((made, function, inputs))
+        right(self, made, function, *inputs)
+
+    monkeypatch.setattr(Remade, "forget", noted)
+    gradients = []
+    for level in ("none", "cheap", "full"):
+        net.recompute = level
+        hidden = net(ids, rows)
+        gradients.append(torch.autograd.grad(hidden, masters, draw(*hidden.shape, dtype=dtype, device=device)))
+    assert [function for _, function, _ in first] == [rmsnorm, qk_norm_rope, rmsnorm, swiglu, rmsnorm]
+    nodes = set()
+    for made, function, inputs in first:
+        with torch.no_grad():
+            again = function(*inputs)
+        for y, z in zip(*(x if isinstance(x, tuple) else (x,) for x in (made, again)), strict=True):
+            assert torch.equal(y, z)
+            nodes.add(type(y.grad_fn).__name__)
+    fused = {"_AddRMSNormBackward", "_QKNormRopeBackward"}
+    fused |= {"_SwiGLUBackward"} if dtype == torch.bfloat16 else set()  # in fp32 gate and up come apart
+    assert nodes & fused == (fused if impl == "triton" else set())
+    if device == "cpu":  # attention's backward pass adds up in any order on a GPU
+        # "full" adds up by torch, which rounds bf16 where the interpreter cuts it off.
+        others = gradients[1:] if impl == "torch" or dtype == torch.float32 else gradients[1:2]
+        assert all(torch.equal(a, b) for other in others for a, b in zip(gradients[0], other, strict=True))
 
 
 @every_path
@@ -125,7 +179,9 @@ def test_no_rows(impl, device):
     q, k, v = qk_norm_rope(torch.zeros(0, 4, 4, device=device), None, 1e-6, empty, empty, 1, impl)
     assert (q.shape, k.shape, v.shape) == ((0, 2, 4), (0, 1, 4), (0, 1, 4))
     zeros = torch.zeros(0, 8, device=device)
-    assert [t.shape for t in add_rmsnorm(zeros, zeros, torch.ones(8, device=device), 1e-6, impl)] == [(0, 8), (0, 8)]
+    ones = torch.ones(8, device=device)
+    assert [t.shape for t in add_rmsnorm(zeros, zeros, ones, 1e-6, impl)] == [(0, 8), (0, 8)]
+    assert rmsnorm(zeros, ones, 1e-6, impl).shape == (0, 8)
 
 
 def test_hand_worked():

@@ -303,6 +303,7 @@ def test_soak(tmp_path):
     print(f"{n} traces: {len(server.requests)} requests, {len(rows)} replies, {len(lost)} lost in {kills} kills")
 
 
+@pytest.mark.long
 def test_spend_is_the_servers_count_to_the_last_token(annotate, server, out):
     """Faults but no kills: every reply that was billed is in the ledger, and nothing else."""
     rng = random.Random(1)

@@ -404,7 +404,7 @@ def launch():
     server.wait()
 
 
-@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("gate", [pytest.param(False, marks=pytest.mark.long), True])
 def test_two_ranks_are_one_also_when_one_of_them_is_gated(tmp_path, folder, group, launch, gate):
     one, row = masa_worker.gradient(folder, group, int(gate), gate)
     out, log = tmp_path / "two", tmp_path / "log"

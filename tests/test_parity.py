@@ -239,6 +239,7 @@ def step_by_micro_batches(trainer: train.Trainer, number: int, reference: dict[s
     return sum(losses) / len(losses)
 
 
+@pytest.mark.long
 def test_with_accumulation_trls_z0_is_each_micro_batchs_own_and_nothing_else_differs(
     base, train_file, tiny_tokenizer, group, tmp_path
 ):

@@ -63,9 +63,9 @@ def test_the_code_of_a_stage_is_what_it_reaches_and_no_more():
 
 def test_comments_and_docstrings_are_no_code():
     source = 'def f(x):\n    """Doubles."""\n    return 2 * x\n'
-    same = reuse._without_comments(source)
-    assert reuse._without_comments(source.replace("Doubles", "Twice").replace("x\n", "x  # fast\n")) == same
-    assert reuse._without_comments(source.replace("2", "3")) != same
+    same = reuse._read(source)[0]
+    assert reuse._read(source.replace("Doubles", "Twice").replace("x\n", "x  # fast\n"))[0] == same
+    assert reuse._read(source.replace("2", "3"))[0] != same
 
 
 def test_an_input_must_be_what_its_stage_left(tmp_path):
@@ -134,3 +134,23 @@ def test_a_damaged_receipt_never_counts_as_none(tmp_path: Path) -> None:
                 assert "put it back, or remove it, and the stage is done again" in str(error)
             else:  # blanks, or the word "check" itself
                 assert found is not None and found["outputs"] == {} and found["depends"] == OLD["depends"], (at, bit)
+
+
+@pytest.mark.parametrize("dear", [False, True])
+@pytest.mark.parametrize("kind", ["", "settings", "inputs", "code"])
+def test_what_another_run_may_lend(tmp_path: Path, kind: str, dear: bool) -> None:
+    """The same work: always. Other settings or inputs: never. Other code: what took hours, not what takes seconds."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    s = reuse.Stage("sample" if dear else "fit", print, (), {}, {"o": mine / "o.jsonl"}, dear=dear)
+    other.mkdir()
+    mine.mkdir()
+    (other / "o.jsonl").write_text("{}\n")
+    old = OLD | {"outputs": {"o": reuse.checksum(other / "o.jsonl")}}
+    reuse._write_receipt(s.receipt(other), old)
+    new = {name: dict(of) for name, of in OLD["depends"].items()}
+    if kind:
+        new[kind]["one more"] = "x"
+    needed, words, _ = reuse.take_over(s, other, mine, new, "")
+    lent = not kind or (kind == "code" and dear)
+    assert needed is not lent and (mine / "o.jsonl").exists() is lent
+    assert words == (f"taken over from {other} (took {OLD['seconds']} s there)" if lent else "")

@@ -5,7 +5,9 @@ where there is one. Without CUDA, `test_triton_text_under_the_interpreter` runs 
 process of its own, because Triton reads TRITON_INTERPRET when it is first imported.
 """
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -275,6 +277,95 @@ def test_two_streams_give_the_bits_of_one(impl, device, dtype, monkeypatch):
         assert all(map(torch.equal, fast_answer(*inputs, g, g, impl, 3), one))
 
 
+class Stream:
+    """Knows of each stream how many of its operations have surely ended before the next one here."""
+
+    def __init__(self, deaf=False):
+        self.done, self.deaf = {self: 0}, deaf
+
+    def wait_stream(self, other):
+        if not self.deaf:
+            self.done |= {s: max(n, self.done.get(s, 0)) for s, n in other.done.items()}
+
+
+class Races(TorchDispatchMode):
+    """Notes operations that touch overlapping memory on two streams, one of them writing, and do not wait."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream, self.touched, self.found, self.held = stream, [], set(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.held.append(out)  # so that no address is used again
+        if func.is_view or "empty" in func.__name__:
+            return out
+        self.stream.done[self.stream] += 1
+        written = [args[i] for i, a in enumerate(func._schema.arguments[: len(args)]) if a.alias_info]
+        written += [x for x in [out, *(kwargs or {}).values()] if isinstance(x, torch.Tensor)]
+        for x in [x for x in [*args, *written] if isinstance(x, torch.Tensor) and x.numel()]:
+            start = x.data_ptr()
+            end = start + (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.itemsize
+            writes = any(x is y for y in written)
+            for stream, number, a, b, wrote in self.touched:
+                if a < end and start < b and (writes or wrote) and number > self.stream.done.get(stream, 0):
+                    self.found.add(func.__name__)
+            self.touched.append((self.stream, self.stream.done[self.stream], start, end, writes))
+        return out
+
+
+@pytest.mark.parametrize("fault", [None, "no fork", "no join", "a lane changes its stream", "an error"])
+@pytest.mark.parametrize("streams", [2, 3])
+def test_streams_fork_and_join_around_all_that_they_touch(streams, fault, monkeypatch):
+    """Every buffer is written after its last reader, inputs are read after they were made, results read after all.
+
+    Streams that only take notes: the same order is asked for on a GPU. Each fault must be seen.
+    """
+    main = Stream(deaf=fault == "no join")
+    others = [Stream(deaf=fault == "no fork") for _ in range(streams - 1)]
+    races, turns = Races(main), itertools.cycle([main, *others])
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, races.stream = races.stream, next(turns) if fault == "a lane changes its stream" else stream
+        yield
+        races.stream = before
+
+    logits, products = op._logits, []
+
+    def failing(*given):
+        products.append(given)
+        if fault == "an error" and len(products) == 5:
+            raise ValueError("the fifth product")
+        logits(*given)
+
+    monkeypatch.setattr(op, "STREAMS", streams)
+    monkeypatch.setattr(op, "_streams", lambda device, n: others[:n])
+    monkeypatch.setattr(op, "_logits", failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    hidden, weight, targets, w, cu = make(20, 31, 517, torch.bfloat16)
+    with races, contextlib.suppress(ValueError):
+        made = (hidden * 2).detach().requires_grad_()  # on the main stream, just before
+        weighted, _ = op.segment_logprob(made, weight, targets, w, cu, "torch", 3)
+        weighted.sum().backward()
+    assert len(products) == (5 if fault == "an error" else 7)
+    assert bool(races.found) == (fault in ("no fork", "no join", "a lane changes its stream")), races.found
+    if fault == "an error":  # then too the buffers are freed after their last use
+        assert all(main.done[s] == s.done[s] > 0 for s in others)
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [517, 4096, 9001])
+def test_directions_in_place_of_the_logits_have_the_bits_of_a_buffer_of_their_own(V, dtype, impl, device, monkeypatch):
+    """Less, exactly and more than one block of a row; a chunk's later rows lie behind its first ones."""
+    *inputs, g = *make(7, 31, V, dtype, device), torch.tensor([1.0, -1.0])
+    shared = fast_answer(*inputs, g, g, impl, 3)
+    monkeypatch.setattr(op, "SHARED", False)
+    assert all(map(torch.equal, fast_answer(*inputs, g, g, impl, 3), shared))
+
+
 @every_path
 def test_strided_inputs(impl, device):
     hidden, weight, targets, w, cu = make(12, 8, 300, torch.float32, device)
@@ -342,11 +433,10 @@ def test_backward_twice_and_no_second_derivative(impl, device):
 
 
 def test_default_chunk():
-    assert op.default_chunk("cpu", 151936, torch.float32) == 320
-    assert op.default_chunk("cuda", 151936, torch.bfloat16) == 1024  # 1024 * 151936 * 6 bytes = 0.87 GiB
-    assert op.default_chunk("cuda", 151936, torch.float32) == 1024
-    assert op.default_chunk("cuda", 32000, torch.bfloat16) == 4096
-    assert op.default_chunk("cuda", 10**9, torch.bfloat16) == 128
+    assert op.default_chunk("cpu", 151936) == 320
+    assert op.default_chunk("cuda", 151936) == 640  # 640 * 151936 * 4 bytes = 371 MiB of 400
+    assert op.default_chunk("cuda", 32000) == 3200
+    assert op.default_chunk("cuda", 10**9) == 128
 
 
 # ---- refusals
@@ -447,10 +537,12 @@ def test_compiles_for_each_gpu_without_spills(tmp_path):
     """sm_80, sm_90, sm_100: no stack, no spills, shared memory in bounds, the big streams loaded 128 bits at a time."""
     out = run(HERE.parent / "compile_kernels.py", TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
     rows = [json.loads(line) for line in out.splitlines()]
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 36
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 39
     for row in rows:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["shared"] <= (166_912 if row["target"] == "sm_80" else 232_448), row
         assert row["registers"] <= 128, row  # of 65,536: two programs of 256 threads at once, at least
+        if row["kernel"] == "segment_logprob._direction_kernel":  # all threads have read before one writes
+            assert row["order"] == "LDG BAR STG", row
         if row["kernel"] != "segment_logprob._segment_sum_kernel":  # its sequences start anywhere
             assert row["loads"].get("128", 0) + row["loads"].get("256", 0) >= 1, row

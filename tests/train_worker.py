@@ -6,8 +6,8 @@ usage: train_worker.py OUT METHOD ROWS.json SETTINGS.json MODEL_DIR [--resume] [
        train_worker.py --serve
 
 --die: killed before that step; of several ranks only RANK, and only until the first restart. --stop-by: the process
-sends itself this signal in the middle of that step. --double: in float64. --bf16: the model in bf16. --method: instead
-of METHOD. Exit codes are those of mralign.py.
+sends itself this signal in the middle of that step. --double: in float64. --tried: after a pass for its memory, as on a
+GPU. --bf16: the model in bf16. --method: instead of METHOD. Exit codes are those of mralign.py.
 --held: shards the model and says how many numbers its layers had, how many this rank holds, and what the head is.
 --serve: reads a line {"argv", "world", "log"}, prints the process ids, reads a line, prints the exit codes, -N for
 signal N. Its processes have imported everything already, which is most of what a short run takes.
@@ -92,6 +92,8 @@ def main(argv: list[str]) -> int:
         torch.set_default_dtype(dtype)  # of adapters and sums
     if "--bf16" in options:
         dtype = torch.bfloat16
+    if "--tried" in options:
+        train.Trainer.measure = lambda self: self.try_pass([0, 1])
     if "--method" in options:
         method = options[options.index("--method") + 1]
     try:

@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 import eval as evaluation
 from common.endings import program
-from common.errors import Disagreement, ServiceError
+from common.errors import Disagreement, InputError, ServiceError
 from common.files import ROOT, atomic_write, read_json, read_jsonl, write_jsonl
 from common.hub import locate
 from common.table import markdown
@@ -103,7 +103,9 @@ def stop_as_interrupt(number: int, frame: object) -> NoReturn:
 
 
 def make_environment(home: Path = HOME) -> Path:
-    """The Python of an environment with vLLM for CPUs, made where it is missing. Raises ServiceError."""
+    """The Python of an environment with vLLM for CPUs, made where it is missing. Raises ServiceError, InputError."""
+    if " " in str(home):  # LD_PRELOAD, by which vLLM loads libgomp, ends a path at a blank
+        raise InputError(f"{home}: vLLM on a CPU cannot run from a folder with a space; take a clone without one")
     folder, log = home / ".venv", home / "install.log"
     python, ready = folder / "bin" / "python", folder / "ready"
     if ready.exists() and ready.read_text() == " ".join(PACKAGES):

@@ -2,6 +2,8 @@
 
   correct   the op in every dtype and implementation against fp64
   kernels   the tests of kernels/ on this device
+  gradients adapter gradients against fp64 on the CPU, at every level of recomputation, beside PEFT's arithmetic
+  zero      a fresh adapter's log-ratio is 0, a switched-off one is the base bit for bit (both: gpu_gradients.py)
   model     flash attention over packed rows, and sampling by captured graphs, against one plain row at a time
   train     a KTO step of a model shaped like Qwen3-8B with random weights: speed, share of the peak, memory
   peers     the same step by TRL: its default, its best with and without Liger, the paper's split
@@ -9,7 +11,7 @@
   sample    tokens a second of that model
   generate  the same by transformers
   moe       a mixture of experts: right, a layer beside transformers', a step shaped like Qwen3-30B-A3B (gpu_moe.py)
-  sweep     the op over rows a chunk, Triton block size and warps
+  sweep     the op over rows a chunk, streams, shared buffers, Triton block size and warps: time and memory
 
 Weights are random and made on the device. Rows are printed and written to --out as they come, so that a run that is cut
 keeps what it had; when the time is up, what is left is named and skipped. A part that fails is reported with its
@@ -41,13 +43,13 @@ import kernels.segment_logprob as op
 import lora
 import model as qwen
 import sample
-from common import costs
+from common import costs, passes
 from common.endings import program
 from common.errors import InputError
 from common.files import ROOT, write_json
 from common.model_config import ModelConfig
 from model import Qwen3
-from tools import bench, gpu_moe, targets
+from tools import bench, gpu_gradients, gpu_moe, targets
 from tools.measure import (
     MIB,
     alternate,
@@ -81,8 +83,8 @@ class Sizes:
     V: tuple[int, ...] = (32000, 151936)
     M: int = 8192  # tokens of the speed measurements
     B: int = 32  # sequences they belong to
-    chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    two_streams: tuple[int, ...] = (256, 512)  # rows a chunk of the op by two streams
+    chunks: tuple[int, ...] = (256, 512, 640, 1024, 2048, 4096)
+    two_streams: tuple[int, ...] = (256, 320, 512)  # rows a chunk of the op by two streams
     blocks: tuple[tuple[int, int], ...] = ((4096, 8), (8192, 8), (16384, 16), (32768, 32))  # elements, warps
     config: ModelConfig = ModelConfig(**QWEN3_8B, **REST)
     row_tokens: tuple[int, int] = (800, 1000)  # the shortest and the longest of 8 rows
@@ -131,9 +133,9 @@ def correct(device: torch.device, sizes: Sizes) -> Rows:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 exact = Exact(sizes.N, D, V, dtype, device)
                 for impl in implementations(device):
-                    for streams in (1, 2):
-                        with op_settings(STREAMS=streams):
-                            yield {"streams": streams} | exact.check(impl)
+                    for streams, shared in ((1, True), (2, True), (1, False)):
+                        with op_settings(STREAMS=streams, SHARED=shared):
+                            yield {"streams": streams, "shared": shared} | exact.check(impl)
 
 
 class Exact:
@@ -245,29 +247,35 @@ def model_paths(device: torch.device, sizes: Sizes) -> Rows:
 
 
 def sweep(device: torch.device, sizes: Sizes) -> Rows:
-    """Milliseconds of the op over its tunable sizes; block and warps where Triton runs, two streams with the first."""
+    """The op's time and memory over its tunable sizes; two streams and buffers apart with the first block."""
     impl = op.default_impl(device)
     for D in sizes.D:
         x = bench.op_inputs(sizes.M, D, sizes.V[-1], "bfloat16", device, sizes.B)
-        ways: list[dict[str, Any]] = [{"STREAMS": 1}, {"STREAMS": 2}]
+        products = products_ms(x, device, sizes.rounds)["median"]
+        several: list[dict[str, Any]] = [{}]
         if impl == "triton":
             several = [{"BLOCK": block, "WIDE": op.WIDE | {"num_warps": warps}} for block, warps in sizes.blocks]
-            ways = [{"STREAMS": 1} | one for one in several] + [{"STREAMS": 2} | several[0]]
+        ways = [{"STREAMS": 1, "SHARED": True} | one for one in several]
+        ways += [ways[0] | {"STREAMS": 2}, ways[0] | {"SHARED": False}]
         for way in ways:
             with op_settings(**way):
                 for chunk in sizes.chunks:
                     candidate = partial(bench.ours, impl=impl, chunk=chunk)
                     times = {grad: clock(partial(bench.op_call, candidate, x, grad), device) for grad in (False, True)}
                     forward, both = (spread(s)["median"] * 1e3 for s in alternate(times, sizes.rounds).values())
-                    setting = {"D": D, "chunk": chunk, "streams": way["STREAMS"]}
+                    setting = {"D": D, "chunk": chunk, "streams": way["STREAMS"], "shared": way["SHARED"]}
                     setting |= {"block": way.get("BLOCK", "-"), "warps": way.get("WIDE", {}).get("num_warps", "-")}
-                    yield setting | {"forward ms": forward, "forward + backward ms": both}
+                    memory = extra_memory(partial(bench.op_call, candidate, x, True), device)["extra MiB"]
+                    found = {"forward ms": forward, "forward + backward ms": both, "/ its products": both / products}
+                    yield setting | found | {"extra MiB": memory}
 
 
 def op_speed(device: torch.device, sizes: Sizes) -> Rows:
     """Milliseconds and extra memory, first of the two products alone. A peer may fail and gets a note; we may not."""
     x = bench.op_inputs(sizes.M, sizes.D[-1], sizes.V[-1], "bfloat16", device, sizes.B)
-    yield {"candidate": "its two products alone", "forward + backward ms": products_ms(x, device, sizes.rounds)}
+    products = products_ms(x, device, sizes.rounds)
+    yield {"candidate": "its two products alone", "forward + backward ms": products}
+    measured = partial(_op_row, x=x, products=products["median"], device=device, rounds=sizes.rounds)
     ours = {f"ours, {impl}": partial(bench.ours, impl=impl) for impl in implementations(device)}
     peers = {name: c for name, c in bench.op_candidates("torch").items() if name != "ours"}
     for name, candidate in (ours | peers).items():
@@ -275,7 +283,7 @@ def op_speed(device: torch.device, sizes: Sizes) -> Rows:
             yield {"candidate": name, "note": "not installed"}
             continue
         try:
-            yield {"candidate": name} | _op_row(candidate, x, device, sizes.rounds)
+            yield {"candidate": name} | measured(candidate)
         except Exception as error:
             if name in ours:
                 raise
@@ -284,7 +292,9 @@ def op_speed(device: torch.device, sizes: Sizes) -> Rows:
     for rows in sizes.two_streams:
         two = partial(bench.ours, impl=op.default_impl(device), chunk=rows)
         with op_settings(STREAMS=2):
-            yield {"candidate": f"ours, 2 streams of {rows} rows"} | _op_row(two, x, device, sizes.rounds)
+            yield {"candidate": f"ours, 2 streams of {rows} rows"} | measured(two)
+    with op_settings(SHARED=False):
+        yield {"candidate": "ours, buffers apart"} | measured(partial(bench.ours, impl=op.default_impl(device)))
 
 
 def products_ms(x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, float]:
@@ -301,11 +311,15 @@ def products_ms(x: bench.OpInputs, device: torch.device, rounds: int) -> dict[st
     return spread([1e3 * s for s in seconds])
 
 
-def _op_row(candidate: bench.Candidate, x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, Any]:
+def _op_row(
+    candidate: bench.Candidate, x: bench.OpInputs, products: float, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """products: milliseconds of the two products alone."""
     row: dict[str, Any] = {}
     for grad, name in ((False, "forward"), (True, "forward + backward")):
         seconds = alternate({name: clock(partial(bench.op_call, candidate, x, grad), device)}, rounds)[name]
         row[f"{name} ms"] = spread([1e3 * s for s in seconds])
+    row["/ its products"] = row["forward + backward ms"]["median"] / products
     return row | {"extra MiB": extra_memory(partial(bench.op_call, candidate, x, True), device)["extra MiB"]}
 
 
@@ -356,6 +370,7 @@ def training(device: torch.device, sizes: Sizes) -> Rows:
                 stepper = bench.our_stepper(model, rows, ranks, **setting)
                 memory = extra_memory(stepper.step, device)
                 row |= step_row([stepper.step() for _ in range(sizes.rounds)], tokens, flops, memory, device)
+                row |= {"counted MiB": counted_mib(sizes, rows, stepper.limit, model.recompute, device)}
                 row |= {"tokens a pass": stepper.limit.tokens or None, "first loss": stepper.losses[0]}
                 row["ok"] = abs(stepper.losses[0] - 0.625) < 1e-2  # B = 0: half the mean lambda
             except torch.OutOfMemoryError as error:
@@ -365,6 +380,17 @@ def training(device: torch.device, sizes: Sizes) -> Rows:
             model.requires_grad_(False)
             _release(device)
             yield row
+
+
+def counted_mib(sizes: Sizes, rows: list[Any], limit: passes.Limit, level: str, device: torch.device) -> float:
+    """What common/costs.py counts for the fullest pass of a step."""
+    lengths = bench.lengths_of(rows)
+    order, every = sorted(range(len(rows)), key=lambda i: -lengths[i][0]), [n for n, _ in lengths]
+    without = max(sum(every[i] for i in group) for group in passes.grouped(order, every, limit.without_gradient()))
+    taken = max((passes.grouped(order, every, limit)), key=lambda group: sum(every[i] for i in group))
+    tokens, predicted = (sum(lengths[i][k] for i in taken) for k in (0, 1))
+    given = sizes.config, sizes.lora_r, 2, tokens, predicted, level, device.type == "cuda", without
+    return sum(costs.memory(*given).values()) / MIB
 
 
 # TRL's batch and what is not its default.
@@ -453,6 +479,8 @@ def generate(device: torch.device, sizes: Sizes) -> Rows:
 PARTS: dict[str, Callable[[torch.device, Sizes], Rows]] = {  # in the order of what a cut run should have
     "correct": correct,
     "kernels": kernel_tests,
+    "gradients": lambda device, sizes: gpu_gradients.gradients(device),
+    "zero": lambda device, sizes: gpu_gradients.zero(device),
     "model": model_paths,
     "train": training,
     "peers": peers,

@@ -1,4 +1,4 @@
-"""The roofline of an optimiser step: operations and bytes by part, and the least time a GPU can take for each.
+"""The roofline of an optimiser step: operations, bytes and memory by part, and the least time a GPU can take for each.
 
     python -m tools.roofline --model Qwen/Qwen3-8B --gpu h100 --rows 8 --tokens 900
 
@@ -70,9 +70,20 @@ def levels(c: ModelConfig, r: int, size: int, tokens: int) -> list[dict[str, Any
     return table
 
 
+def memory(c: ModelConfig, r: int, size: int, tokens: int, predicted: int) -> list[dict[str, Any]]:
+    """A row a part of the memory at the fullest moment of a step, on one GPU, in MiB at each level of recomputation."""
+    counted = {level: costs.memory(c, r, size, tokens, predicted, level, True, tokens) for level in costs.RECOMPUTE}
+    rows: list[dict[str, Any]] = []
+    for part in (*counted["none"], "all"):
+        bytes_of = {level: sum(of.values()) if part == "all" else of[part] for level, of in counted.items()}
+        if bytes_of["none"]:
+            rows.append({"MiB": part} | {level: f"{n / 2**20:,.0f}" for level, n in bytes_of.items()})
+    return rows
+
+
 @program
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen/Qwen3-8B", help="a folder with config.json or a known name")
     parser.add_argument("--gpu", default="h100", choices=costs.GPUS, help="[h100]")
@@ -86,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(model: str, gpu: str, rows: int, tokens: int, r: int) -> str:
-    """The three tables as Markdown, in bf16."""
+    """The tables as Markdown, in bf16."""
     c, card = shape_of(model)[0], costs.GPUS[gpu]
     of = [(tokens, tokens - int(PROMPT * tokens))] * rows
     every = rows * tokens
-    tables = products(c, r, of, card), elementwise(c, 2, every, card), levels(c, r, 2, every)
+    parts = memory(c, r, 2, every, sum(predicted for _, predicted in of))
+    tables = products(c, r, of, card), elementwise(c, 2, every, card), levels(c, r, 2, every), parts
     return "\n\n".join(markdown(table) for table in tables)
 
 
