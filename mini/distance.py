@@ -74,7 +74,7 @@ HARD_TRAINING = {"epochs": 15}
 HARD_RATES = (2.4e-3, 1.2e-3, 4.8e-3, 6e-4)
 BASE = "thinkon"
 PAIRS = (("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "mean"), ("shuffled", "kto"), ("mean", "kto"))
-AT = (0.25, 0.5, 1.0, 2.0, 3.0)  # nats at which differences are listed
+AT = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats at which differences are listed
 GRID = 200  # points of a curve for its mean, and of the figure
 TITLES = {BASE: "ThinkOn, not aligned", "sft": "SFT", "kto": "KTO", "mralign": "MR-ALIGN"}
 TITLES |= {"shuffled": "MR-ALIGN, weights shuffled", "mean": "KTO, mean weight of the class"}
@@ -388,19 +388,32 @@ def at_rates(of: Sequence[Cells], rates: Mapping[str, float]) -> dict[str, Any]:
     return result
 
 
-def summary(done: Sequence[Block], best: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Figures of some blocks: every cell's Acc, Mis and KL, and the differences at equal KL.
-
-    best: a rate of its own for every method; then also the methods at these.
-    """
+def grouped(of: Sequence[Block]) -> dict[str, list[Block]]:
+    """The blocks of every group of worlds, and of every world but the null ones."""
     groups: dict[str, list[Block]] = defaultdict(list)
-    for block in done:
+    for block in of:
         hard = "hard " * (block.world in HARD)
         groups[hard + ("null" if block.null else "worlds" if hard else "both worlds")].append(block)
         if not block.null:
             groups[block.world].append(block)
+    return groups
+
+
+def own_best(of: Sequence[Block], rates: Mapping[str, float]) -> dict[str, Any]:
+    """Of every group the methods at a rate of their own, over the blocks that have these cells."""
+    wanted = [(BASE, 0.0), *rates.items()]
+    result = {}
+    for name, members in grouped([b for b in of if all(b.file(*cell).exists() for cell in wanted)]).items():
+        records = [{cell: read_json(b.file(*cell)) for cell in wanted} for b in members]
+        result[name] = {"blocks": [f"{b.world}, seed {b.seed}" for b in members], "methods": at_rates(records, rates)}
+        result[name]["acc of each"] = {m: [mean_of(r[m, rate]["facts"], 0) for r in records] for m, rate in wanted}
+    return result
+
+
+def summary(done: Sequence[Block]) -> dict[str, Any]:
+    """Figures of some blocks: every cell's Acc, Mis and KL, and the differences at equal KL."""
     result: dict[str, Any] = {}
-    for name, members in groups.items():
+    for name, members in grouped(done).items():
         of = [read_cells(block) for block in members]
         cells = []
         for method, rate in members[0].cells:
@@ -422,9 +435,6 @@ def summary(done: Sequence[Block], best: Mapping[str, float] | None = None) -> d
             }
             for a, b in PAIRS
         }
-        reached = [x for x in of if best and all(cell in x for cell in best.items())]
-        if best and reached:
-            entry["own best"] = {"blocks": len(reached), "methods": at_rates(reached, best)}
         result[name] = entry
     return result
 
@@ -447,28 +457,31 @@ def markdown(groups: Mapping[str, Any]) -> str:
             for metric in ("acc", "mis"):
                 if d := of[metric]["average"]:
                     row[f"{metric.capitalize()}, average"] = f"{study._interval(d)}, {d['wins']}/{len(d['each'])} up"
-            for at in ("0.5", "1.0", "2.0"):
+            for at in ("0.5", "1.0", "2.0", "4.0"):
                 if d := of["acc"].get(at):
                     row[f"Acc at {at.removesuffix('.0')} nats"] = f"{study._interval(d)} ({len(d['each'])})"
             pairs.append(row)
-        if name in (*study.WORLDS, *HARD):
+        if name in (*study.WORLDS, *HARD[:2]):
             continue
         rows.append({"": f"**{name}** ({len(group['blocks'])} blocks)"})
         for cell in group["cells"]:
             row = {"": TITLES[cell["method"]], "lr": f"{cell['lr']:g}" if cell["lr"] else ""}
             row |= {"KL, nats": spread(cell["kl"], 1, 2), "Acc": spread(cell["acc"]), "Mis": spread(cell["mis"])}
             rows.append(row | {"Acc at T = 1": spread(cell["acc_plain"])})
-    best = [
-        {"at its own best rate": f"{name} ({group['own best']['blocks']} blocks): {TITLES[method]}"}
-        | {"lr": f"{row['lr']:g}" if row["lr"] else "", "KL": f"{row['kl']:.2f}"}
+    return f"{table.markdown(pairs, missing='–')}\n\n{table.markdown(rows, missing='')}"
+
+
+def best_table(groups: Mapping[str, Any]) -> str:
+    """The table of `own_best`."""
+    rows = [
+        {"each at its own best rate": f"{name} ({len(group['blocks'])} blocks): {TITLES[method]}"}
+        | {"lr": f"{row['lr']:g}" if row["lr"] else "", "KL, nats": f"{row['kl']:.2f}"}
         | {metric.capitalize(): study._interval(row[metric], "") for metric in ("acc", "mis")}
         | {f"MR-ALIGN ahead, {k}": study._interval(row[f"{k} ahead"]) for k in ("acc", "mis") if f"{k} ahead" in row}
         for name, group in groups.items()
-        if "own best" in group
-        for method, row in group["own best"]["methods"].items()
+        for method, row in group["methods"].items()
     ]
-    parts = [(best, "–")] * bool(best) + [(pairs, "–"), (rows, "")]
-    return "\n\n".join(table.markdown(part, missing=missing) for part, missing in parts)
+    return table.markdown(rows, missing="–")
 
 
 def figure(done: Sequence[Block], path: Path) -> None:
@@ -537,23 +550,25 @@ def report(hard: bool = False) -> str:
     name = "hard" if hard else "distance"
     done = [block for block in blocks(hard) if block.done()]
     cells = [record for b in done for record in read_cells(b).values()]
-    dev = Block(HARD[0], 0, "dev")
-    cells_dev = read_cells(dev) if hard and dev.done() else {}
-    groups = summary(done, best_rates(cells_dev) if cells_dev else None)
+    groups = summary(done)
+    text = markdown(groups)
     head = {"command": "python -m mini.distance" + " --hard" * hard, "blocks": len(done), "cells": len(cells)}
     head |= {"seeds": sorted({b.seed for b in done}), "rates": list(HARD_RATES if hard else RATES)}
     head |= {"rates of the null world": list(HARD_RATES[:2] if hard else NULL_RATES)}
     head |= {key: sorted({cell[key] for cell in cells}) for key in ("commit", "device", "versions")}
     head |= {"seconds": round(sum(cell["seconds"] for cell in cells))}
-    if cells_dev:
+    dev = Block(HARD[0], 0, "dev")
+    if hard and dev.done():
+        of_dev = read_cells(dev)
         head["development"] = [
             {"method": method, "lr": rate, "kl": cell["kl"]}
             | {"acc": mean_of(cell["facts"], 0), "mis": mean_of(cell["facts"], 1)}
-            for (method, rate), cell in cells_dev.items()
+            for (method, rate), cell in of_dev.items()
         ]
+        head["own best"] = own_best(blocks(hard), best_rates(of_dev))
+        text = f"{best_table(head['own best'])}\n\n{text}"
     write_json(RESULTS / f"{name}.json", head | {"groups": groups})
     figure(done, RESULTS / f"{name}.svg")
-    text = markdown(groups)
     study.write_table(text, study.PAGE, (f"<!-- {name}:begin -->", f"<!-- {name}:end -->"))
     return text
 
