@@ -153,4 +153,6 @@ def test_what_another_run_may_lend(tmp_path: Path, kind: str, dear: bool) -> Non
     needed, words, _ = reuse.take_over(s, other, mine, new, "")
     lent = not kind or (kind == "code" and dear)
     assert needed is not lent and (mine / "o.jsonl").exists() is lent
-    assert words == (f"taken over from {other} (took {OLD['seconds']} s there)" if lent else "")
+    since = "; one more changed since (--redo sample)" if kind else ""
+    assert words == (f"taken over from {other} (took {OLD['seconds']} s there){since}" if lent else "")
+    assert not lent or not (mine / "o.jsonl").samefile(other / "o.jsonl")  # an edit of one is none of the other
