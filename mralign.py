@@ -193,7 +193,7 @@ def stages(run: Run) -> list[Stage]:
     before = [
         Stage("sample", draw_samples, drawing, model | questions, samples, everyone=True, dear=True),
         Stage("candidates", select_candidates, filters, samples, candidates),
-        Stage("annotate", label_steps, label_settings, labels, labelled, own, dear=True, may_leave=votes),
+        Stage("annotate", label_steps, label_settings, labels, labelled, own, cfg.annotator != "cues", may_leave=votes),
         Stage("fit", fit_transitions, names(TransitionSettings), candidates | annotations, transitions | rows),
     ]
     for method in run.methods:
@@ -208,8 +208,9 @@ def stages(run: Run) -> list[Stage]:
     pages = ("results.json", "report.html", *(f"{method}/README.md" for method in run.methods))
     made = {name: out / name for name in pages}
     figures, votes = {"figures": out / "figures"}, {"agreement.json": votes["agreement.json"]}
-    how = ("method", "also", "eval_sets", "out")  # its pages name the folder
-    return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures)]
+    how = ("method", "also", "eval_sets")
+    # Its pages name the folder, so those of another run will not do.
+    return [*measured, Stage("report", shown, how, reads, made, may_read=votes, may_leave=figures, lent=False)]
 
 
 def model_files(folder: Path) -> dict[str, Path]:

@@ -53,16 +53,23 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+LINKED = 64 * 2**20  # bytes from which a file is linked
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Make `target` the same file as `source`, a copy on another disk. Nothing in the project edits a file in place."""
+    """Make `target` a copy of `source`; a large file (weights, samples) is the same file where one disk holds both.
+
+    Nothing in the project edits a file in place, but people edit labels: in a copy they change no other run.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        with atomic_write(target, "wb") as f, open(source, "rb") as whole:
-            shutil.copyfileobj(whole, f)
+    if os.stat(source).st_size >= LINKED:
+        with contextlib.suppress(OSError):  # on another disk it is copied after all
+            os.link(source, target)
+            return
+    with atomic_write(target, "wb") as f, open(source, "rb") as whole:
+        shutil.copyfileobj(whole, f)
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -89,7 +89,10 @@ def questions_of(path: str) -> Set:
         return Set(len(rows), dict(datasets), rows[0].get("task", "short") if rows else "short", True)
     named = in_file(path)
     if named is None:
-        raise InputError(f"{path}: not there, and not called SET-SPLIT.jsonl, from which its size would follow")
+        raise InputError(
+            f"{path}: no such file, and not called SET-SPLIT.jsonl after a set of tools.fetch, whose size is known; "
+            "give your questions as JSONL, or a name such as data/nq_open-train.jsonl"
+        )
     names, split = named
     sizes = {name: SOURCES[name].splits[split].rows for name in names}
     return Set(sum(sizes.values()), sizes, SOURCES[names[0]].task, False)

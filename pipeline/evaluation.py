@@ -69,11 +69,12 @@ def stages(run: Run, model: dict[str, Path], training: dict[str, Path]) -> list[
         found.append(Stage("labels", label_thoughts, settings, reads, labels, everyone=own, dear=dear, may_leave=also))
     if cfg.judge:
         prompts = {path.name: path for path in sorted((ROOT / "prompts").glob("judge_*.txt"))}
-        settings = ("judge", "judge_sets", "search", "claims_k", "seed", *which)
+        settings = ("judge", "judge_max_tokens", "judge_sets", "search", "verify_results", "claims_k", "seed", *which)
         made = {"judge.json": out / "eval" / "judge.json"}
         kinds = [(v, n, kind) for v in run.variants for n in run.eval_sets for kind in ("judged", "claims")]
         also = {f"{v} on {n}, {kind}": run.file(n, v, kind) for v, n, kind in kinds}
-        found.append(Stage("judge", judge_answers, settings, sets | samples | prompts, made, dear=True, may_leave=also))
+        reads = sets | samples | prompts | documents
+        found.append(Stage("judge", judge_answers, settings, reads, made, dear=True, may_leave=also))
     questions = {"training questions": Path(cfg.questions)}
     made = {"scores.json": out / "eval" / "scores.json"}
     found.append(Stage("scores", score, (*which, *MATCHING), questions | sets | samples, made))

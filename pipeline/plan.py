@@ -214,7 +214,7 @@ def report_text(model: str, given: Rows, method: str, dtype: str, s: train.Train
         "",
         f"time, predicted, not measured: {flops / 1e15:.2f} PFLOP a step / ({gpus} x {card.tflops} TFLOP/s x "
         f"{costs.UTILISATION:.0%} assumed) = {seconds:.1f} s",
-        f"  {steps:,} steps take about {steps * seconds / 3600:.1f} h, before sampling, labels and evaluation",
+        f"  {steps:,} steps of {method} take about {steps * seconds / 3600:.1f} h of training",
     ]
     if rows:
         labels = Counter(label for r in rows for step in r["labels"] for label in step)

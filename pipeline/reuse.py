@@ -41,8 +41,9 @@ class Stage:
     name: its first word is what the command line calls it ("train kto" is one of the stages called train).
     work: what does it; returns what is worth a line in the log. settings: names in RunConfig. inputs, outputs: files by
     a name that stays the same wherever they lie, such as {"samples.jsonl": Path("runs/mini/samples.jsonl")}.
-    everyone: all ranks work on it, else rank 0 alone. dear: it costs hours or money. may_read, may_leave: files and
-    folders of files, by name too, that need not be there: figures, say, of which there are more or fewer.
+    everyone: all ranks work on it, else rank 0 alone. dear: it costs hours or money. lent: another run's will do.
+    may_read, may_leave: files and folders of files, by name too, that need not be there: figures, say, of which there
+    are more or fewer.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     outputs: Mapping[str, Path]
     everyone: bool = False
     dear: bool = False
+    lent: bool = True
     may_read: Mapping[str, Path] = field(default_factory=dict)
     may_leave: Mapping[str, Path] = field(default_factory=dict)
 
@@ -280,7 +282,7 @@ def perform(run: Run, stage: Stage, redo: bool, stages: Sequence[Stage] = ()) ->
         old, new = _receipt(stage.receipt(run.out)), depends(stage, run.cfg)
         needed, words = due(stage, old, new, redo)
         lent = None
-        for other in run.cfg.lenders if needed and not redo else []:
+        for other in run.cfg.lenders if needed and stage.lent and not redo else []:
             needed, words, some = take_over(stage, other, run.out, new, words)
             lent = some or lent
             if not needed:
@@ -337,7 +339,8 @@ def take_over(
     for path in (*lent.values(), *(extra[name] for name in extra if name in old["outputs"])):
         link_or_copy(path, out / path.relative_to(other))
     _write_receipt(stage.receipt(out), old)
-    return False, f"taken over from {other} (took {old['seconds']} s there)", None
+    since = f"; {_few(changed['code'])} changed since (--redo {stage.called})" if changed["code"] else ""
+    return False, f"taken over from {other} (took {old['seconds']} s there){since}", None
 
 
 def _write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:

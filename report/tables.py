@@ -317,8 +317,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [read_json(path) for path in given.results]
     backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], BACKBONES) if results else None)
     if backbone not in BACKBONES:
-        whose = f"--backbone {backbone!r} is" if backbone else "the run's model is"
-        raise InputError(f"{whose} none of the paper's: {', '.join(BACKBONES)}; give --backbone one of them")
+        if not (backbone or results):
+            raise InputError("no results.json and no backbone is given; name one of the two")
+        whose = f"--backbone {backbone!r}" if backbone else "the run's model"
+        raise InputError(f"{whose} is none of the paper's: {', '.join(BACKBONES)}; give --backbone one of them")
     print(markdown(beside_paper(results, backbone)))
     print("\n".join(["", *receipt_lines(results)]) if results else "")
 

@@ -95,7 +95,7 @@ def test_a_file_that_is_there_is_counted(tmp_path):
     assert both.n == 87_925 + 11_679 and dry_run.candidates_of(both) == (4830, 2143) and not both.there
     other = dry_run.Set(90_847, {"own": 90_847}, "short", True)  # as many questions as the paper's, as many rows
     assert dry_run.candidates_of(other) == pytest.approx((4830, 2143))
-    with pytest.raises(InputError, match="not called SET-SPLIT.jsonl"):
+    with pytest.raises(InputError, match="no such file, and not called SET-SPLIT.jsonl .*give your questions"):
         dry_run.questions_of("nowhere/own.jsonl")
 
 

@@ -163,8 +163,8 @@ def test_the_readmes_figures_are_the_committed_ones():
     found = read_json(ROOT / "docs/results/distance.json")
     for group, pair, shown in (
         ("both worlds", "mralign - kto", "{mean:.1f} points of Acc [{low:.1f}, {high:.1f}]"),
-        ("both worlds", "shuffled - kto", "shuffled among steps are {mean:.1f} [{low:.1f}, {high:.1f}]"),
-        ("both worlds", "mean - kto", "mean weight {mean:.1f} [{low:.1f}, {high:.1f}]"),
+        ("both worlds", "shuffled - kto", "nothing of it is left, {mean:.1f} [{low:.1f}, {high:.1f}]"),
+        ("both worlds", "mean - kto", "class's mean weight, {mean:.1f} [{low:.1f}, {high:.1f}]"),
         ("null", "mralign - kto", "level with KTO, {mean:.1f} [{low:.1f}, {high:.1f}]"),
     ):
         of = found["groups"][group]["differences"][pair]["acc"]["average"]

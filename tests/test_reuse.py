@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 import mralign
+from common import hub
 from common.errors import InputError
+from common.ranks import not_joined
+from common.settings import from_json
 from pipeline import reuse
+from pipeline.config import RunConfig
+from pipeline.run import Run
 
 OLD = {
     "depends": {"settings": {"a": 1}, "inputs": {"x": "s"}, "code": {"em.py": "c"}},
@@ -153,4 +158,17 @@ def test_what_another_run_may_lend(tmp_path: Path, kind: str, dear: bool) -> Non
     needed, words, _ = reuse.take_over(s, other, mine, new, "")
     lent = not kind or (kind == "code" and dear)
     assert needed is not lent and (mine / "o.jsonl").exists() is lent
-    assert words == (f"taken over from {other} (took {OLD['seconds']} s there)" if lent else "")
+    since = "; one more changed since (--redo sample)" if kind else ""
+    assert words == (f"taken over from {other} (took {OLD['seconds']} s there){since}" if lent else "")
+    assert not lent or not (mine / "o.jsonl").samefile(other / "o.jsonl")  # an edit of one is none of the other
+
+
+def test_judging_depends_on_all_that_it_reads(tmp_path: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("{}\n")
+    given = {"judge": "m@http://127.0.0.1:1/v1", "search": str(docs), "out": str(tmp_path / "run")}
+    cfg = dataclasses.replace(RunConfig(**from_json(RunConfig, "configs/mini.json")), **given)
+    run = Run(cfg, hub.locate(cfg.model, ""), not_joined())
+    judge = next(s for s in mralign.stages(run) if s.name == "judge")
+    assert judge.inputs["documents"] == docs
+    assert {"verify_results", "judge_max_tokens", "claims_k", "judge"} <= set(judge.settings)

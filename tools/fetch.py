@@ -64,7 +64,7 @@ def fetch(split: Split, revision: str, cache: Path) -> list[tuple[str, bytes]]:
     for file in split.files:
         path = cache / file.names[0]
         if not path.is_file():
-            content = _from_hub(file, revision) if file.url.startswith("hub:") else _from_web(file.url)
+            content = _from_hub(file, revision) if file.url.startswith("hub:") else _from_web(file.url, file.names[0])
             with atomic_write(path, "wb") as f:
                 f.write(content)
         found.append((path.name, read_bytes(path)))
@@ -83,7 +83,7 @@ def _from_hub(file: File, revision: str) -> bytes:
         raise InputError(f"{repository}: {name} could not be fetched ({reason}); {remedy}") from None
 
 
-def _from_web(url: str) -> bytes:
+def _from_web(url: str, name: str) -> bytes:
     import requests
 
     try:
@@ -91,7 +91,8 @@ def _from_web(url: str) -> bytes:
         reply.raise_for_status()
     except requests.RequestException as error:
         reason = type(error).__name__ if error.response is None else f"status {error.response.status_code}"
-        raise InputError(f"{url}: could not be fetched ({reason}); fetch it elsewhere and use --from") from None
+        told = f"could not be fetched ({reason}); fetch it elsewhere, as FOLDER/{name}, and use --from FOLDER"
+        raise InputError(f"{url}: {told}") from None
     return reply.content
 
 
