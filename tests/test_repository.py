@@ -170,6 +170,11 @@ def test_the_readmes_figures_are_the_committed_ones():
         of = found["groups"][group]["differences"][pair]["acc"]["average"]
         assert shown.format(**{key: 100 * of[key] for key in ("mean", "low", "high")}) in words, (group, pair)
     assert f"commit {found['commit'][0]}" in words
+    hard = read_json(ROOT / "docs/results/hard.json")
+    ahead = hard["own best"]["hard worlds"]["methods"]["kto"]["acc ahead"]
+    equal = hard["groups"]["hard worlds"]["differences"]["mralign - kto"]["acc"]["average"]
+    shown = "MR-ALIGN is {:.1f} points [{:.1f}, {:.1f}] ahead of KTO, at equal distance {:.1f} [{:.1f}, {:.1f}]"
+    assert shown.format(*(100 * of[key] for of in (ahead, equal) for key in ("mean", "low", "high"))) in words
     for setting, name in (("kto", "KTO"), ("mralign", "MR-ALIGN")):
         of = read_json(ROOT / "docs/results/study.json")["groups"]["both worlds"]["settings"][setting]["test_acc"]
         assert f"{name} {100 * of['mean']:.1f} ± {100 * of['sd']:.1f}" in words
