@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = given.backbone or (backbone_of(results[0]["receipt"]["model"], BACKBONES) if results else None)
     if backbone not in BACKBONES:
         if not (backbone or results):
-            raise InputError("no results.json and no backbone is given; name one of the two")
+            raise InputError(f"no results.json and no backbone is given; name one of the two: {', '.join(BACKBONES)}")
         whose = f"--backbone {backbone!r}" if backbone else "the run's model"
         raise InputError(f"{whose} is none of the paper's: {', '.join(BACKBONES)}; give --backbone one of them")
     print(markdown(beside_paper(results, backbone)))

@@ -240,7 +240,8 @@ def test_training_repeats_bit_for_bit():
 
 def test_there_is_a_default_model_and_all_of_it_is_small():
     assert MINI / "model" in MODELS
-    assert sum(p.stat().st_size for p in MINI.rglob("*") if p.is_file() and "__pycache__" not in p.parts) <= 12_000_000
+    size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")  # noqa: E731
+    assert all(size(folder) <= 3_000_000 for folder in MODELS) and size(MINI) <= 16_000_000
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda p: p.name)
