@@ -7,7 +7,7 @@
 Left out: DDP and shards (tests), large shapes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,11 +83,11 @@ def peft_forward(self: lora.LoRALinear, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def as_peft() -> Iterator[None]:
-    """Inside, layers that are not stacked compute as PEFT's."""
+def computing(forward: Callable[[lora.LoRALinear, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, layers with adapters that are not stacked compute so."""
     before = lora.LoRALinear.forward
     try:
-        lora.LoRALinear.forward = peft_forward  # type: ignore[method-assign]
+        lora.LoRALinear.forward = forward  # type: ignore[method-assign]
         yield
     finally:
         lora.LoRALinear.forward = before  # type: ignore[method-assign]
@@ -102,7 +102,7 @@ def gradients(device: torch.device) -> Iterator[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float32):
         net = random_model(dtype, device)
         masters = adapters(net, 0.05)
-        with as_peft():
+        with computing(peft_forward):
             bound = apart(gradients_of(net, masters), exact)
         net.stack()
         for level in costs.RECOMPUTE:

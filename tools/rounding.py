@@ -11,8 +11,7 @@ sums both products in fp32, as one product over in + r columns would.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -55,17 +54,6 @@ WAYS: dict[str, Forward] = {
 }
 
 
-@contextmanager
-def computing(forward: Forward) -> Iterator[None]:
-    """Inside, layers with adapters compute so."""
-    before = lora.LoRALinear.forward
-    try:
-        lora.LoRALinear.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        lora.LoRALinear.forward = before  # type: ignore[method-assign]
-
-
 @torch.no_grad()
 def layer_errors(inner: int, out: int, share: float, seed: int) -> dict[str, tuple[float, float]]:
     """Of each way (error in the norm, largest error) of the output, over its norm and its root mean square."""
@@ -103,7 +91,7 @@ def model_errors(seed: int) -> dict[str, tuple[float, ...]]:
 
     true, found = answers(torch.float64), {}
     for name, forward in WAYS.items():
-        with computing(forward):
+        with gpu_gradients.computing(forward):
             logp, gradients = answers(torch.bfloat16)
         off = logp - true[0]
         sizes = float(off.square().mean().sqrt()), float(off.abs().max())
