@@ -71,6 +71,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT
         self.lora_A = nn.Parameter(A.to(base.weight.device))  # (r, in) fp32
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=base.weight.device))  # fp32
+        self.made: dict[LoRALinear, tuple[Tensor, Tensor]] | None = None  # inside `rounded`: what `stacked` made
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -95,18 +96,28 @@ def joint(x: Tensor, linears: list[nn.Module], weight: Tensor, bias: Tensor | No
 
 
 def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in) and bias are theirs, stacked.
-
-    The k adapters are one of rank k r: their A below each other, their B along a diagonal.
-    """
-    A = torch.cat([layer.lora_A for layer in layers])  # (k r, in) fp32
-    B = torch.block_diag(*(layer.lora_B for layer in layers)) * (layers[0].alpha / layers[0].r)  # (out, k r) fp32
-    y = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B)
+    """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in), bias: theirs, stacked."""
+    first = layers[0]
+    if first.made is None or torch.compiler.is_compiling():
+        A, B = stacked(layers, x.dtype)
+    else:
+        A, B = first.made[first] = first.made.get(first) or stacked(layers, x.dtype)
+    masters = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    y = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, first.alpha / first.r, *masters)
     return y.view(*x.shape[:-1], -1)
 
 
+@torch.no_grad()
+def stacked(layers: list[LoRALinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Layers that read one input as one adapter of rank k r: A (k r, in), theirs below each other; s B (out, k r),
+    theirs along a diagonal. Rounded once, after the scale."""
+    A = torch.cat([layer.lora_A for layer in layers])
+    B = torch.block_diag(*(layer.lora_B for layer in layers)) * (layers[0].alpha / layers[0].r)
+    return A.to(dtype), B.to(dtype)
+
+
 class _LowRank(torch.autograd.Function):
-    """y = W x + B (A x) with W frozen and fp32 masters A, B, computed in x's dtype.
+    """y = W x + s B (A x) with W frozen, computed in x's dtype from `stacked` A and s B; gradients go to the masters.
 
     Kept for the backward pass: x, once for all layers that read it, and A x (k r numbers a token). The second product
     starts its fp32 accumulator at W x, so the sum costs no pass of its own, and with B = 0 it adds exact zeros: y is
@@ -118,19 +129,22 @@ class _LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B):
-        A, B = A.to(x.dtype), B.to(x.dtype)
+    def forward(ctx, x, weight, bias, A, B, scale, *masters):
         low = x @ A.T  # (N, k r)
         ctx.save_for_backward(x, low, weight, A, B)
+        ctx.scale, ctx.sizes = scale, [len(m) for m in masters[len(masters) // 2 :]]  # of the outputs
         return F.linear(x, weight, bias).addmm_(low, B.T)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, low, weight, A, B = ctx.saved_tensors
+        r = A.shape[0] // len(ctx.sizes)
         g_low = g @ B  # (N, k r)
         g_x = torch.addmm(g_low @ A, g, weight) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, _product_fp32(g_low, x), _product_fp32(g, low)
+        blocks = enumerate(_product_fp32(g, low).split(ctx.sizes))  # (out, k r): only the diagonal is of use
+        of_B = [block[:, i * r : (i + 1) * r] * ctx.scale for i, block in blocks]
+        return g_x, None, None, None, None, None, *_product_fp32(g_low, x).split(r), *of_B
 
 
 def _product_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -194,6 +208,20 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module) -> Iterator[None]:
+    """Inside this block A and B are stacked and rounded once and not in every pass; they must not change meanwhile."""
+    layers = _layers(model).values()
+    made: dict[LoRALinear, tuple[Tensor, Tensor]] = {}
+    try:
+        for layer in layers:
+            layer.made = made
+        yield
+    finally:
+        for layer in layers:
+            layer.made = None
 
 
 @torch.no_grad()

@@ -205,24 +205,23 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 @functools.cache
 def varlen_attn() -> Callable[..., Any] | None:
-    """torch's flash attention over packed rows; None before torch 2.10. Its import takes seconds, so not above."""
+    """torch's flash attention over packed rows; None before torch 2.10. Its import takes seconds, so not above.
+
+    The kernel takes fewer key heads than query heads; from torch 2.12 on one has to say so.
+    """
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn as attend
     except ImportError:
         return None
-    return varlen_attn
+    asked: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
+    return functools.partial(attend, window_size=(-1, 0), **asked)  # nothing to the right: causal
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """The same by one flash attention kernel over all rows."""
     attend = varlen_attn()
     assert attend is not None
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # nothing to the right: causal
-    if "enable_gqa" in inspect.signature(attend).parameters:
-        options["enable_gqa"] = True
-    else:  # torch before 2.12
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor]]) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -183,8 +184,12 @@ class Trainer:
             model.compile_layers()
         if s.shard:
             training.shard(model, self.parameters, ranks)
-        self.policy = model if s.shard else DistributedDataParallel(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self.policy: nn.Module = model
+        if not s.shard:  # gradients lie in the buckets that are summed over ranks; a bucket is divided at once
+            policy = self.policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            policy.register_comm_hook(None, allreduce_hook)
+        how: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=ranks.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, **how)
         self.lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rows]
         model.recompute, self.limit = passes.chosen(s, model.config, self.lengths, model.head.itemsize, ranks)
         self.chosen = torch.tensor([r.chosen for r in rows], device=ranks.device)
@@ -328,8 +333,9 @@ class Trainer:
     def step(self, number: int, total: int, indices: list[int], reference: dict[str, Tensor]) -> dict[str, float]:
         """One optimiser step; returns its metrics under TRL's names, averaged over all ranks and micro-batches."""
         s = self.s
-        z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), None)
-        metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
+        with lora.rounded(self.model):
+            z0, kl = self.z0(indices, reference) if self.loss.z0 else (torch.zeros((), device=self.ranks.device), None)
+            metrics = kto.metrics(self.ranks.sum(self.backward(indices, reference, z0)))
         if kl is not None:
             metrics |= {"kl": kl, "z0": float(z0)}
         if not self.loss.reference:
@@ -347,7 +353,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         self.z0_state = self.z0_next
         return metrics
 

@@ -126,7 +126,7 @@ def step_flops(c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute:
 
 # ---------- bytes
 
-CHUNK_BYTES = 400 * 2**20  # most that the logits of one chunk take on a GPU; their gradient lies in the same place
+CHUNK_BYTES = 320 * 2**20  # most that the logits of one chunk take on a GPU; their gradient lies in the same place
 RECOMPUTE = ("none", "cheap", "full")  # what the backward pass makes again: nothing, elementwise results, whole layers
 
 
@@ -189,7 +189,7 @@ def memory(
         "frozen weights": size * (n["layers"] / shards + n["rest"]),
         "gathered layers": size * 2 * n["layers"] / L if shards > 1 else 0,
         "adapters": 4 * n["adapters"],
-        "gradients and their sum": 8 * n["adapters"],
+        "gradients": 4 * n["adapters"] * (2 if shards > 1 else 1),  # with shards also their sum over ranks
         "AdamW's moments": 8 * n["adapters"],
         "activations": (kept + one_layer) * tokens,
         "working set of one layer": max(no_grad_tokens, tokens) * size * products,

@@ -35,7 +35,10 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def bound(impl: str, dtype: torch.dtype) -> float:
-    """Relative error in the norm: Triton rounds once, torch after each of up to five operations."""
+    """Relative error in the norm: Triton rounds once, torch after each of up to five operations.
+
+    One rounding to bf16 is off by .0016 in the root mean square and by 2^-8 at most (`compare`, for a few numbers).
+    """
     if dtype == torch.float32:
         return 1e-6
     return 8e-3 if INTERPRETED or impl == "torch" else 2.5e-3  # the interpreter cuts bf16 off instead of rounding
@@ -57,7 +60,8 @@ def compare(run, exact, inputs: list[Tensor], limit: float) -> None:
     for got, true in zip(*answers, strict=True):
         assert got.dtype == inputs[0].dtype and got.shape == true.shape
         error = float((got.double() - true).norm() / true.norm())
-        assert error < limit, (error, limit)
+        few = 2**-8 if got.dtype == torch.bfloat16 and got.numel() < 64 else 0.0
+        assert error < max(limit, few), (error, limit, few)
 
 
 @every_path

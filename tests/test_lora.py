@@ -148,6 +148,34 @@ def test_input_is_kept_once_and_never_in_fp32() -> None:
     assert sorted(of_tokens) == [(100, 12), (100, 48)] and all(t.dtype == torch.bfloat16 for t in kept if len(t) == 100)
 
 
+def test_rounded_once_gives_the_same_bits_and_sees_what_changed_before_it(monkeypatch) -> None:
+    """A step's passes share the stacked adapters; the next step makes them again from what the optimiser left."""
+    m = nn.Module()
+    for name, out in (("q_proj", 32), ("k_proj", 16)):
+        m.add_module(name, nn.Linear(48, out, bias=False, dtype=torch.bfloat16))
+    masters = lora.add(m, 4, 8, targets=("q_proj", "k_proj"))
+    layers, x = [m.q_proj, m.k_proj], torch.randn(9, 48).bfloat16()
+    whole = torch.cat([layer.weight for layer in layers]), None
+    made = []
+    monkeypatch.setattr(lora, "stacked", lambda *of, make=lora.stacked: made.append(1) or make(*of))
+
+    def answers() -> list[torch.Tensor]:
+        y = lora.joint(x, layers, *whole)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), masters)]
+
+    for _ in range(2):
+        fill(masters)
+        plain = [*answers(), *answers()]
+        made.clear()
+        with lora.rounded(m):
+            shared = [*answers(), *answers()]
+        assert len(made) == 1
+        assert all(torch.equal(a, b) for a, b in zip(plain, shared, strict=True))
+        for p in masters:
+            p.data.mul_(2)
+    assert not torch.equal(answers()[0], plain[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_new_adapters_and_switched_off_ones_are_the_base_bit_for_bit_when_stacked(dtype: torch.dtype) -> None:
     """B = 0 adds exact zeros to the base product: the first log-ratio of training is exactly 0."""

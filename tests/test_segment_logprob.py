@@ -434,8 +434,8 @@ def test_backward_twice_and_no_second_derivative(impl, device):
 
 def test_default_chunk():
     assert op.default_chunk("cpu", 151936) == 320
-    assert op.default_chunk("cuda", 151936) == 640  # 640 * 151936 * 4 bytes = 371 MiB of 400
-    assert op.default_chunk("cuda", 32000) == 3200
+    assert op.default_chunk("cuda", 151936) == 512  # 512 * 151936 * 4 bytes = 297 MiB of 320
+    assert op.default_chunk("cuda", 32000) == 2560
     assert op.default_chunk("cuda", 10**9) == 128
 
 

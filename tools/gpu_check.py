@@ -83,7 +83,7 @@ class Sizes:
     V: tuple[int, ...] = (32000, 151936)
     M: int = 8192  # tokens of the speed measurements
     B: int = 32  # sequences they belong to
-    chunks: tuple[int, ...] = (256, 512, 640, 1024, 2048, 4096)
+    chunks: tuple[int, ...] = (512, 640, 704, 1024, 2048)
     two_streams: tuple[int, ...] = (256, 320, 512)  # rows a chunk of the op by two streams
     blocks: tuple[tuple[int, int], ...] = ((4096, 8), (8192, 8), (16384, 16), (32768, 32))  # elements, warps
     config: ModelConfig = ModelConfig(**QWEN3_8B, **REST)
