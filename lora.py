@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,14 @@ def joint(x: Tensor, linears: list[nn.Module], weight: Tensor, bias: Tensor | No
     return adapted(x, adapters, weight, bias)
 
 
-def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | None) -> Tensor:
+def unread(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` for a backward pass alone: nobody reads the result, so in half precision no product of W is made."""
+    if isinstance(layer, LoRALinear) and layer.enabled and x.dtype != layer.lora_A.dtype:
+        return adapted(x, [layer], layer.weight, layer.bias, unread=True)
+    return cast(Tensor, layer(x))
+
+
+def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | None, unread: bool = False) -> Tensor:
     """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in), bias: theirs, stacked."""
     first = layers[0]
     if first.made is None or torch.compiler.is_compiling():
@@ -103,7 +110,7 @@ def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | 
     else:
         A, B = first.made[first] = first.made.get(first) or stacked(layers, x.dtype)
     masters = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
-    y = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, first.alpha / first.r, *masters)
+    y = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, A, B, first.alpha / first.r, unread, *masters)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -129,10 +136,12 @@ class _LowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, *masters):
+    def forward(ctx, x, weight, bias, A, B, scale, unread, *masters):
         low = x @ A.T  # (N, k r)
         ctx.save_for_backward(x, low, weight, A, B)
         ctx.scale, ctx.sizes = scale, [len(m) for m in masters[len(masters) // 2 :]]  # of the outputs
+        if unread:
+            return x.new_empty(len(x), len(weight))
         return F.linear(x, weight, bias).addmm_(low, B.T)
 
     @staticmethod
@@ -144,7 +153,7 @@ class _LowRank(torch.autograd.Function):
         g_x = torch.addmm(g_low @ A, g, weight) if ctx.needs_input_grad[0] else None
         blocks = enumerate(_product_fp32(g, low).split(ctx.sizes))  # (out, k r): only the diagonal is of use
         of_B = [block[:, i * r : (i + 1) * r] * ctx.scale for i, block in blocks]
-        return g_x, None, None, None, None, None, *_product_fp32(g_low, x).split(r), *of_B
+        return g_x, None, None, None, None, None, None, *_product_fp32(g_low, x).split(r), *of_B
 
 
 def _product_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -146,12 +146,25 @@ class Rows:
     positions: Tensor | None = None  # (N,) position of each token in its slot
     seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
     remade: Remade | None = None  # where cheap results are made again in the backward pass
+    again: bool = False  # the layer is made again for its backward pass: what it returns is not read
 
     def forget(self, made: Any, function: Callable[..., Any], *inputs: Any) -> Any:
         """`made`, a tensor or a tuple, is function(*inputs): the backward pass may make it again. Returns it."""
         if self.remade is not None:
             self.remade.forget(made, function, *inputs)
         return made
+
+    def twice(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """Contexts for `checkpoint`: of a layer's first pass and of the pass that makes it again."""
+        return contextlib.nullcontext(), self._made_again()
+
+    @contextlib.contextmanager
+    def _made_again(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
 
     def normed(self, norm: nn.RMSNorm, x: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual x + u, without u x alone, and its norm."""
@@ -306,7 +319,8 @@ class MLP(nn.Module):
             given: tuple[Tensor, ...] = self.gate_proj(x), self.up_proj(x)
         else:
             given = (lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked),)
-        return self.down_proj(rows.forget(swiglu(*given), swiglu, *given))
+        h = rows.forget(swiglu(*given), swiglu, *given)
+        return lora.unread(self.down_proj, h) if rows.again else self.down_proj(h)
 
 
 class Layer(nn.Module):
@@ -351,6 +365,7 @@ class Qwen3(nn.Module):
         self.config = config
         # What the backward pass makes again instead of keeping: "none", "cheap" (norms, RoPE, SwiGLU), "full" (layers).
         self.recompute = "none"
+        self.compiled = False  # see `compile_layers`
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -423,10 +438,13 @@ class Qwen3(nn.Module):
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         assert recompute == "none" or rows.cache is None, "a cache is filled by passes that recompute nothing"
         rows.remade = Remade() if recompute == "cheap" else None
+        how: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+        if not self.compiled:  # a compiled layer keeps what the compiler chose, the same both times
+            how["context_fn"] = rows.twice
         with rows.remade or contextlib.nullcontext():
             for layer in self.model.layers:
                 if recompute == "full":  # adds up at once: one tensor a layer is kept, not two
-                    x = torch.add(*checkpoint(layer, x, None, rows, use_reentrant=False, preserve_rng_state=False))
+                    x = torch.add(*checkpoint(layer, x, None, rows, **how))
                 else:
                     x, u = layer(x, u, rows)
             return rows.normed(self.model.norm, x, u)[1]
@@ -438,6 +456,7 @@ class Qwen3(nn.Module):
             if not isinstance(layer.mlp, MLP):
                 layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
             layer.compile(dynamic=True)
+        self.compiled = True
 
     def stack(self) -> None:
         """From now on weights that read the same input are multiplied as one: fewer, larger products.

@@ -115,13 +115,16 @@ def step_flops(c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute:
     """Operations of one optimiser step, by kind: forward and backward of `rows`, forward of the mismatched `pairs`.
 
     Backward: as much as forward again for frozen weights (the gradient of the input alone; so also for the head, which
-    makes it in its forward), twice for adapters and attention. recompute "full" adds a forward pass without the head.
-    The reference, which is made once, is not counted.
+    makes it in its forward), twice for adapters and attention. recompute "full" adds a forward pass without the head
+    and, in half precision, without each MLP's last product of a frozen weight. The reference is not counted.
     """
     policy, extra = forward_flops(c, r, rows), forward_flops(c, r, pairs)
     times = {"base": 2, "lora": 3, "attention": 3, "head": 2}
     again = {"base": 1, "lora": 1, "attention": 1, "head": 0} if recompute == "full" else dict.fromkeys(times, 0)
-    return {kind: (times[kind] + again[kind]) * policy[kind] + extra[kind] for kind in policy}
+    found = {kind: (times[kind] + again[kind]) * policy[kind] + extra[kind] for kind in policy}
+    last = (c.num_hidden_layers - layers_with_experts(c)) * c.hidden_size * c.intermediate_size
+    found["base"] -= again["base"] * 2.0 * sum(T for T, _ in rows) * last
+    return found
 
 
 # ---------- bytes

@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora
+from common.model_config import ModelConfig
 from common.recompute import Remade
+from model import Qwen3
 
 
 class Counted:
@@ -95,3 +99,29 @@ def test_nothing_outlives_the_backward_pass():
         assert storage.expired()
     finally:
         gc.enable()
+
+
+def test_a_layer_made_again_leaves_out_its_last_product():
+    """In bf16 the down projection's frozen weight is multiplied once forward and once backward, as without recomputation."""
+    torch.manual_seed(3)
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1e4)
+    net = Qwen3(ModelConfig(**shape, max_position_embeddings=64, eos_token_id=0)).bfloat16()
+    masters = lora.add(net, 4, 8.0)
+    net.stack()
+    down = {id(layer.mlp.down_proj.weight) for layer in net.model.layers}
+    products, gradients = [], []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function) and (80 in args[-1].shape and 32 in args[-1].shape):
+                products.append(function)
+            return function(*args, **(kwargs or {}))
+
+    for net.recompute in ("none", "full"):
+        products.clear()
+        with Products():
+            hidden = net(torch.arange(20), torch.tensor([0, 9, 20]))
+            gradients.append(torch.autograd.grad(hidden.float().square().sum(), masters))
+        assert len(products) == 2 * len(down)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -34,19 +34,16 @@ class OneRounding(lora._LowRank):
     """Only the output differs: both products summed before it is rounded."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, *masters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+        lora._LowRank.forward(ctx, x, weight, bias, A, B, *rest)
         low = x @ A.T
-        ctx.save_for_backward(x, low, weight, A, B)
-        ctx.scale, ctx.sizes = scale, [len(weight)]
         return (x.float() @ weight.float().T + low.float() @ B.float().T).to(x.dtype)
 
 
 def one_forward(self: lora.LoRALinear, x: Tensor) -> Tensor:
     """A layer without bias by `OneRounding`."""
     A, B = lora.stacked([self], x.dtype)
-    return OneRounding.apply(x, self.weight, None, A, B, self.alpha / self.r, self.lora_A, self.lora_B)
+    return OneRounding.apply(x, self.weight, None, A, B, self.alpha / self.r, True, self.lora_A, self.lora_B)
 
 
 Forward = Callable[[lora.LoRALinear, Tensor], Tensor]
