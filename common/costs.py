@@ -188,10 +188,13 @@ def memory(
     if c.moe:  # of experts: the sorted rows, gate and up, SwiGLU twice, what comes out
         a_choice = 2 * E + 4 * c.moe.moe_intermediate_size
         products = max(products, c.moe.num_experts_per_tok * a_choice)
+    q, kv = widths(c)  # adapters that read one input are one of a higher rank, with zeros (lora.stacked)
+    zeros = r * (L * 2 * (q + 2 * kv) + (0 if c.moe else L * 2 * c.intermediate_size))
     return {
         "frozen weights": size * (n["layers"] / shards + n["rest"]),
         "gathered layers": size * 2 * n["layers"] / L if shards > 1 else 0,
         "adapters": 4 * n["adapters"],
+        "adapters, rounded": (size == 2) * size * (n["adapters"] + zeros),
         "gradients": 4 * n["adapters"] * (2 if shards > 1 else 1),  # with shards also their sum over ranks
         "AdamW's moments": 8 * n["adapters"],
         "activations": (kept + one_layer) * tokens,

@@ -139,6 +139,18 @@ def test_bytes_of_eager_passes_are_those_of_the_torch_text():
         assert all(fused < seen for seen, fused in counted[part].values())
 
 
+def test_the_rounded_adapters_are_counted_to_the_byte():
+    torch.manual_seed(0)
+    model = qwen.Qwen3(ODD).bfloat16()
+    lora.add(model, 5, 10.0)
+    model.stack()
+    with lora.rounded(model):
+        model(torch.arange(20), torch.tensor([0, 20]))
+        made = next(m for m in model.modules() if isinstance(m, lora.LoRALinear)).made
+        held = sum(t.numel() * t.element_size() for pair in made.values() for t in pair)
+    assert held == costs.memory(ODD, 5, 2, 20, 10, "none", fused=False)["adapters, rounded"]
+
+
 @pytest.mark.parametrize("recompute", costs.RECOMPUTE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_activations_are_within_a_tenth_of_what_a_layer_leaves_alive(dtype, recompute):

@@ -102,7 +102,7 @@ def test_nothing_outlives_the_backward_pass():
 
 
 def test_a_layer_made_again_leaves_out_its_last_product():
-    """In bf16 the down projection's frozen weight is multiplied once forward and once backward, as without recomputation."""
+    """In bf16 the down projection's weight meets a product once forward and once backward, as without recomputation."""
     torch.manual_seed(3)
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2)
     shape |= dict(num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1e4)
