@@ -42,13 +42,15 @@ from common.model_config import ModelConfig
 from common.recompute import Remade
 from common.weights import read_tensors, weight_files
 from kernels.add_rmsnorm import add_rmsnorm, rmsnorm
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.decode_attention import Masks, decode_attention, masks
+from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
+from kernels.segment_logprob import elementwise_impl
 from kernels.swiglu import swiglu
 
-# Attention over the cache reads whole blocks of positions, the unused ones masked: so the CPU kernel sums in the same
-# order however long the longest row of the batch is, and a row's result does not depend on its neighbours; and a CUDA
-# graph is needed for each number of blocks only. A decode step attends in groups of neighbouring slots, each only as
-# wide as its own longest row: a caller that keeps slots of similar length together saves the rest.
+# A CPU's attention over the cache reads whole blocks of positions, the unused ones masked: so it sums in the same order
+# however long the longest row of the batch is, and a row's result does not depend on its neighbours. A decode step
+# attends in groups of neighbouring slots, each only as wide as its own longest row: a caller that keeps slots of like
+# length together saves the rest. On CUDA a row reads what it has; a block is what the cache grows by.
 BLOCK = {"cpu": 64, "cuda": 512}  # positions
 GROUP = {"cpu": 32, "cuda": 1 << 30}  # slots
 
@@ -101,9 +103,15 @@ class KVCache:
         # The rotation of every position the cache can hold.
         self.cos, self.sin = angles(self.config, torch.arange(length, device=self.device), self.dtype)
 
-    def groups(self, rows: int) -> list[tuple[int, int]]:
-        """How the next token of slots 0..rows-1 attends: (number of slots, positions read) of each group in turn."""
-        widths = [(int(part.max()) // self.block + 1) * self.block for part in self.lens[:rows].split(self.group)]
+    def groups(self, rows: int, tokens: int = 1) -> list[tuple[int, int]]:
+        """How the next tokens of slots 0..rows-1 attend: (number of slots, positions read) of each group in turn.
+
+        On CUDA always as wide as the cache, so that a captured step holds for every length.
+        """
+        if self.device.type == "cuda":
+            return [(rows, self.length)]
+        last = self.lens[:rows] + tokens - 1
+        widths = [(int(part.max()) // self.block + 1) * self.block for part in last.split(self.group)]
         merged: list[tuple[int, int]] = []
         for i, width in enumerate(widths):
             size = min(self.group, rows - i * self.group)
@@ -144,7 +152,8 @@ class Rows:
     cache: KVCache | None = None
     slots: Tensor | None = None  # (N,) cache slot of each token
     positions: Tensor | None = None  # (N,) position of each token in its slot
-    seen: list[tuple[slice, Tensor]] | None = None  # decoding: slots and their mask, (rows, 1, 1, width), 0 or -inf
+    decoding: bool = False  # one token for each of the slots 0..N-1
+    seen: Masks | None = None  # decoding: what each row sees, for kernels that do not count
     remade: Remade | None = None  # where cheap results are made again in the backward pass
     again: bool = False  # the layer is made again for its backward pass: what it returns is not read
 
@@ -237,17 +246,6 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest:
     return attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
 
 
-def attend_cache(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[slice, Tensor]]) -> Tensor:
-    """One new token a row against its slot. q: (B, H, D); k, v: (slots, G, max_len, D). Returns (B, H, D)."""
-    # The query heads that share a key head stand where SDPA expects positions, so no key is ever repeated.
-    q = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))  # (B, G, H/G, D)
-    out = []
-    for rows, mask in seen:
-        read = (rows, slice(None), slice(mask.shape[-1]))
-        out.append(F.scaled_dot_product_attention(q[rows], k[read], v[read], attn_mask=mask))
-    return (torch.cat(out) if len(out) > 1 else out[0]).flatten(1, 2)
-
-
 Stack = tuple[Tensor, Tensor | None]  # weight and bias of several linear layers as one
 
 
@@ -281,7 +279,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.stacked: Stack | None = None  # q, k and v as one, see `Qwen3.stacked`
-        self.attend_rows = attend_rows
+        self.attend_rows, self.decode_attention = attend_rows, decode_attention
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         H, G = self.heads
@@ -291,17 +289,17 @@ class Attention(nn.Module):
             qkv = lora.joint(x, [self.q_proj, self.k_proj, self.v_proj], *self.stacked)
         qkv = qkv.view(len(x), H + 2 * G, self.head_dim)
         scales = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        given = qkv, scales, self.eps, rows.cos, rows.sin, G
-        q, k, v = rows.forget(qk_norm_rope(*given), qk_norm_rope, *given)
+        given = qkv, scales, self.eps, rows.cos, rows.sin
+        if rows.decoding:
+            assert rows.cache is not None and rows.positions is not None
+            slot = rows.cache.k[self.layer], rows.cache.v[self.layer], rows.positions
+            q = qk_norm_rope_cached(*given, *slot)
+            return self.o_proj(self.decode_attention(q, *slot, rows.seen).flatten(1))
+        q, k, v = rows.forget(qk_norm_rope(*given, G), qk_norm_rope, *given, G)
         if rows.cache is not None:
-            cache_k, cache_v = rows.cache.k[self.layer], rows.cache.v[self.layer]  # (slots, G, max_len, D)
-            cache_k[rows.slots, :, rows.positions] = k
-            cache_v[rows.slots, :, rows.positions] = v
-        if rows.seen is None:
-            out = self.attend_rows(q, k, v, rows)
-        else:
-            out = attend_cache(q, cache_k, cache_v, rows.seen)
-        return self.o_proj(out.flatten(1))
+            rows.cache.k[self.layer][rows.slots, :, rows.positions] = k  # (slots, G, max_len, D)
+            rows.cache.v[self.layer][rows.slots, :, rows.positions] = v
+        return self.o_proj(self.attend_rows(q, k, v, rows).flatten(1))
 
 
 class MLP(nn.Module):
@@ -423,15 +421,9 @@ class Qwen3(nn.Module):
         them up afterwards. groups: `cache.groups(B)`. Reads nothing back from the device, so that a CUDA graph can
         hold the whole step.
         """
-        seen, start = [], 0
-        for size, width in groups:
-            part = slice(start, start + size)
-            hidden = (torch.arange(width, device=ids.device) > positions[part, None])[:, None, None]
-            seen.append((part, torch.zeros_like(hidden, dtype=cache.dtype).masked_fill_(hidden, -torch.inf)))
-            start += size
-        slots = torch.arange(len(ids), device=ids.device)
+        seen = masks(positions, groups, cache.dtype) if elementwise_impl(cache.k[0]) == "torch" else None
         cos, sin = cache.cos[positions], cache.sin[positions]
-        return self._layers(ids, Rows(cos, sin, [], cache=cache, slots=slots, positions=positions, seen=seen))
+        return self._layers(ids, Rows(cos, sin, [], cache=cache, positions=positions, decoding=True, seen=seen))
 
     def _layers(self, ids: Tensor, rows: Rows) -> Tensor:
         x, u = self.model.embed_tokens(ids), None
@@ -453,6 +445,7 @@ class Qwen3(nn.Module):
         """torch.compile every layer, but for what differs from pass to pass: packed rows' lengths, experts' shares."""
         for layer in cast(Iterable[Layer], self.model.layers):
             layer.self_attn.attend_rows = torch.compiler.disable(attend_rows)
+            layer.self_attn.decode_attention = torch.compiler.disable(decode_attention)
             if not isinstance(layer.mlp, MLP):
                 layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
             layer.compile(dynamic=True)

@@ -9,7 +9,8 @@ For a head x (D,) of q or k, scale w (D,), with halves written 1 and 2 and the p
 
 Heads of v pass through, so that the three come out as tensors of their own and their gradients go into one: eager torch
 makes eight passes over the heads each way and joins gradients by another. Kept is the product alone; the scales are
-frozen. The Triton text computes in fp32 and rounds once, the torch text after each operation.
+frozen. The Triton text computes in fp32 and rounds once, the torch text after each operation. In decoding, k and v go
+straight to their place in the cache.
 """
 
 import torch
@@ -41,11 +42,14 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
-    def _heads(Q, K, V, row, h, i, H, G, HALF: tl.constexpr):
-        """Where the first halves of these heads lie in q, k and v, and which head is in which."""
+    def _heads(Q, K, V, row, h, i, H, G, length, position, HALF: tl.constexpr):
+        """Where the first halves of these heads lie in q, k and v, and which head is in which.
+
+        A head of k and v has `length` positions, this token's is `position`: 1 and 0 unless they are a cache.
+        """
         at_q = Q + (row * H + h) * 2 * HALF + i
-        at_k = K + (row * G + h - H) * 2 * HALF + i
-        at_v = V + (row * G + h - H - G) * 2 * HALF + i
+        at_k = K + ((row * G + h - H) * length + position) * 2 * HALF + i
+        at_v = V + ((row * G + h - H - G) * length + position) * 2 * HALF + i
         return at_q, at_k, at_v, h < H, (h >= H) & (h < H + G), (h >= H + G) & (h < H + 2 * G)
 
     @triton.jit
@@ -65,10 +69,13 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        X, WQ, WK, COS, SIN, Q, K, V, H, G, eps, HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-        NORM: tl.constexpr,
+        X, WQ, WK, COS, SIN, Q, K, V, POSITIONS, length, H, G, eps, HALF: tl.constexpr, WIDTH: tl.constexpr,
+        HEADS: tl.constexpr, NORM: tl.constexpr, CACHED: tl.constexpr,
     ):  # fmt: skip
-        """One program a token and HEADS heads. X: (N, H + 2 G, D); COS, SIN: (N, D); WIDTH: HALF's power of two."""
+        """One program a token and HEADS heads. X: (N, H + 2 G, D); COS, SIN: (N, D); WIDTH: HALF's power of two.
+
+        CACHED: K and V are (slots, G, length, D) and take token n at POSITIONS[n] of slot n; else (N, G, D), length 1.
+        """
         row = tl.program_id(0).to(tl.int64)
         h = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
         i = tl.arange(0, WIDTH)[None, :] % HALF if WIDTH != HALF else tl.arange(0, WIDTH)[None, :]
@@ -79,7 +86,8 @@ if triton is not None:
         c = tl.load(COS + row * 2 * HALF + i).to(tl.float32)
         s = tl.load(SIN + row * 2 * HALF + HALF + i).to(tl.float32)
         y1, y2 = n1 * c - n2 * s, n2 * c + n1 * s
-        at_q, at_k, at_v, is_q, is_k, is_v = _heads(Q, K, V, row, h, i, H, G, HALF)
+        position = tl.load(POSITIONS + row) if CACHED else 0
+        at_q, at_k, at_v, is_q, is_k, is_v = _heads(Q, K, V, row, h, i, H, G, length, position, HALF)
         kind = Q.dtype.element_ty
         tl.store(at_q, y1.to(kind), mask=is_q & inside)
         tl.store(at_q + HALF, y2.to(kind), mask=is_q & inside)
@@ -99,7 +107,7 @@ if triton is not None:
         i = tl.arange(0, WIDTH)[None, :] % HALF if WIDTH != HALF else tl.arange(0, WIDTH)[None, :]
         inside = tl.arange(0, WIDTH)[None, :] < HALF
         ok = (h < H + 2 * G) & inside
-        at_q, at_k, at_v, is_q, is_k, is_v = _heads(DQ, DK, DV, row, h, i, H, G, HALF)
+        at_q, at_k, at_v, is_q, is_k, is_v = _heads(DQ, DK, DV, row, h, i, H, G, 1, 0, HALF)
         dy1 = tl.load(at_q, mask=is_q & inside, other=0.0).to(tl.float32)
         dy2 = tl.load(at_q + HALF, mask=is_q & inside, other=0.0).to(tl.float32)
         dy1 += tl.load(at_k, mask=is_k & inside, other=0.0).to(tl.float32)
@@ -139,13 +147,43 @@ def qk_norm_rope(
         return _QKNormRope.apply(qkv.contiguous(), scales, eps, cos.contiguous(), sin.contiguous(), G)
 
 
-def _launch(kernel, qkv: Tensor, scales, eps: float, cos: Tensor, sin: Tensor, G: int, *tensors: Tensor) -> None:
+def qk_norm_rope_cached(
+    qkv: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    impl: str | None = None,
+) -> Tensor:
+    """The same of one token for each of the slots 0..N-1 of a cache, without a gradient: q (N, H, D) comes back.
+
+    k, v: (slots, G, max_len, D), contiguous; the token's go to its place in `positions`, (N,) int64 below max_len.
+    """
+    G = k.shape[1]
+    if (impl or elementwise_impl(qkv, *(scales or ()))) == "torch":
+        q, new_k, new_v = _torch(qkv, scales, eps, cos, sin, G)
+        slots = torch.arange(len(qkv), device=qkv.device)
+        k[slots, :, positions], v[slots, :, positions] = new_k, new_v
+        return q
+    assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape, (k.shape, v.shape)
+    assert k.dtype == v.dtype == qkv.dtype, (k.dtype, v.dtype, qkv.dtype)
+    q = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * G, qkv.shape[2])
+    with torch.cuda.device_of(qkv):
+        given = qkv.contiguous(), scales, eps, cos.contiguous(), sin.contiguous(), G
+        _launch(_forward_kernel, *given, q, k, v, positions.contiguous(), k.shape[2], cached=(True,))
+    return q
+
+
+def _launch(kernel, qkv: Tensor, scales, eps: float, cos: Tensor, sin: Tensor, G: int, *tensors, cached=()) -> None:
     N, heads, D = qkv.shape
     if N:  # CUDA refuses an empty grid
         grid, width = (N, triton.cdiv(heads, HEADS)), triton.next_power_of_2(D // 2)
         wq, wk = scales or (cos, cos)  # not read without a norm
         sizes = heads - 2 * G, G, eps, D // 2, width, HEADS, scales is not None
-        kernel[grid](qkv, wq, wk, cos, sin, *tensors, *sizes, **NARROW)
+        kernel[grid](qkv, wq, wk, cos, sin, *tensors, *sizes, *cached, **NARROW)
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -155,7 +193,7 @@ class _QKNormRope(torch.autograd.Function):
         ctx.rest = scales, eps, G
         N, heads, D = qkv.shape
         q, k, v = (qkv.new_empty(N, n, D) for n in (heads - 2 * G, G, G))
-        _launch(_forward_kernel, qkv, scales, eps, cos, sin, G, q, k, v)
+        _launch(_forward_kernel, qkv, scales, eps, cos, sin, G, q, k, v, q, 1, cached=(False,))
         return q, k, v
 
     @staticmethod

@@ -22,13 +22,14 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import add_rmsnorm, qk_norm_rope, swiglu  # noqa: E402
+from kernels import add_rmsnorm, decode_attention, qk_norm_rope, swiglu  # noqa: E402
 from kernels import segment_logprob as op  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 V = 151936  # Qwen3
 HEADS = dict(HALF=64, WIDTH=64, HEADS=qk_norm_rope.HEADS, NORM=True)
 ROW = dict(BLOCK=4096)
+SHARED = dict(SHARED=4, D=128, HEADS=16, WIDTH=128)
 CASES = [
     (op._logp_kernel, "*fp32 *i64 *fp32 *fp32 *fp32 *fp32 i32", dict(V=V, BLOCK=op.BLOCK), op.WIDE),
     *[
@@ -43,11 +44,23 @@ CASES = [
     # "any" marks a number that need not be a multiple of 16.
     (swiglu._forward_kernel, "*bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
     (swiglu._backward_kernel, "*bf16 *bf16 *bf16 i32", dict(BLOCK=swiglu.BLOCK), op.NARROW),
-    (qk_norm_rope._forward_kernel, "*bf16 " * 8 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
+    *[
+        (qk_norm_rope._forward_kernel, f"{'*bf16 ' * 8}*i64 {length} i32 any:i32 any:fp32", HEADS | cached, op.NARROW)
+        for length, cached in (("any:i32", dict(CACHED=False)), ("i32", dict(CACHED=True)))
+    ],
     (qk_norm_rope._backward_kernel, "*bf16 " * 9 + "i32 any:i32 any:fp32", HEADS, op.NARROW),
     *[
         (add_rmsnorm._forward_kernel, "*bf16 " * 5 + "*fp32 i32 any:fp32", dict(SUM=both) | ROW, op.WIDE)
         for both in (True, False)
+    ],
+    *[
+        (
+            decode_attention._kernel,
+            f"*{kind} *{kind} *{kind} *i64 *{kind} i32 any:fp32",
+            SHARED | dict(BLOCK=decode_attention.block_of(128, size), WIDEN=size == 4),
+            op.NARROW,
+        )
+        for kind, size in (("bf16", 2), ("fp32", 4))
     ],
     (add_rmsnorm._backward_kernel, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32", ROW, op.WIDE),
 ]

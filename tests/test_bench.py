@@ -287,7 +287,7 @@ def test_a_wrong_op_and_a_broken_part_are_reported_and_the_rest_still_runs(tmp_p
 
     monkeypatch.setattr(op, "segment_logprob", wrong)
     monkeypatch.setitem(gpu_check.PARTS, "sweep", broken)
-    monkeypatch.setattr(qwen, "attend_cache", lambda q, *rest: torch.zeros_like(q))
+    monkeypatch.setattr(qwen, "decode_attention", lambda q, *rest: torch.zeros_like(q))
     out = tmp_path / "check.json"
     assert gpu_check.main(["correct", "model", "sweep", "sample", "--device", "cpu", "--tiny", "--out", str(out)]) == 1
     parts = json.loads(out.read_text())["parts"]

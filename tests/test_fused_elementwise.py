@@ -1,4 +1,4 @@
-"""kernels/swiglu.py, qk_norm_rope.py and add_rmsnorm.py against their formulas in fp64, forward and backward.
+"""The kernels beside the op against their formulas in fp64, forward and backward.
 
 As in test_segment_logprob.py, the Triton text runs where there is CUDA, else in a process under Triton's interpreter.
 """
@@ -19,7 +19,8 @@ import lora
 from common.model_config import ModelConfig
 from common.recompute import Remade
 from kernels.add_rmsnorm import add_rmsnorm, rmsnorm
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.decode_attention import decode_attention, masks
+from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from kernels.swiglu import swiglu
 from model import Qwen3
 
@@ -110,6 +111,51 @@ def test_qk_norm_rope(N, H, G, D, normed, dtype, impl, device):
 
     x = draw(N, H + 2 * G, D, dtype=dtype, device=device)
     compare(lambda x: qk_norm_rope(x, w, 1e-6, cos, sin, G, impl), exact, [x], bound(impl, dtype))
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("N, H, G, D", [(1, 1, 1, 4), (5, 4, 2, 16), (3, 7, 1, 24), (2, 32, 8, 128)])
+def test_qk_norm_rope_into_a_cache(N, H, G, D, normed, dtype, impl, device):
+    """The bits of the packed path, each token's in its own place; nothing else of the cache is touched."""
+    length, slots = 37, N + 1
+    qkv, cos, sin = (draw(N, n, D, dtype=dtype, device=device, seed=n) for n in (H + 2 * G, 1, 1))
+    w = [1 + 0.2 * draw(D, dtype=dtype, device=device, seed=i) for i in (1, 2)] if normed else None
+    positions = torch.tensor([36, 0, 5, 5, 20][:N], device=device)
+    q, k, v = qk_norm_rope(qkv, w, 1e-6, cos, sin, G, impl)
+    before = [draw(slots, G, length, D, dtype=dtype, device=device, seed=i) for i in (7, 8)]
+    cache = [x.clone() for x in before]
+    assert torch.equal(qk_norm_rope_cached(qkv, w, 1e-6, cos, sin, *cache, positions, impl), q)
+    for n, at in enumerate(positions.tolist()):
+        before[0][n, :, at], before[1][n, :, at] = k[n], v[n]
+    assert torch.equal(cache[0], before[0]) and torch.equal(cache[1], before[1])
+
+
+@every_path
+@every_dtype
+@pytest.mark.parametrize("H, G, D", [(1, 1, 16), (4, 1, 64), (14, 2, 24), (8, 1, 128), (20, 1, 8)])
+def test_decode_attention(H, G, D, dtype, impl, device):
+    """Lengths 1, around a block and the whole slot; NaN behind a row's end is not seen by the Triton text."""
+    length, B = 320, 6
+    positions = torch.tensor([0, 1, 63, 64, 130, 319], device=device)
+    q = draw(B, H, D, dtype=dtype, device=device)
+    k, v = (draw(B + 1, G, length, D, dtype=dtype, device=device, seed=i) for i in (1, 2))
+    s = (q.double().unflatten(1, (G, -1)) @ k[:B].double().transpose(2, 3)) * D**-0.5  # (B, G, H/G, length)
+    s.masked_fill_((torch.arange(length, device=device) > positions[:, None])[:, None, None], -math.inf)
+    true = (s.softmax(-1) @ v[:B].double()).flatten(1, 2)
+    seen = masks(positions, [(4, 128), (2, length)], dtype)
+    got = decode_attention(q, k, v, positions, seen, impl)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert got.dtype == dtype and got.shape == true.shape
+    assert (got.double() - true).norm() / true.norm() < limit
+    if impl == "triton":
+        longer = [torch.full((B, G, length + 84, D), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        for b, end in enumerate((positions + 1).tolist()):
+            longer[0][b, :, :end], longer[1][b, :, :end] = k[b, :, :end], v[b, :, :end]
+        assert torch.equal(decode_attention(q, *longer, positions, None, impl), got)
+        alone = [x[3:5].contiguous() for x in (q, k, v, positions)]
+        assert torch.equal(decode_attention(*alone, None, impl), got[3:5])
 
 
 @every_path
