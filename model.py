@@ -249,6 +249,18 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest:
 Stack = tuple[Tensor, Tensor | None]  # weight and bias of several linear layers as one
 
 
+def _joined(weights: list[Tensor]) -> Tensor:
+    """Weights one below the other. Those that lie so already, from an earlier stack, are not copied."""
+    first = weights[0]
+    place = first.data_ptr()
+    for weight in weights:
+        one_memory = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not one_memory or not weight.is_contiguous() or weight.data_ptr() != place:
+            return torch.cat(weights)
+        place += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
 def _stack(linears: list[nn.Linear]) -> Stack | None:
     """Several linear layers as one; their weights become views of it.
 
@@ -258,7 +270,7 @@ def _stack(linears: list[nn.Linear]) -> Stack | None:
         return None
     if type(linears[0]) is not nn.Linear and linears[0].weight.dtype == torch.float32:
         return None
-    whole = torch.cat([linear.weight.detach() for linear in linears])
+    whole = _joined([linear.weight.detach() for linear in linears])
     for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
         linear.weight.data = part
     return whole, None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])

@@ -8,8 +8,10 @@ sizes in whole vectors of 32, as all real models have). The price is that a CPU 
 another batch size; a token then changes when its random number falls that close to the border between two tokens.
 
 Prompts are read into free slots of a cache, equal ones once; every step then extends all rows by one token, and a row
-that ends gives its slot to a waiting prompt. On a GPU a step is captured in a CUDA graph, one for each number of rows
-(a power of two) and of cache blocks, and replayed: its thousand small kernels cost one launch.
+that ends gives its slot to a waiting prompt. On a GPU a step, the choice of its tokens included, is captured in a CUDA
+graph, one for each number of rows (a power of two), and replayed: its thousand small kernels cost one launch. A step
+leaves on the device what the next one reads, so several are issued before the host looks at their tokens (`AHEAD`), and
+the GPU does not wait for the host. What a row has computed behind its end is thrown away.
 
 The cache is as long as its longest row, not as the limit: it starts with the prompts and a block more, and is made
 longer, with its contents, when a row comes to its end. Where memory is short that leaves fewer slots; the rows with the
@@ -44,6 +46,8 @@ CACHE_SHARE = 0.8  # of the free GPU memory may become cache; the rest is for lo
 CPU_ROOM = 2**62  # bytes of cache on a CPU: no limit; a test sets one
 WORTHWHILE = 1.25  # times as many rows as the cache has slots make it worth to be made anew with more of them
 PREFILL_TOKENS = 8192  # prompts read in one forward pass, so that a long queue of prompts does not set the peak memory
+AHEAD = {"cpu": 1, "cuda": 8}  # steps issued at once; a row computes up to so many less one in vain behind its end
+NOT_FINITE, UNSETTLED = -1, -2  # in place of a token: the logits are not finite, the shortlist did not settle it
 MASK64 = 2**64 - 1
 
 
@@ -122,23 +126,33 @@ def pick(logits: Tensor, u: Tensor, how: Sampling) -> Tensor:
     order and renormalised after each cut, as transformers and vLLM do. The token is the inverse of its cumulative
     distribution, likeliest first, at u.
     """
-    if how.temperature == 0:
-        return logits.argmax(dim=-1)
+    token, settled = shortlisted(logits, u, how)
+    if not settled.all():
+        open_rows = (~settled).nonzero()[:, 0]
+        top, ids = (logits[open_rows].float() / how.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        choice, _ = _invert(top, u[open_rows], how)
+        token[open_rows] = ids.gather(-1, choice[:, None])[:, 0]
+    return token
+
+
+def shortlisted(logits: Tensor, u: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
+    """`pick` from the likeliest SHORTLIST tokens where top_k sets no bound, and whether more could not change it; (B,).
+
+    Asks the device nothing, so that a CUDA graph can hold it.
+    """
     V = logits.shape[-1]
+    every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    if how.temperature == 0:
+        return logits.argmax(dim=-1), every
     if how.top_k:
         top, ids = logits.topk(min(how.top_k, V), dim=-1)  # (B, K), sorted
         choice, _ = _invert((top.float() / how.temperature).softmax(dim=-1), u, how)
-        return ids.gather(-1, choice[:, None])[:, 0]
-    p = (logits.float() / how.temperature).softmax(dim=-1)
-    top, ids = p.topk(min(SHORTLIST, V), dim=-1)
-    choice, settled = _invert(top, u, how)
-    out = ids.gather(-1, choice[:, None])[:, 0]
-    if SHORTLIST < V and not settled.all():
-        open_rows = (~settled).nonzero()[:, 0]
-        top, ids = p[open_rows].sort(dim=-1, descending=True)
-        choice, _ = _invert(top, u[open_rows], how)
-        out[open_rows] = ids.gather(-1, choice[:, None])[:, 0]
-    return out
+        settled = every
+    else:
+        top, ids = (logits.float() / how.temperature).softmax(dim=-1).topk(min(SHORTLIST, V), dim=-1)
+        choice, settled = _invert(top, u, how)
+        settled = every if SHORTLIST >= V else settled
+    return ids.gather(-1, choice[:, None])[:, 0], settled
 
 
 def _invert(p: Tensor, u: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
@@ -271,11 +285,11 @@ def generate(
         return []
     size = min(batch_size, len(prompts))
     with model.stacked():
-        batch = _Batch(model, prompts, seeds, limits, stop_ids, size, small_batches, never)
+        batch = _Batch(model, prompts, seeds, limits, stop_ids, size, how, small_batches, never)
         while batch.active or batch.waiting:
             batch.refill()
             batch.lengthen()
-            new = batch.step(how)
+            new = batch.step()
             if progress is not None:
                 progress(new)
             if finished is not None:
@@ -309,11 +323,12 @@ class _Batch:
         limits: list[int],
         stop_ids: set[int],
         size: int,
+        how: Sampling,
         small_batches: bool = False,
         never: Sequence[int] = (),
     ):
         self.model, self.prompts, self.seeds, self.limits = model, prompts, seeds, limits
-        self.size, self.active = size, 0
+        self.size, self.active, self.how = size, 0, how
         # Popped from the end: the prompts come in their order.
         self.waiting = list(range(len(prompts)))[::-1]
         self.begun: dict[int, list[int]] = {}  # what a waiting prompt has sampled already
@@ -330,8 +345,10 @@ class _Batch:
         self.most = self._blocks(longest)
         self.room = CPU_ROOM
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             self.room = int(CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+            if size * self.most * self.block_bytes > self.room:  # give back what torch keeps for later; that takes time
+                torch.cuda.empty_cache()
+                self.room = int(CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0])
         if self.most * self.block_bytes > self.room:
             need, room = self.most * self.block_bytes / 2**30, self.room / 2**30
             raise InputError(
@@ -344,9 +361,13 @@ class _Batch:
         self.row, self.limit, self.count, self.token = torch.zeros(4, slots, dtype=torch.int64)
         self.out = torch.zeros(slots, max(limits), dtype=torch.int64)
         self.uniform = torch.zeros(slots, max(limits), dtype=torch.float64)  # the random number of each token to come
-        # On CUDA: the captured steps by (rows, width), and what they read.
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.inputs = torch.zeros(2, slots, dtype=torch.int64, device=self.device)
+        # What steps read and move on: a slot's token, its position, steps made, and the bits of the random numbers of
+        # the next steps; and the tokens that they make.
+        most = AHEAD[self.device.type]
+        self.state = torch.zeros(3 + most, slots, dtype=torch.int64, device=self.device)
+        self.made = torch.zeros(most, slots, dtype=torch.int64, device=self.device)
+        self.ahead = most  # steps to issue at once
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # captured steps by rows, and their logits
 
     # ---------- slots and memory
 
@@ -456,59 +477,100 @@ class _Batch:
         for source, target in copies:
             self.cache.copy([source], [target])
 
-    def step(self, how: Sampling) -> int:
-        """Sample one token for each active row and retire those that are done. Returns the number of tokens."""
+    def step(self) -> int:
+        """Sample the next tokens of each active row and retire those that are done. Returns the number of tokens."""
         n, self.finished = self.active, []
-        logits = self._logits()[:n].index_fill_(1, self.never, -math.inf)
-        self.cache.lens[:n] += 1
-        u = self.uniform[torch.arange(n), self.count[:n]].to(self.device)
-        # A row's maximum is not finite if one of its logits is NaN; -1 says so without another wait for the device.
-        token = torch.where(logits.amax(dim=-1).isfinite(), pick(logits, u, how), -1).cpu()
-        if (token < 0).any():
-            index = int(self.row[int((token < 0).nonzero()[0])])
+        left = self.limit[:n] - self.count[:n]
+        # No row comes past its limit or the end of its slot.
+        steps = min(self.ahead, int(left.min()), self.cache.length - int(self.cache.lens[:n].max()))
+        tokens = self._decode(steps)
+        over = torch.isin(tokens, self.stops) | (tokens < 0)
+        over[:, -1] = True
+        last = over.int().argmax(dim=1)  # the first of a row's tokens that ends it or is none
+        token = tokens.gather(1, last[:, None])[:, 0]
+        if (token == NOT_FINITE).any():
+            bad = (token == NOT_FINITE).nonzero()[:, 0]
+            index = int(self.row[bad[last[bad].argmin()]])
             raise NumericsError(f"prompt {index}: the logits are not finite; look for NaN in the weights", index)
-        self.out[torch.arange(n), self.count[:n]] = token
-        self.token[:n] = token
-        self.count[:n] += 1
+        # A row whose token is not settled goes on from before it.
+        taken = last + (token != UNSETTLED)
+        slot, column = (torch.arange(steps) < taken[:, None]).nonzero(as_tuple=True)
+        self.out[slot, self.count[slot] + column] = tokens[slot, column]
+        before = tokens.gather(1, (taken - 1).clamp(min=0)[:, None])[:, 0]
+        self.token[:n] = torch.where(taken > 0, before, self.token[:n])
+        self.count[:n] += taken
+        self.cache.lens[:n] += taken
         stopped = torch.isin(token, self.stops)
-        done = stopped | (self.count[:n] >= self.limit[:n])
+        done = stopped | (taken == left)
         if done.any():
             self._retire(done, stopped)
-        return n
+        return int(taken.sum())
 
-    def _logits(self) -> Tensor:
-        """(rows, V) logits of the next token of the active slots, and of the spare ones that round up their number."""
+    def _decode(self, steps: int) -> Tensor:
+        """The next tokens of the active slots, (active, steps) on the CPU, without a look at where a row ends.
+
+        In a row's place for a token may stand NOT_FINITE or, but for the last step, UNSETTLED; what follows it is void.
+        """
+        n, rows = self.active, self._rows()
+        columns = self.count[:rows, None] + torch.arange(steps)
+        u = self.uniform[:rows].gather(1, columns.clamp(max=self.uniform.shape[1] - 1))  # spare slots count anything
+        given = self.token[:rows], self.cache.lens[:rows], torch.zeros(rows, dtype=torch.int64)
+        self.state[: 3 + steps, :rows] = torch.stack((*given, *u.view(torch.int64).T)).to(self.device)
+        groups = self.cache.groups(rows, steps)
+        for _ in range(steps):
+            if rows in self.graphs:
+                graph, logits = self.graphs[rows]
+                graph.replay()
+            else:
+                logits = self._step(rows, groups)
+                if self.captured:
+                    self.graphs[rows] = self._capture(rows, groups)
+        tokens = self.made[:steps, :n].cpu().T
+        unsettled = tokens == UNSETTLED
+        # Where the shortlist does not settle every row, steps ahead are in vain.
+        self.ahead = 1 if unsettled.any() else min(2 * self.ahead, len(self.made))
+        late = unsettled[:, -1].nonzero()[:, 0]
+        if len(late):
+            tokens[late, -1] = pick(logits[late.to(self.device)], u[late, -1].to(self.device), self.how).cpu()
+        return tokens
+
+    def _rows(self) -> int:
+        """How many slots a step computes: the active ones and spare ones that round up their number."""
         if not self.captured:
-            rows = max(self.active, ROWS) if self.padded else self.active
-            groups = self.cache.groups(rows)
-            return self._forward(self.token[:rows].to(self.device), self.cache.lens[:rows].to(self.device), groups)
+            return max(self.active, ROWS) if self.padded else self.active
         # Fewer than ROWS take the same time, and would be graphs of their own.
-        rows = min(1 << (max(self.active, ROWS) - 1).bit_length(), self.cache.slots)
-        groups = self.cache.groups(rows)
-        self.inputs[:, :rows].copy_(torch.stack((self.token[:rows], self.cache.lens[:rows])))
-        key = (rows, groups[0][1])
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(rows, groups)
-        graph, logits = self.graphs[key]
-        graph.replay()
+        return min(1 << (max(self.active, ROWS) - 1).bit_length(), self.cache.slots)
+
+    def _step(self, rows: int, groups: list[tuple[int, int]]) -> Tensor:
+        """One token more for slots 0..rows-1, from `state` to `state` and `made`. Returns the logits, (picked, V).
+
+        It asks the device nothing. A captured step picks for the spare slots too: their number changes.
+        """
+        token, position, step = self.state[:3, :rows]
+        logits = self.model.logits(self.model.decode(token, position, self.cache, groups))
+        picked = rows if self.captured else self.active
+        token, step, logits = token[:picked], step[:picked], logits[:picked]
+        if len(self.never):
+            logits.index_fill_(1, self.never, -math.inf)
+        u = self.state[3:, :picked].view(torch.float64).gather(0, step[None])[0]
+        new, settled = shortlisted(logits, u, self.how)
+        # A row's maximum is not finite if one of its logits is NaN.
+        new = new.masked_fill(~settled, UNSETTLED).masked_fill(~logits.amax(dim=-1).isfinite(), NOT_FINITE)
+        self.made[:, :picked].scatter_(0, step[None], new[None])
+        token.copy_(new.clamp(min=0))
+        position += 1
+        step += 1
         return logits
 
-    def _forward(self, ids: Tensor, positions: Tensor, groups: list[tuple[int, int]]) -> Tensor:
-        return self.model.logits(self.model.decode(ids, positions, self.cache, groups))
-
     def _capture(self, rows: int, groups: list[tuple[int, int]]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The step as a CUDA graph and the logits it leaves. All graphs share one pool: only one runs at a time."""
-        ids, positions = self.inputs[:, :rows]
-        # Once outside the graph, so that libraries set themselves up; it writes the keys and values that replay writes.
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            self._forward(ids, positions, groups)
-        torch.cuda.current_stream().wait_stream(warm)
+        """The step as a CUDA graph and the logits it leaves. All graphs share one pool: only one runs at a time.
+
+        A step was made without a graph just before: libraries have set themselves up.
+        """
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._forward(ids, positions, groups)
+            logits = self._step(rows, groups)
         return graph, logits
 
     def _retire(self, done: Tensor, stopped: Tensor) -> None:

@@ -19,7 +19,7 @@ from common.model_config import ModelConfig
 from common.ranks import Progress, Ranks
 from pipeline.config import RunConfig
 from pipeline.run import Run
-from sample import Completion, Sampling, generate, pick, uniform
+from sample import Completion, Sampling, generate, pick, shortlisted, uniform
 
 VOCAB = 300  # above SHORTLIST, so that the shortcut can fail to settle a row
 CONFIG = ModelConfig(VOCAB, 32, 64, 2, 4, 2, 16, 1e-6, 1e4, True, 512, 1)
@@ -239,12 +239,12 @@ def test_logits_of_a_row_do_not_move_by_one_bit(tiny: qwen.Qwen3, monkeypatch: p
     """What makes the text reproducible: the logits themselves, for every token, whatever the batch size."""
     seen: dict[float, torch.Tensor] = {}
 
-    def watched_pick(logits: torch.Tensor, u: torch.Tensor, how: Sampling) -> torch.Tensor:
+    def watched(logits: torch.Tensor, u: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
         for key, row in zip(u.tolist(), logits, strict=True):  # the random number tells the row and the position
             assert torch.equal(seen.setdefault(key, row.clone()), row), key
-        return pick(logits, u, how)
+        return shortlisted(logits, u, how)
 
-    monkeypatch.setattr(sample, "pick", watched_pick)
+    monkeypatch.setattr(sample, "shortlisted", watched)
     n = 25
     limits = [5 + 13 * i % 50 for i in range(n)]
     for batch_size, rows in ((n, n), (1, 4), (3, 9), (17, n)):
@@ -258,7 +258,7 @@ def test_rows_of_like_length_stay_together(tiny: qwen.Qwen3) -> None:
     rng = random.Random(8)
     group = qwen.GROUP["cpu"]
     n = 3 * group - 5
-    batch = sample._Batch(tiny, [[1] * 9] * n, [0] * n, [400] * n, set(), n)
+    batch = sample._Batch(tiny, [[1] * 9] * n, [0] * n, [400] * n, set(), n, Sampling())
     batch._reshape(batch.most)
     for round_ in range(4):
         lens = torch.tensor(rng.sample(range(10, 300), n))
@@ -362,6 +362,86 @@ def test_refused_input(tiny: qwen.Qwen3, prompt: list[int], settings: dict[str, 
 def test_the_whole_context_can_be_used(tiny: qwen.Qwen3) -> None:
     out = generate(tiny, [[1] * 500], [0], max_new=12, stop_ids=set())
     assert len(out[0].ids) == 12
+
+
+# -- several steps at once, as a GPU makes them ------------------------------------------------------------------------
+
+
+DRAWS = {"temperature": 0.2, "top_p": 0.9, "top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "shortlist"), [({"temperature": 0}, 4), ({}, 4), (DRAWS, 128), (DRAWS, 4)], ids=str
+)
+def test_steps_ahead_change_no_token(
+    tiny: qwen.Qwen3, settings: dict[str, float], shortlist: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops, limits, refills, rows that go back and a cache made longer: the tokens of one step at a time.
+
+    Fewer candidates leave rows unsettled now and then; no row writes behind its slot.
+    """
+    n, rng = 20, random.Random(4)
+    prompts, seeds, limits = make_prompts(n), list(range(n)), [rng.choice((1, 5, 40, 90)) for _ in range(n)]
+    common = dict(max_new=limits, stop_ids={5, 6, 7}, batch_size=9, **settings)
+    expected = generate(tiny, prompts, seeds, **common)
+    assert {c.finish for c in expected} == {"stop", "length"}
+    monkeypatch.setattr(sample, "SHORTLIST", shortlist)
+    monkeypatch.setitem(sample.AHEAD, "cpu", 8)
+    monkeypatch.setattr(sample, "CPU_ROOM", 10 * qwen.KVCache.bytes(CONFIG, 1, torch.float32, "cpu"))
+    issued, taken, open_rows = [], [], []
+    decode, whole = sample._Batch._decode, sample.pick
+
+    def watched(self: sample._Batch, steps: int) -> torch.Tensor:
+        last = self.cache.lens[: self.active] + steps
+        assert (
+            last.max() <= self.cache.length and (self.count[: self.active] + steps <= self.limit[: self.active]).all()
+        )
+        tokens = decode(self, steps)
+        assert (self.state[0] >= 0).all() and self.state[1, : self.active].max() <= self.cache.length
+        issued.append(steps)
+        return tokens
+
+    monkeypatch.setattr(sample._Batch, "_decode", watched)
+    monkeypatch.setattr(sample, "pick", lambda logits, *rest: open_rows.append(len(logits)) or whole(logits, *rest))
+    out = generate(tiny, prompts, seeds, progress=taken.append, **common)
+    assert out == expected
+    assert sum(taken) == sum(len(c.ids) for c in out)
+    assert max(issued) == 8 and len(set(issued)) > 2
+    assert bool(open_rows) == (settings is DRAWS and shortlist == 4)
+
+
+def test_rows_go_back_to_before_an_unsettled_token(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat distributions and a shortlist of two: hardly a row is settled. Then steps are issued one by one."""
+    monkeypatch.setattr(sample, "SHORTLIST", 2)
+    run = dict(max_new=12, stop_ids={5}, temperature=3.0, top_p=1.0, top_k=0)
+    expected = generate(tiny, make_prompts(6), list(range(6)), **run)
+    monkeypatch.setitem(sample.AHEAD, "cpu", 4)
+    taken: list[int] = []
+    assert generate(tiny, make_prompts(6), list(range(6)), progress=taken.append, **run) == expected
+    assert taken[0] < 6 and len(taken) <= 14
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {}, {"temperature": 1.0, "top_k": 0}], ids=str)
+def test_bad_numbers_some_steps_ahead_name_their_prompt(
+    tiny: qwen.Qwen3, how: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The greedy or drawn token of one row has an infinite embedding: the step after it is not finite. One that ends
+    with that token has no step after it."""
+    monkeypatch.setitem(sample.AHEAD, "cpu", 8)
+    run = dict(max_new=8, **how)
+    free = generate(tiny, [[1, 2], [3], [4]], [0, 1, 2], stop_ids=set(), **run)
+    others = set(free[0].ids + free[2].ids + [1, 2, 3, 4])
+    at, bad = next((at, i) for at, i in enumerate(free[1].ids[:-1]) if i not in others)
+    state = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    untied = qwen.Qwen3(ModelConfig(*list(vars(CONFIG).values())[:9], False, 512, 1)).eval()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.embed_tokens.weight"][bad, 0] = torch.inf
+    untied.load_state_dict(state)
+    with pytest.raises(NumericsError, match="prompt 1") as caught:
+        generate(untied, [[1, 2], [3], [4]], [0, 1, 2], stop_ids=set(), **run)
+    assert caught.value.row == 1
+    out = generate(untied, [[1, 2], [3], [4]], [0, 1, 2], stop_ids={bad}, **run)
+    assert [c.ids for c in out] == [free[0].ids, free[1].ids[: at + 1], free[2].ids]
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
