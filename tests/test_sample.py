@@ -1,8 +1,10 @@
 """sample.py against transformers' generate and logits processors, a slow sampler of its own, and itself rearranged."""
 
+import itertools
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -392,12 +394,11 @@ def test_steps_ahead_change_no_token(
     decode, whole = sample._Batch._decode, sample.pick
 
     def watched(self: sample._Batch, steps: int) -> torch.Tensor:
-        last = self.cache.lens[: self.active] + steps
-        assert (
-            last.max() <= self.cache.length and (self.count[: self.active] + steps <= self.limit[: self.active]).all()
-        )
+        active = slice(self.active)
+        assert (self.cache.lens[active] + steps).max() <= self.cache.length
+        assert (self.count[active] + steps <= self.limit[active]).all()
         tokens = decode(self, steps)
-        assert (self.state[0] >= 0).all() and self.state[1, : self.active].max() <= self.cache.length
+        assert (self.state[0] >= 0).all()
         issued.append(steps)
         return tokens
 
@@ -408,6 +409,38 @@ def test_steps_ahead_change_no_token(
     assert sum(taken) == sum(len(c.ids) for c in out)
     assert max(issued) == 8 and len(set(issued)) > 2
     assert bool(open_rows) == (settings is DRAWS and shortlist == 4)
+
+
+@pytest.mark.parametrize(("settings", "shortlist"), [({}, 128), (DRAWS, 4)], ids=str)
+def test_a_captured_step_replayed_gives_the_same_text(
+    tiny: qwen.Qwen3, settings: dict[str, float], shortlist: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of a CUDA graph a function that makes the step as it was captured, spare slots included.
+
+    One is captured for each number of rows and each cache, whatever the lengths.
+    """
+    n = 20
+    prompts, limits = make_prompts(n), [3 + 37 * i % 150 for i in range(n)]
+    run = dict(max_new=limits, stop_ids={5}, **settings)
+    expected = generate(tiny, prompts, list(range(n)), **run)
+    monkeypatch.setitem(sample.AHEAD, "cpu", 8)
+    monkeypatch.setattr(sample, "SHORTLIST", shortlist)
+    monkeypatch.setattr(sample, "CPU_ROOM", 18 * qwen.KVCache.bytes(CONFIG, 1, torch.float32, "cpu"))
+    init, captured = sample._Batch.__init__, []
+
+    def as_on_a_gpu(self: sample._Batch, *args: Any) -> None:
+        init(self, *args)
+        self.captured = True
+
+    def capture(self: sample._Batch, rows: int, groups: list[tuple[int, int]]) -> tuple[Any, torch.Tensor]:
+        captured.append((rows, self.cache.length))
+        logits, whole = torch.zeros(rows, VOCAB), [(rows, self.cache.length)]
+        return SimpleNamespace(replay=lambda: logits.copy_(self._step(rows, whole))), logits
+
+    monkeypatch.setattr(sample._Batch, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(sample._Batch, "_capture", capture)
+    assert generate(tiny, prompts, list(range(n)), batch_size=16, **run) == expected
+    assert len(captured) >= 2 and all(a != b for a, b in itertools.pairwise(captured))
 
 
 def test_rows_go_back_to_before_an_unsettled_token(tiny: qwen.Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:

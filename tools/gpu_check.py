@@ -24,6 +24,7 @@ import argparse
 import copy
 import gc
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -241,6 +243,19 @@ def model_paths(device: torch.device, sizes: Sizes) -> Rows:
     share = float(torch.stack(same).mean())
     name = "greedy tokens" + (" by captured graphs" if device.type == "cuda" else "")
     yield {"path": name, "same as without a cache": share, "ok": share > 0.98}
+    run = partial(sample.generate, prompts=prompts, seeds=list(range(20)), max_new=24, stop_ids=set(), batch_size=18)
+    draws = dict(temperature=0.5, top_p=0.9, top_k=0)
+    for name, net, how, shortlist in (
+        ("bf16, top_k 20", half, {}, 128),
+        ("fp32, top_k 0", exact, draws, 128),
+        ("fp32, top_k 0, rows unsettled", exact, draws, 2),
+    ):
+        texts = []
+        for ahead in (1, 8):  # steps issued before the host looks at their tokens
+            with mock.patch.multiple(sample, AHEAD={device.type: ahead}, SHORTLIST=shortlist):
+                texts.append([c.ids for c in run(net, **how)])
+        share = sum(map(operator.eq, *texts)) / len(prompts)
+        yield {"path": f"sampled texts, {name}", "same as step by step": share, "ok": share >= 0.9}
 
 
 # ---------- sweep and op
