@@ -22,7 +22,7 @@ from kernels.add_rmsnorm import add_rmsnorm, rmsnorm
 from kernels.decode_attention import decode_attention, masks
 from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cached
 from kernels.swiglu import swiglu
-from model import Qwen3
+from model import KVCache, Qwen3
 
 HERE = Path(__file__).resolve()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -223,6 +223,30 @@ def test_what_is_made_again_is_the_first_bit_for_bit(dtype, impl, device, monkey
         # "full" adds up by torch, which rounds bf16 where the interpreter cuts it off.
         others = gradients[1:] if impl == "torch" or dtype == torch.float32 else gradients[1:2]
         assert all(torch.equal(a, b) for other in others for a, b in zip(gradients[0], other, strict=True))
+
+
+@every_path
+@pytest.mark.parametrize("kind", [{}, {"qk_norm": False, "qkv_bias": True}], ids=["qwen3", "qwen2"])
+@torch.no_grad()
+def test_decoding_is_the_pass_without_a_cache(kind, impl, device, monkeypatch):
+    """Rows of 1, 7 and 4 tokens and a slot that is spare, three tokens more each, by the kernels together."""
+    monkeypatch.setattr(op, "default_impl", lambda device: impl)
+    torch.manual_seed(0)
+    shape = SHAPE | dict(num_attention_heads=4, num_key_value_heads=2) | kind
+    net = Qwen3(ModelConfig(**shape, max_position_embeddings=64, eos_token_id=0)).to(device)
+    for p in net.parameters():
+        p.mul_(8.0 if p.ndim > 1 else 1.0)  # so that attention is not flat
+    rows = [torch.randint(50, (n,)).to(device) for n in (1, 7, 4)]
+    cache = KVCache(net.config, 4, 12, torch.float32, device)
+    net(torch.cat(rows), torch.tensor([0, 1, 8, 12]), cache, torch.arange(3))
+    for _ in range(3):
+        new = torch.randint(50, (4,)).to(device)
+        hidden = net.decode(new, cache.lens.to(device), cache, cache.groups(4))
+        cache.lens[:3] += 1
+        rows = [torch.cat((row, token[None])) for row, token in zip(rows, new, strict=False)]
+        for row, got in zip(rows, hidden, strict=False):
+            assert (got - net(row, torch.tensor([0, len(row)]))[-1]).abs().max() < 1e-3
+    assert cache.lens.tolist() == [4, 10, 7, 0]
 
 
 @every_path

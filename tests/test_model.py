@@ -208,6 +208,13 @@ def test_stacked_weights_are_the_parameters(tmp_path: Path, kind: str) -> None:
         assert attn.stacked is None and torch.equal(mlp.stacked[0][: len(mlp.gate_proj.weight)], mlp.gate_proj.weight)
         assert mlp.stacked[0].data_ptr() == mlp.gate_proj.weight.data_ptr()  # no copy is kept
         assert (m(ids, cu_seqlens) - expected).abs().max() <= 1e-5
+    place = mlp.gate_proj.weight.data_ptr()
+    with m.stacked():  # they still lie so: nothing is copied
+        assert mlp.stacked[0].data_ptr() == place
+        assert torch.equal(mlp.stacked[0], torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data.clone()
+    with m.stacked():  # and if one does not, it is
+        assert torch.equal(mlp.stacked[0], torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
     lora.merge(m)
     m.requires_grad_(True)
     m(ids, cu_seqlens).sum().backward()

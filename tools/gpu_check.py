@@ -4,7 +4,8 @@
   kernels   the tests of kernels/ on this device
   gradients adapter gradients against fp64 on the CPU, at every level of recomputation, beside PEFT's arithmetic
   zero      a fresh adapter's log-ratio is 0, a switched-off one is the base bit for bit (both: gpu_gradients.py)
-  model     flash attention over packed rows, and sampling by captured graphs, against one plain row at a time
+  model     flash attention over packed rows, and sampling by captured graphs, against one plain row at a time; steps
+            issued ahead against single ones
   train     a KTO step of a model shaped like Qwen3-8B with random weights: speed, share of the peak, memory
   peers     the same step by TRL: its default, its best with and without Liger, the paper's split
   op        the op at 8,192 tokens of that model, beside Liger's, TRL's and torch's
