@@ -268,7 +268,7 @@ def generate(
     a row that finishes makes room for a waiting prompt. small_batches: on a CPU, fewer than 16 rows are computed as
     they are, faster, and a row's text may then depend on how many there are. never: ids that are not sampled (those
     without a token, `tokens.unused_ids`: the head of most models has more rows than the tokenizer).
-    progress: called after each step with the number of new tokens, for example a tqdm bar's `update`.
+    progress: called with the number of new tokens whenever some have come, for example a tqdm bar's `update`.
     finished: called with (index, completion) as soon as a row ends, in whatever order they do; they are not kept then,
     and the result is empty.
     Raises InputError for settings out of range, for prompts that are empty or too long for the model and for a GPU
