@@ -419,8 +419,8 @@ def test_a_captured_step_replayed_gives_the_same_text(
 
     One is captured for each number of rows and each cache, whatever the lengths.
     """
-    n = 20
-    prompts, limits = make_prompts(n), [3 + 37 * i % 150 for i in range(n)]
+    n = 17
+    prompts, limits = make_prompts(n), [3 + 37 * i % 120 for i in range(n)]
     run = dict(max_new=limits, stop_ids={5}, **settings)
     expected = generate(tiny, prompts, list(range(n)), **run)
     monkeypatch.setitem(sample.AHEAD, "cpu", 8)
