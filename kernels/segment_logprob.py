@@ -38,9 +38,6 @@ same packed batch with the same `chunk` (BLAS may round differently for another 
 Left out: a head that trains (an error here), a bias, soft-capping, a temperature, label smoothing, double backward.
 """
 
-import contextlib
-import functools
-
 import torch
 from torch import Tensor
 
@@ -58,11 +55,6 @@ BLOCK, SUM_BLOCK, SCALE_BLOCK = 4096, 1024, 1024  # elements a Triton program ha
 # fp_fusion is named because Triton's default differs between versions, and with it the last bit.
 WIDE = dict(num_warps=8, enable_fp_fusion=False)
 NARROW = dict(num_warps=4, enable_fp_fusion=False)
-# Chunks under way at once, each with buffers and on a GPU a stream of its own: with 2 the elementwise pass of one runs
-# beside the products of the other. 1 until a GPU has shown that 2 pays (gpu_check measures both).
-STREAMS = 1
-# Whether onehot - p lies where the logits lay, not in a buffer of its own. Same bits; gpu_check measures both.
-SHARED = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -200,49 +192,26 @@ def _rows_triton(logits: Tensor, y: Tensor, logp: Tensor, G: Tensor | None) -> N
         _direction_kernel[(C,)](logits, y, largest, total, rest, G, *strides, V, BLOCK, **WIDE)
 
 
-@functools.cache
-def _streams(device: torch.device, n: int) -> list[torch.cuda.Stream]:
-    """The same n streams every time: BLAS keeps a workspace for each stream that it has seen. None on a CPU."""
-    return [torch.cuda.Stream(device) for _ in range(n)] if device.type == "cuda" else []
-
-
 def _token_logp(
     hidden: Tensor, weight: Tensor, targets: Tensor, impl: str, chunk: int, want_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """logp (M,) and, if wanted, the directions R (M, E): one loop over chunks of rows, their buffers used again."""
+    """logp (M,) and, if wanted, the directions R (M, E): one loop over chunks of rows, their buffer used again."""
     (M, E), V = hidden.shape, len(weight)
     logp = hidden.new_empty(M, dtype=_accumulator(hidden.dtype))
     R = hidden.new_empty(M, E) if want_grad else None
     width = -(-V // 16) * 16  # rows start on 16-byte borders whatever V is, so that loads are 128 bits wide
-
-    def buffers() -> tuple[Tensor, Tensor | None]:
-        """logits and onehot - p of one chunk."""
-        logits = logp.new_empty(min(chunk, M), width)
-        if not want_grad:
-            return logits[:, :V], None
-        G = logits.view(hidden.dtype) if SHARED else hidden.new_empty(logits.shape)
-        return logits[:, :V], G[:, :V]
-
+    logits = logp.new_empty(min(chunk, M), width)
+    G = logits.view(hidden.dtype)[:, :V] if want_grad else None  # where the logits lie
+    logits = logits[:, :V]
     make_rows = _rows_triton if impl == "triton" else _rows_torch
-    lanes = [buffers() for _ in range(STREAMS)]
-    # A chunk stays on one stream from its first product to its last, and no two write the same rows, so the streams
-    # meet only here and after the loop; after it, freed buffers go back to the stream they came from.
-    others = _streams(hidden.device, STREAMS - 1)
-    for stream in others:
-        stream.wait_stream(torch.cuda.current_stream(hidden.device))
-    try:
-        for n, i in enumerate(range(0, M, chunk)):
-            rows, lane = slice(i, i + chunk), n % STREAMS
-            (logits, G), y = lanes[lane], targets[rows]
-            x, g = logits[: len(y)], None if G is None else G[: len(y)]
-            with torch.cuda.stream(others[lane - 1]) if others and lane else contextlib.nullcontext():
-                _logits(hidden[rows], weight, x)
-                make_rows(x, y, logp[rows], g)
-                if R is not None and g is not None:
-                    torch.mm(g, weight, out=R[rows])
-    finally:  # also before an error frees the buffers
-        for stream in others:
-            torch.cuda.current_stream(hidden.device).wait_stream(stream)
+    for i in range(0, M, chunk):
+        rows = slice(i, i + chunk)
+        y = targets[rows]
+        x, g = logits[: len(y)], None if G is None else G[: len(y)]
+        _logits(hidden[rows], weight, x)
+        make_rows(x, y, logp[rows], g)
+        if R is not None and g is not None:
+            torch.mm(g, weight, out=R[rows])
     ignored = targets < 0
     logp.masked_fill_(ignored, 0.0)
     if R is not None:

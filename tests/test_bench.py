@@ -206,7 +206,7 @@ def test_the_gpu_check_runs_whole_on_a_cpu(alone, tmp_path, monkeypatch):
     parts = result["parts"]
     assert list(parts) == list(gpu_check.PARTS)
     assert all(part["ok"] and part["error"] is None and not part["cut"] for part in parts.values())
-    assert len(parts["correct"]["rows"]) == 2 * 2 * 3 * 3  # sizes, vocabularies, dtypes, streams and buffers
+    assert len(parts["correct"]["rows"]) == 2 * 2 * 3  # sizes, vocabularies, dtypes
     levels = [(row["dtype"], row["recomputed"]) for row in parts["gradients"]["rows"]]
     assert levels == list(itertools.product(("bfloat16", "float32"), costs.RECOMPUTE))
     assert all(row["first log-ratio"] == 0 for row in parts["zero"]["rows"])
@@ -246,8 +246,8 @@ def test_targets_take_medians_and_say_what_is_missing():
     peers = [{"candidate": name, "seconds": {"median": s}} for name, s in trl]
     ways = [
         ("ours, triton", 1.3, 435.0),
-        ("ours, 2 streams of 320 rows", 1.2, 436.0),
-        ("ours, buffers apart", 1.1, 620.0),
+        ("ours, torch", 1.4, 436.0),
+        ("ours, another", 1.1, 620.0),
     ]
     ops = [
         {"candidate": name, "/ its products": time, "extra MiB": mib} for name, time, mib in [*ways, ("TRL", 1, 400)]
@@ -264,7 +264,7 @@ def test_targets_take_medians_and_say_what_is_missing():
         targets.FITTING: "chunk 512: 370 MiB",
     }
     assert table[targets.FITTING] == (1.15, False) and table["the op, extra MiB"] == (435.0, True)
-    assert targets.best_fitting({"op": {"rows": ops}}) == (1.2, "candidate ours, 2 streams of 320 rows: 436 MiB")
+    assert targets.best_fitting({"op": {"rows": ops}}) == (1.3, "candidate ours, triton: 435 MiB")
     assert table["share of the peak, layers kept"] == (0.43, False)
     assert table["TRL's default / ours, layers recomputed"] == (2.5, True)
     assert table["TRL's best / ours, layers recomputed"] == (1.5, False)

@@ -7,12 +7,12 @@
   model     flash attention over packed rows, and sampling by captured graphs, against one plain row at a time; steps
             issued ahead against single ones
   train     a KTO step of a model shaped like Qwen3-8B with random weights: speed, share of the peak, memory
-  peers     the same step by TRL: its default, its best with and without Liger, the paper's split
   op        the op at 8,192 tokens of that model, beside Liger's, TRL's and torch's
   sample    tokens a second of that model
   generate  the same by transformers
   moe       a mixture of experts: right, a layer beside transformers', a step shaped like Qwen3-30B-A3B (gpu_moe.py)
-  sweep     the op over rows a chunk, streams, shared buffers, Triton block size and warps: time and memory
+  peers     the step of `train` by TRL: its default, its best with and without Liger, the paper's split
+  sweep     the op over rows a chunk, Triton block size and warps: time and memory
 
 Weights are random and made on the device. Rows are printed and written to --out as they come, so that a run that is cut
 keeps what it had; when the time is up, what is left is named and skipped. A part that fails is reported with its
@@ -87,7 +87,6 @@ class Sizes:
     M: int = 8192  # tokens of the speed measurements
     B: int = 32  # sequences they belong to
     chunks: tuple[int, ...] = (512, 640, 704, 1024, 2048)
-    two_streams: tuple[int, ...] = (256, 320, 512)  # rows a chunk of the op by two streams
     blocks: tuple[tuple[int, int], ...] = ((4096, 8), (8192, 8), (16384, 16), (32768, 32))  # elements, warps
     config: ModelConfig = ModelConfig(**QWEN3_8B, **REST)
     row_tokens: tuple[int, int] = (800, 1000)  # the shortest and the longest of 8 rows
@@ -102,7 +101,7 @@ class Sizes:
 
 
 FOR_OP = dict(
-    N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), two_streams=(16,), blocks=((256, 4),), rounds=1
+    N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), blocks=((256, 4),), rounds=1
 )
 FOR_MODEL = dict(kernel_tests="hand_worked", row_tokens=(20, 40), lora_r=4, batches=(2, 4), prompt=5, new=6)
 TINY = Sizes(**FOR_OP, **FOR_MODEL, config=ModelConfig(**SMALL, **REST))
@@ -115,7 +114,7 @@ def implementations(device: torch.device) -> list[str]:
 
 @contextmanager
 def op_settings(**values: Any) -> Iterator[None]:
-    """The op with other values of the constants at its head, for example STREAMS=2."""
+    """The op with other values of the constants at its head, for example BLOCK=8192."""
     before = {name: getattr(op, name) for name in values}
     try:
         for name, value in values.items():
@@ -136,9 +135,7 @@ def correct(device: torch.device, sizes: Sizes) -> Rows:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 exact = Exact(sizes.N, D, V, dtype, device)
                 for impl in implementations(device):
-                    for streams, shared in ((1, True), (2, True), (1, False)):
-                        with op_settings(STREAMS=streams, SHARED=shared):
-                            yield {"streams": streams, "shared": shared} | exact.check(impl)
+                    yield exact.check(impl)
 
 
 class Exact:
@@ -263,24 +260,22 @@ def model_paths(device: torch.device, sizes: Sizes) -> Rows:
 
 
 def sweep(device: torch.device, sizes: Sizes) -> Rows:
-    """The op's time and memory over its tunable sizes; two streams and buffers apart with the first block."""
+    """The op's time and memory over its tunable sizes."""
     impl = op.default_impl(device)
     for D in sizes.D:
         x = bench.op_inputs(sizes.M, D, sizes.V[-1], "bfloat16", device, sizes.B)
         products = products_ms(x, device, sizes.rounds)["median"]
-        several: list[dict[str, Any]] = [{}]
+        ways: list[dict[str, Any]] = [{}]
         if impl == "triton":
-            several = [{"BLOCK": block, "WIDE": op.WIDE | {"num_warps": warps}} for block, warps in sizes.blocks]
-        ways = [{"STREAMS": 1, "SHARED": True} | one for one in several]
-        ways += [ways[0] | {"STREAMS": 2}, ways[0] | {"SHARED": False}]
+            ways = [{"BLOCK": block, "WIDE": op.WIDE | {"num_warps": warps}} for block, warps in sizes.blocks]
         for way in ways:
             with op_settings(**way):
                 for chunk in sizes.chunks:
                     candidate = partial(bench.ours, impl=impl, chunk=chunk)
                     times = {grad: clock(partial(bench.op_call, candidate, x, grad), device) for grad in (False, True)}
                     forward, both = (spread(s)["median"] * 1e3 for s in alternate(times, sizes.rounds).values())
-                    setting = {"D": D, "chunk": chunk, "streams": way["STREAMS"], "shared": way["SHARED"]}
-                    setting |= {"block": way.get("BLOCK", "-"), "warps": way.get("WIDE", {}).get("num_warps", "-")}
+                    setting = {"D": D, "chunk": chunk, "block": way.get("BLOCK", "-")}
+                    setting |= {"warps": way.get("WIDE", {}).get("num_warps", "-")}
                     memory = extra_memory(partial(bench.op_call, candidate, x, True), device)["extra MiB"]
                     found = {"forward ms": forward, "forward + backward ms": both, "/ its products": both / products}
                     yield setting | found | {"extra MiB": memory}
@@ -305,12 +300,6 @@ def op_speed(device: torch.device, sizes: Sizes) -> Rows:
                 raise
             yield {"candidate": name, "note": _brief(error)}
         _release(device)
-    for rows in sizes.two_streams:
-        two = partial(bench.ours, impl=op.default_impl(device), chunk=rows)
-        with op_settings(STREAMS=2):
-            yield {"candidate": f"ours, 2 streams of {rows} rows"} | measured(two)
-    with op_settings(SHARED=False):
-        yield {"candidate": "ours, buffers apart"} | measured(partial(bench.ours, impl=op.default_impl(device)))
 
 
 def products_ms(x: bench.OpInputs, device: torch.device, rounds: int) -> dict[str, float]:
@@ -499,11 +488,11 @@ PARTS: dict[str, Callable[[torch.device, Sizes], Rows]] = {  # in the order of w
     "zero": lambda device, sizes: gpu_gradients.zero(device),
     "model": model_paths,
     "train": training,
-    "peers": peers,
     "op": op_speed,
     "sample": sampling,
     "generate": generate,
     "moe": lambda device, sizes: gpu_moe.moe_part(device, tiny=sizes is TINY),
+    "peers": peers,
     "sweep": sweep,
 }
 

@@ -101,6 +101,6 @@ def best_fitting(parts: Parts) -> tuple[Number, str]:
     if not fits:
         return None, ""
     found = min(fits, key=lambda row: row["/ its products"])
-    names = ("candidate", "chunk", "streams", "shared", "block", "warps")
+    names = ("candidate", "chunk", "block", "warps")
     way = ", ".join(f"{name} {found[name]}" for name in names if name in found)
     return found["/ its products"], f"{way}: {found['extra MiB']:,.0f} MiB"
