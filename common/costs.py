@@ -36,7 +36,7 @@ GPUS = {  # the parts of a name are what torch's name of the device must contain
     "l40s": GPU(362, 48, 864),
     "rtx4090": GPU(165, 24, 1008),
 }
-UTILISATION = 0.35  # assumed share of the peak where nothing was measured
+UTILISATION = 0.35  # assumed share of the peak where nothing was measured; an H200 gave .42 to .52 (docs/speed.md)
 ROOM = 0.92  # share of the memory to fill: the rest is the context, the allocator's gaps and NCCL's buffers
 
 
