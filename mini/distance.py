@@ -72,6 +72,7 @@ HARD = tuple(HARD_MODELS)
 HARD_ROWS = {True: 33, False: 15}  # chosen and rejected; with more there is a ceiling (docs/results.md)
 HARD_TRAINING = {"epochs": 15}
 HARD_RATES = (2.4e-3, 1.2e-3, 4.8e-3, 6e-4)
+HARD_NULL_RATES = (2.4e-3, 4.8e-3)
 BASE = "thinkon"
 PAIRS = (("mralign", "kto"), ("mralign", "shuffled"), ("mralign", "mean"), ("shuffled", "kto"), ("mean", "kto"))
 AT = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)  # nats at which differences are listed
@@ -112,7 +113,7 @@ class Block:
     def rates(self) -> tuple[float, ...]:
         """The learning rates of the preference methods."""
         if self.world in HARD:
-            return HARD_RATES[:2] if self.null else HARD_RATES
+            return HARD_NULL_RATES if self.null else HARD_RATES
         return NULL_RATES if self.null else RATES
 
     def file(self, method: str, rate: float) -> Path:
@@ -554,7 +555,7 @@ def report(hard: bool = False) -> str:
     text = markdown(groups)
     head = {"command": "python -m mini.distance" + " --hard" * hard, "blocks": len(done), "cells": len(cells)}
     head |= {"seeds": sorted({b.seed for b in done}), "rates": list(HARD_RATES if hard else RATES)}
-    head |= {"rates of the null world": list(HARD_RATES[:2] if hard else NULL_RATES)}
+    head |= {"rates of the null world": list(HARD_NULL_RATES if hard else NULL_RATES)}
     head |= {key: sorted({cell[key] for cell in cells}) for key in ("commit", "device", "versions")}
     head |= {"seconds": round(sum(cell["seconds"] for cell in cells))}
     dev = Block(HARD[0], 0, "dev")
