@@ -58,7 +58,7 @@ from model import Qwen3
 from pipeline import reporting
 from pipeline.config import RunConfig
 from pipeline.run import Run
-from report.figures import FAINT, INK, METHOD_COLOURS, STYLE, save
+from report.figures import FAINT, METHOD_COLOURS, STYLE, save
 from tools.sweep import Child, run_all, unfinished
 
 OUT = ROOT / "runs" / "distance"
@@ -538,9 +538,8 @@ def _differences(ax: Axes, of: Sequence[Cells]) -> None:
         mean, low, high = (np.array([100 * d[key] for d in found]) for key in ("mean", "low", "high"))
         ax.plot(xs, mean, color=METHOD_COLOURS[other], lw=1.8)
         ax.fill_between(xs, low, high, color=METHOD_COLOURS[other], alpha=0.12, lw=0)
-        ax.annotate(f"− {other}", (xs[-1], mean[-1]), xytext=(3, 0), textcoords="offset points", fontsize=7, color=INK)
     ax.axhline(0, color=FAINT, lw=0.8)
-    ax.set_title("MR-ALIGN minus each control, Acc, points", loc="left")
+    ax.set_title("MR-ALIGN minus what has that colour, Acc", loc="left")
 
 
 # ---------- the command
