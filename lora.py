@@ -71,7 +71,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT
         self.lora_A = nn.Parameter(A.to(base.weight.device))  # (r, in) fp32
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=base.weight.device))  # fp32
-        self.made: dict[LoRALinear, tuple[Tensor, Tensor]] | None = None  # inside `rounded`: what `stacked` made
+        # Inside `rounded` one dict for all layers: what `stacked` made of a group of layers, under its first.
+        self.made: dict[LoRALinear, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -95,7 +96,7 @@ def joint(x: Tensor, linears: list[nn.Module], weight: Tensor, bias: Tensor | No
     return adapted(x, adapters, weight, bias)
 
 
-def unread(layer: nn.Module, x: Tensor) -> Tensor:
+def backward_only(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` for a backward pass alone: nobody reads the result, so in half precision no product of W is made."""
     if isinstance(layer, LoRALinear) and layer.enabled and x.dtype != layer.lora_A.dtype:
         return adapted(x, [layer], layer.weight, layer.bias, unread=True)

@@ -163,7 +163,9 @@ class Rows:
             self.remade.forget(made, function, *inputs)
         return made
 
-    def twice(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    def first_and_again(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """Contexts for `checkpoint`: of a layer's first pass and of the pass that makes it again."""
         return contextlib.nullcontext(), self._made_again()
 
@@ -330,7 +332,7 @@ class MLP(nn.Module):
         else:
             given = (lora.joint(x, [self.gate_proj, self.up_proj], *self.stacked),)
         h = rows.forget(swiglu(*given), swiglu, *given)
-        return lora.unread(self.down_proj, h) if rows.again else self.down_proj(h)
+        return lora.backward_only(self.down_proj, h) if rows.again else self.down_proj(h)
 
 
 class Layer(nn.Module):
@@ -430,8 +432,8 @@ class Qwen3(nn.Module):
         """One more token for each of the slots 0..B-1: hidden states after the final norm, (B, E).
 
         ids, positions: (B,) int64 on the model's device; positions are what `cache.lens` holds, and the caller counts
-        them up afterwards. groups: `cache.groups(B)`. Reads nothing back from the device, so that a CUDA graph can
-        hold the whole step.
+        them up afterwards. groups: `cache.groups(B, steps)` of the steps that are made with it. Reads nothing back from
+        the device, so that a CUDA graph can hold the whole step.
         """
         seen = masks(positions, groups, cache.dtype) if elementwise_impl(cache.k[0]) == "torch" else None
         cos, sin = cache.cos[positions], cache.sin[positions]
@@ -444,7 +446,7 @@ class Qwen3(nn.Module):
         rows.remade = Remade() if recompute == "cheap" else None
         how: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
         if not self.compiled:  # a compiled layer keeps what the compiler chose, the same both times
-            how["context_fn"] = rows.twice
+            how["context_fn"] = rows.first_and_again
         with rows.remade or contextlib.nullcontext():
             for layer in self.model.layers:
                 if recompute == "full":  # adds up at once: one tensor a layer is kept, not two

@@ -335,6 +335,7 @@ class _Batch:
         self.completions: dict[int, Completion] = {}
         self.finished: list[int] = []  # prompts that the last step completed
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)
+        self.ends = self.stops.to(model.head.device)  # the same, for the device to look at
         self.device = model.head.device
         self.never = torch.tensor(never, dtype=torch.int64, device=self.device)
         self.padded = self.device.type == "cpu" and not small_batches
@@ -557,7 +558,9 @@ class _Batch:
         # A row's maximum is not finite if one of its logits is NaN.
         new = new.masked_fill(~settled, UNSETTLED).masked_fill(~logits.amax(dim=-1).isfinite(), NOT_FINITE)
         self.made[:, :picked].scatter_(0, step[None], new[None])
-        token.copy_(new.clamp(min=0))
+        # A row that has ended, or whose token is open, goes on with the token it has: so its slot, which is another
+        # row's next, holds nothing but what tokens make that were read before. A masked NaN would still be one.
+        token.copy_(torch.where((new >= 0) & (new[:, None] != self.ends).all(1), new, token))
         position += 1
         step += 1
         return logits

@@ -234,7 +234,8 @@ class Trainer:
     def try_pass(self, rows: list[int]) -> None:
         """One pass and its gradient, for the memory they take. Ranks with shards make it together, of the same rows."""
         self.begin(rows, self.lengths)
-        weighted, _ = sequence_sums(self.model, self.model.head, self.batch(rows), self.impl)
+        with lora.rounded(self.model):
+            weighted, _ = sequence_sums(self.model, self.model.head, self.batch(rows), self.impl)
         torch.autograd.grad(weighted.sum(), self.parameters)  # not backward(): DDP shall not hear of it
 
     def each(

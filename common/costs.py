@@ -111,19 +111,21 @@ def forward_flops(c: ModelConfig, r: int, rows: Lengths) -> dict[str, float]:
     }
 
 
-def step_flops(c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute: str = "none") -> dict[str, float]:
+def step_flops(
+    c: ModelConfig, r: int, rows: Lengths, pairs: Lengths, recompute: str = "none", size: int = 2
+) -> dict[str, float]:
     """Operations of one optimiser step, by kind: forward and backward of `rows`, forward of the mismatched `pairs`.
 
     Backward: as much as forward again for frozen weights (the gradient of the input alone; so also for the head, which
     makes it in its forward), twice for adapters and attention. recompute "full" adds a forward pass without the head
-    and, in half precision, without each MLP's last product of a frozen weight. The reference is not counted.
+    and, in half precision (size 2 of a weight), without each MLP's last product of one. The reference is not counted.
     """
     policy, extra = forward_flops(c, r, rows), forward_flops(c, r, pairs)
     times = {"base": 2, "lora": 3, "attention": 3, "head": 2}
     again = {"base": 1, "lora": 1, "attention": 1, "head": 0} if recompute == "full" else dict.fromkeys(times, 0)
     found = {kind: (times[kind] + again[kind]) * policy[kind] + extra[kind] for kind in policy}
     last = (c.num_hidden_layers - layers_with_experts(c)) * c.hidden_size * c.intermediate_size
-    found["base"] -= again["base"] * 2.0 * sum(T for T, _ in rows) * last
+    found["base"] -= (size == 2) * again["base"] * 2.0 * sum(T for T, _ in rows) * last
     return found
 
 
@@ -195,7 +197,8 @@ def memory(
         "gathered layers": size * 2 * n["layers"] / L if shards > 1 else 0,
         "adapters": 4 * n["adapters"],
         "adapters, rounded": (size == 2) * size * (n["adapters"] + zeros),
-        "gradients": 4 * n["adapters"] * (2 if shards > 1 else 1),  # with shards also their sum over ranks
+        # Beside DDP's buckets in the first step, in two sets of buckets in the second; with shards beside their sum.
+        "gradients, twice": 8 * n["adapters"],
         "AdamW's moments": 8 * n["adapters"],
         "activations": (kept + one_layer) * tokens,
         "working set of one layer": max(no_grad_tokens, tokens) * size * products,

@@ -148,6 +148,6 @@ def measured(
     before = torch.cuda.memory_allocated(ranks.device)
     run(rows)
     a_token = (torch.cuda.max_memory_allocated(ranks.device) - before) / sum(lengths[i] for i in rows)
-    later = 16 * trained  # gradients, DDP's sum of them, two moments
+    later = 16 * trained  # gradients, twice in the first steps (common/costs.py), and two moments
     fit = (room(ranks.device, ranks) - before - later) / a_token
     return Limit(tokens=int(min(ranks.gather(min(MOST, max(fit, lengths[order[0]]))))))

@@ -349,7 +349,8 @@ def training_needs(cfg: RunConfig, config: ModelConfig, lengths: plan.Lengths, g
     for method in cfg.methods:
         kept = [i for i, chosen in enumerate(lengths.chosen) if LOSSES[method].keeps(chosen)]
         own = plan.Lengths(*([of[i] for i in kept] for of in (lengths.prompt, lengths.completion, lengths.chosen)))
-        seconds = s.epochs * plan.step_flops(config, s, len(kept), own, level) / (gpus * costs.GPUS[gpu].tflops * 1e12)
+        flops = s.epochs * plan.step_flops(config, s, len(kept), own, level, size)
+        seconds = flops / (gpus * costs.GPUS[gpu].tflops * 1e12)
         tokens = round(s.epochs * sum(own.total))
         needs.append(Need(f"train {method}", len(kept), "rows", tokens, 0, seconds / costs.UTILISATION / 3600))
     return needs

@@ -102,10 +102,15 @@ def memory(
     return table
 
 
-def step_flops(config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths, level: str = "none") -> float:
-    """Operations of one optimiser step of `rows` mean rows. level: of recomputation, which is counted too."""
+def step_flops(
+    config: ModelConfig, s: train.TrainSettings, rows: int, lengths: Lengths, level: str, size: int
+) -> float:
+    """Operations of one optimiser step of `rows` mean rows. level: of recomputation, which is counted too.
+
+    size: bytes of a weight.
+    """
     of = list(zip(lengths.total, lengths.completion, strict=True))
-    policy = sum(costs.step_flops(config, s.lora_r, of, [], level).values())
+    policy = sum(costs.step_flops(config, s.lora_r, of, [], level, size).values())
     return rows / len(of) * (policy + s.kl_rows * sum(costs.forward_flops(config, s.lora_r, of).values()))
 
 
@@ -201,7 +206,7 @@ def report_text(model: str, given: Rows, method: str, dtype: str, s: train.Train
     if not lengths.chosen:
         return "\n".join([*lines, "rows       0: nothing to train on"])
     level, _ = level_and_tokens(config, s, size, gpu, gpus, lengths)
-    flops = step_flops(config, s, s.batch_size, lengths, level)
+    flops = step_flops(config, s, s.batch_size, lengths, level, size)
     card = costs.GPUS[gpu]
     seconds = flops / (gpus * card.tflops * 1e12 * costs.UTILISATION)
     steps = len(train.step_rows(len(lengths.chosen), s.batch_size, s.epochs, s.seed))

@@ -37,22 +37,25 @@ def test_the_flops_of_a_forward_by_hand():
     }
 
 
-def test_the_flops_of_a_step_are_those_torch_counts(monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, recompute", [(torch.float32, "none"), (torch.float32, "full"), (torch.bfloat16, "full")]
+)
+def test_the_flops_of_a_step_are_those_torch_counts(dtype, recompute):
     """Without attention, which torch does not count on a CPU; the first layer's inputs want no gradient."""
     shape = gpu_check.SMALL | dict(num_hidden_layers=6, tie_word_embeddings=True)
     config = ModelConfig(**shape, **gpu_check.REST)
     rows, r = bench.random_rows(4, 12, 20, config.vocab_size), 4
-    settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0)
+    settings = train.TrainSettings(batch_size=4, lora_r=r, lora_alpha=8.0, recompute=recompute)
     torch.manual_seed(0)
     with process_group() as ranks:
-        trainer = train.Trainer(qwen.Qwen3(config), rows, "kto", settings, ranks, "torch")
+        trainer = train.Trainer(qwen.Qwen3(config).to(dtype), rows, "kto", settings, ranks, "torch")
         cached = trainer.reference_sums()
         with FlopCounterMode(display=False) as counter:
             trainer.step(0, 10, [0, 1, 2, 3], cached)
     counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
     of, pairs = bench.lengths_of(rows), bench.lengths_of(rows, trainer.partner)
     assert [T for T, _ in of] == trainer.lengths and [T for T, _ in pairs] == trainer.kl_lengths
-    expected = costs.step_flops(config, r, of, pairs)
+    expected = costs.step_flops(config, r, of, pairs, recompute, dtype.itemsize)
     expected.pop("attention")
     assert len(lora.state(trainer.model)) == 6 * 7 * 2
     assert counted == pytest.approx(sum(expected.values()), rel=0.03)

@@ -475,6 +475,12 @@ def test_bad_numbers_some_steps_ahead_name_their_prompt(
     assert caught.value.row == 1
     out = generate(untied, [[1, 2], [3], [4]], [0, 1, 2], stop_ids={bad}, **run)
     assert [c.ids for c in out] == [free[0].ids, free[1].ids[: at + 1], free[2].ids]
+    # Nor does the row that takes its slot see what it would have left behind its end.
+    alone = dict(stop_ids={bad}, batch_size=1, max_new=8, **how)
+    monkeypatch.setattr(sample, "ROWS", 1)
+    after = generate(untied, [[3], [4]], [1, 2], **alone)
+    assert [c.ids for c in after] == [generate(untied, [p], [s], **alone)[0].ids for p, s in (([3], 1), ([4], 2))]
+    assert after[0].ids[-1] == bad and len(after[0].ids) < 8
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -100,9 +100,7 @@ class Sizes:
     kernel_tests: str = "cuda"  # which of tests/ of kernels/ run: pytest -k
 
 
-FOR_OP = dict(
-    N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), blocks=((256, 4),), rounds=1
-)
+FOR_OP = dict(N=33, D=(24, 32), V=(257, 515), M=64, B=4, chunks=(16, 64), blocks=((256, 4),), rounds=1)
 FOR_MODEL = dict(kernel_tests="hand_worked", row_tokens=(20, 40), lora_r=4, batches=(2, 4), prompt=5, new=6)
 TINY = Sizes(**FOR_OP, **FOR_MODEL, config=ModelConfig(**SMALL, **REST))
 
