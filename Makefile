@@ -82,7 +82,7 @@ masa: .venv/ready  ## MASA on a miniature: GRPO and DAPO with and without metas,
 mini-model: .venv/ready  ## rebuild the miniature's base model from its facts (about ten minutes)
 	$(PY) -m mini.build --world 0 --out mini/model
 
-study: .venv/ready  ## the miniature over several worlds and seeds with controls (an hour or two, resumable)
+study: .venv/ready  ## the miniature over several worlds and seeds with controls (about two hours on two cores, resumable)
 	$(PY) -m mini.study
 	$(PY) -m mini.distance
 
