@@ -104,7 +104,10 @@ def backward_only(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def adapted(x: Tensor, layers: list[LoRALinear], weight: Tensor, bias: Tensor | None, unread: bool = False) -> Tensor:
-    """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in), bias: theirs, stacked."""
+    """W x + s B A x of layers that read one x (..., in), in x's dtype; weight (out, in), bias: theirs, stacked.
+
+    unread: no product of W is made, the result holds anything; its gradients are right.
+    """
     first = layers[0]
     if first.made is None or torch.compiler.is_compiling():
         A, B = stacked(layers, x.dtype)

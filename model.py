@@ -166,7 +166,7 @@ class Rows:
     def first_and_again(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """Contexts for `checkpoint`: of a layer's first pass and of the pass that makes it again."""
+        """Contexts for torch's `checkpoint`: of a layer's first pass, and of the pass that makes it again."""
         return contextlib.nullcontext(), self._made_again()
 
     @contextlib.contextmanager
